@@ -1,0 +1,211 @@
+"""Foreign checkpoint layouts to ours: one pure function a layout, chosen by a key that only that layout has.
+
+Ours, for the 6N + 4 family: `conv1`, `layer{1,2,3}.{j}.{bn1,conv1,bn2,conv2,shortcut}`, `bn`, `fc`. For the ImageNet
+networks: timm's and torchvision's ResNet, `conv1`, `bn1`, `layer{1..4}.{j}.{conv,bn}{1..3}`, `downsample.{0,1}`, `fc`.
+"""
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+__all__ = ['convert_checkpoint', 'convert_state_dict', 'fit_to_model']
+
+_logger = logging.getLogger(__name__)
+
+StateDict = dict[str, torch.Tensor]
+
+
+def _renamed(state_dict: StateDict, rules: list[tuple[str, str]]) -> StateDict:
+    """Apply the first rule that matches each key; a key that matches none stays."""
+    out = {}
+    for key, value in state_dict.items():
+        for pattern, target in rules:
+            renamed, n = re.subn(pattern, target, key)
+            if n:
+                key = renamed
+                break
+        out[key] = value
+    return out
+
+
+def _stages_from_1(state_dict: StateDict) -> StateDict:
+    """`layer0` to `layer1` and so on, for layouts that count stages from 0."""
+    return {re.sub(r'^layer(\d+)', lambda m: f'layer{int(m[1]) + 1}', k): v for k, v in state_dict.items()}
+
+
+def _units_from_0(state_dict: StateDict) -> StateDict:
+    """`layer1.1` to `layer1.0` and so on, for layouts that count blocks from 1."""
+    return {
+        re.sub(r'^(layer\d+)\.(\d+)', lambda m: f'{m[1]}.{int(m[2]) - 1}', k): v for k, v in state_dict.items()}
+
+
+def from_authors(state_dict: StateDict) -> StateDict:
+    """The authors' functional PyTorch code: bare tensors such as `group0.block0.conv0`."""
+    return _stages_from_1(_renamed(state_dict, [
+        (r'^conv0$', 'conv1.weight'),
+        (r'^group(\d+)\.block(\d+)\.conv0$', r'layer\1.\2.conv1.weight'),
+        (r'^group(\d+)\.block(\d+)\.conv1$', r'layer\1.\2.conv2.weight'),
+        (r'^group(\d+)\.block(\d+)\.convdim$', r'layer\1.\2.shortcut.weight'),
+        (r'^group(\d+)\.block(\d+)\.bn0\.', r'layer\1.\2.bn1.'),
+        (r'^group(\d+)\.block(\d+)\.bn1\.', r'layer\1.\2.bn2.'),
+    ]))
+
+
+def from_xternalz(state_dict: StateDict) -> StateDict:
+    """xternalz/WideResNet-pytorch and its many copies: `block1.layer.0.convShortcut.weight`."""
+    return _renamed(state_dict, [
+        (r'^block(\d+)\.layer\.(\d+)\.convShortcut\.', r'layer\1.\2.shortcut.'),
+        (r'^block(\d+)\.layer\.(\d+)\.', r'layer\1.\2.'),
+        (r'^bn1\.', 'bn.'),
+    ])
+
+
+def from_pytorchcv_cifar(state_dict: StateDict) -> StateDict:
+    """pytorchcv's CIFAR WRN: `features.stage1.unit1.body.conv1.conv.weight`, `features.post_activ.bn.weight`."""
+    return _units_from_0(_renamed(state_dict, [
+        (r'^features\.init_block\.', 'conv1.'),
+        (r'^features\.stage(\d+)\.unit(\d+)\.body\.conv(\d+)\.(bn|conv)\.', r'layer\1.\2.\4\3.'),
+        (r'^features\.stage(\d+)\.unit(\d+)\.identity_conv\.', r'layer\1.\2.shortcut.'),
+        (r'^features\.post_activ\.bn\.', 'bn.'),
+        (r'^output\.', 'fc.'),
+    ]))
+
+
+def from_biased_resnet(state_dict: StateDict) -> StateDict:
+    """The tutorial WRN-50-2 and pytorchcv's: `features.stage1.unit1.body.conv1.conv.weight`, convolutions with biases.
+
+    The tutorial's bias is followed at once by a BatchNorm, into whose running mean it folds: BN(y + b) with mean m is
+    BN(y) with mean m - b. pytorchcv's has no BatchNorm left: one that adds b and does nothing else is put there.
+    """
+    out = dict(state_dict)
+    for key in [k for k in state_dict if k.endswith('.conv.bias')]:
+        bias, bn = out.pop(key), key.removesuffix('conv.bias') + 'bn.'
+        if f'{bn}running_mean' in out:
+            out[f'{bn}running_mean'] = out[f'{bn}running_mean'] - bias
+        else:
+            one = torch.ones_like(bias)
+            out.update({
+                f'{bn}weight': one, f'{bn}bias': bias,
+                f'{bn}running_mean': 0 * one, f'{bn}running_var': one - 1e-5})  # 1e-5 is the epsilon that BN adds
+    return _units_from_0(_renamed(out, [
+        (r'^features\.init_block\.conv\.conv\.', 'conv1.'),
+        (r'^features\.init_block\.conv\.bn\.', 'bn1.'),
+        (r'^features\.stage(\d+)\.unit(\d+)\.body\.conv(\d+)\.(bn|conv)\.', r'layer\1.\2.\4\3.'),
+        (r'^features\.stage(\d+)\.unit(\d+)\.identity_conv\.conv\.', r'layer\1.\2.downsample.0.'),
+        (r'^features\.stage(\d+)\.unit(\d+)\.identity_conv\.bn\.', r'layer\1.\2.downsample.1.'),
+        (r'^output\.', 'fc.'),
+    ]))
+
+
+# (key that only this layout has, its name, its converter); the native layouts come out of no converter.
+LAYOUTS: tuple[tuple[str, str, Callable[[StateDict], StateDict]], ...] = (
+    (r'^group0\.block0\.conv0$', "the WRN authors' functional layout", from_authors),
+    (r'^block1\.layer\.0\.conv1\.weight$', 'the xternalz layout', from_xternalz),
+    (r'^features\.post_activ\.bn\.weight$', "pytorchcv's CIFAR layout", from_pytorchcv_cifar),
+    (r'^features\.init_block\.conv\.conv\.weight$', "pytorchcv's and the tutorials' WRN-50-2", from_biased_resnet),
+)
+
+
+def _layout(state_dict: StateDict) -> tuple[str, Callable[[StateDict], StateDict] | None]:
+    for pattern, name, convert in LAYOUTS:
+        if any(re.match(pattern, key) for key in state_dict):
+            return name, convert
+    if any(re.match(r'^layer1\.0\.skip\.1\.', key) for key in state_dict):
+        return 'a network with BatchNorm in a shortcut fed by the raw input, which is not the paper\'s', None
+    if 'layer1.0.bn1.weight' in state_dict and 'bn.weight' in state_dict:
+        blocks = sum(bool(re.fullmatch(r'layer1\.\d+\.conv1\.weight', k)) for k in state_dict)
+        width = state_dict['layer1.0.conv1.weight'].shape[0] / 16
+        return f'a WRN-{6 * blocks + 4}-{width:g}', None
+    if 'layer4.0.conv1.weight' in state_dict and 'bn1.weight' in state_dict:
+        inner = state_dict['layer1.0.conv1.weight'].shape[0]
+        blocks = [sum(bool(re.fullmatch(rf'layer{i}\.\d+\.conv1\.weight', k)) for k in state_dict) for i in range(1, 5)]
+        return f'a ResNet of {"-".join(map(str, blocks))} blocks, the first {inner} channels wide inside', None
+    return 'of no layout known here', None
+
+
+def convert_state_dict(state_dict: StateDict) -> StateDict:
+    """Rename (and fold) a state dict of any known layout into ours; a dict in our layout comes back as it is.
+
+    A wrapper (`state_dict`, `params`, `model`, `net`) is opened and the prefixes of DataParallel and `torch.compile`
+    are dropped.
+    """
+    for wrapper in ('state_dict', 'params', 'model', 'net'):
+        if isinstance(state_dict.get(wrapper), dict):
+            state_dict = state_dict[wrapper]
+            break
+    state_dict = {
+        re.sub(r'^(module\.|_orig_mod\.)+', '', k): v.detach()
+        for k, v in state_dict.items() if isinstance(v, torch.Tensor)}
+    convert = _layout(state_dict)[1]
+    return convert(state_dict) if convert else state_dict
+
+
+def convert_checkpoint(path: str | Path) -> StateDict:
+    """Read a checkpoint of any known layout, safetensors or pickle, and return a state dict in ours.
+
+    A pickle is read with `weights_only=True`: nothing in it is run.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, or is not a checkpoint of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'no checkpoint at {path}')
+    try:
+        if path.suffix == '.safetensors':
+            state_dict = load_file(path)
+        else:
+            state_dict = torch.load(path, map_location='cpu', weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as e:
+        raise ValueError(f'{path} cannot be read as weights: {e}') from e
+    except Exception as e:  # pickle.UnpicklingError and what a damaged zip raises have no common base
+        raise ValueError(f'{path} cannot be read as weights alone: {e}') from e
+    if not isinstance(state_dict, dict):
+        raise ValueError(f'{path} holds a {type(state_dict).__name__}, not a dictionary of tensors')
+    return convert_state_dict(state_dict)
+
+
+def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """Convert a state dict and make sure that it is `model`'s (timm's `pretrained_filter_fn`).
+
+    The classifier may be of another size and the stem of another number of input channels: timm adapts these. A stem
+    of another kernel (`stem='imagenet'`) keeps its fresh weights, with a warning.
+
+    Raises:
+        RuntimeError: The weights are of another architecture; says of which, and the first keys that do not fit.
+    """
+    state_dict = convert_state_dict(state_dict)
+    own = model.state_dict()
+    first, own_first = state_dict.get('conv1.weight'), own['conv1.weight']
+    if first is not None and first.ndim == 4 and first.shape[2:] != own_first.shape[2:] and \
+            getattr(model, 'stem_type', 'cifar') == 'imagenet':
+        _logger.warning(
+            'The weights of the %s stem are dropped: this model has an ImageNet stem, which starts untrained.',
+            'x'.join(map(str, first.shape[2:])))
+        state_dict['conv1.weight'] = own_first
+
+    def fits(key: str) -> bool:
+        a, b = own[key].shape, state_dict[key].shape
+        if key.startswith('fc.'):
+            return True
+        return a == b if key != 'conv1.weight' else a[0] == b[0] and a[2:] == b[2:]
+
+    optional = re.compile(r'^fc\.|\.num_batches_tracked$')
+    misfits = [f'{k} is missing' for k in own if k not in state_dict and not optional.search(k)]
+    misfits += [f'{k} is unknown' for k in state_dict if k not in own and not optional.search(k)]
+    misfits += [
+        f'{k} is {tuple(state_dict[k].shape)}, not {tuple(own[k].shape)}'
+        for k in own if k in state_dict and not fits(k)]
+    if misfits:
+        raise RuntimeError(
+            f'The checkpoint is {_layout(state_dict)[0]}; the model is {_layout(own)[0]}. '
+            f'{len(misfits)} keys do not fit, first: {"; ".join(misfits[:4])}')
+    return state_dict

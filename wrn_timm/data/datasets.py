@@ -1,0 +1,119 @@
+"""Named data sets: read through torchvision, as arrays for the trainer or as a torch data set for the validator."""
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision import datasets as tv
+
+from ..wrn import CIFAR10_LABELS, CIFAR100_LABELS, TAGS
+
+__all__ = ['NAMES', 'ImageArrays', 'load', 'parse_spec']
+
+NAMES = ('cifar10', 'cifar100', 'svhn', 'synthetic')
+_SVHN_STATS = ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageArrays:
+    """A split of a data set of small images, in memory.
+
+    Attributes:
+        images: uint8, (N, 3, H, W).
+        labels: int64, (N,).
+        classes: Class names, in the order of the labels.
+        mean: Channel means of the training split, of images scaled to 0..1.
+        std: Channel standard deviations, likewise.
+    """
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subset(self, index: torch.Tensor) -> ImageArrays:
+        """The images of `index`, in its order."""
+        return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
+
+    def as_dataset(self, transform: Any) -> Dataset:
+        """A data set of (transform(PIL image), label)."""
+        return _ArrayDataset(self, transform)
+
+
+class _ArrayDataset(Dataset):
+    def __init__(self, arrays: ImageArrays, transform: Any):
+        self.arrays, self.transform = arrays, transform
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        image = Image.fromarray(self.arrays.images[i].permute(1, 2, 0).numpy())
+        return self.transform(image), int(self.arrays.labels[i])
+
+
+def parse_spec(spec: str) -> tuple[str, str]:
+    """Split `NAME:DIR`.
+
+    Raises:
+        ValueError: The name is unknown, or no folder is given.
+    """
+    name, _, root = spec.partition(':')
+    if name not in NAMES or not (root or name == 'synthetic'):
+        raise ValueError(f"data {spec!r} is not NAME:DIR; NAME is one of {', '.join(NAMES)}")
+    return name, root
+
+
+def load(name: str, root: str | Path, train: bool, download: bool = False) -> ImageArrays:
+    """Read a split of a named data set.
+
+    Args:
+        name: 'cifar10', 'cifar100', 'svhn' or 'synthetic' (random images, for rehearsals; `root` is not read).
+        root: Folder that holds the official files (or that receives them).
+        train: The training split, else the test split.
+        download: Fetch missing files by torchvision's downloader.
+
+    Raises:
+        ValueError: The name is unknown.
+        FileNotFoundError: Files are missing or are not the official ones, and `download` is off.
+    """
+    if name == 'synthetic':
+        return _synthetic(train)
+    if name not in NAMES:
+        raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(NAMES)}")
+    try:
+        if name == 'svhn':
+            data = tv.SVHN(root, split='train' if train else 'test', download=download)
+            images, labels, classes = data.data, data.labels, tuple('0123456789')
+            mean, std = _SVHN_STATS
+        else:
+            cls = tv.CIFAR10 if name == 'cifar10' else tv.CIFAR100
+            data = cls(root, train=train, download=download)
+            images, labels = data.data.transpose(0, 3, 1, 2), data.targets
+            classes = CIFAR10_LABELS if name == 'cifar10' else CIFAR100_LABELS
+            mean, std = TAGS[name]['mean'], TAGS[name]['std']
+    except RuntimeError as e:
+        raise FileNotFoundError(
+            f'{name}: the official files are not whole under {Path(root).resolve()} ({e}); '
+            f'give the folder that holds them, or add --download') from e
+    return ImageArrays(
+        torch.from_numpy(np.ascontiguousarray(images)), torch.as_tensor(labels, dtype=torch.int64), classes, mean, std)
+
+
+def _synthetic(train: bool) -> ImageArrays:
+    """Ten classes that differ by colour under noise: learnt in an epoch, so that a rehearsal shows that it learns."""
+    g = torch.Generator().manual_seed(0 if train else 1)
+    n = 512 if train else 256
+    labels = torch.arange(n) % 10
+    hue = torch.stack([labels * 25, 225 - labels * 25, (labels * 75) % 250], 1)[:, :, None, None]
+    noise = torch.randint(-25, 26, (n, 3, 32, 32), generator=g)
+    images = (hue + noise).clamp(0, 255).to(torch.uint8)
+    return ImageArrays(images, labels, CIFAR10_LABELS, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

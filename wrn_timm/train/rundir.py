@@ -1,0 +1,155 @@
+"""A run directory: what a training run leaves, written so that nothing already made is lost.
+
+    recipe.json     the resolved recipe, seed, versions and commit
+    history.csv     a line an epoch
+    curves.png      loss, accuracy and learning rate
+    checkpoint.pt   all that a resumed run needs; replaced at each save
+    weights/        the weights folder, once the run has ended
+"""
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from timm.models import save_for_hf
+
+from ..weights import WEIGHTS_FILE, sha256_of
+
+__all__ = ['RunDir', 'atomic_write', 'environment', 'export_weights', 'plot_history']
+
+
+def atomic_write(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
+    """Write beside `path` and rename, so that a reader sees the old file or the new one and never half of it."""
+    beside = path.with_name(f'.{path.name}.part{path.suffix}')
+    if callable(content):
+        content(beside)
+    elif isinstance(content, bytes):
+        beside.write_bytes(content)
+    else:
+        beside.write_text(content)
+    os.replace(beside, path)
+
+
+def environment() -> dict[str, str]:
+    """Versions, hardware and commit that a figure depends on."""
+    from .. import __version__
+    root = Path(__file__).resolve().parents[2]
+    git = subprocess.run(
+        ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+        cwd=root, capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} CPU cores'
+    return {
+        'wrn_timm': __version__, 'commit': git.stdout.strip() or 'unknown', 'python': platform.python_version(),
+        'torch': torch.__version__, 'torchvision': torchvision.__version__, 'timm': timm.__version__,
+        'hardware': device,
+    }
+
+
+class RunDir:
+    """Opens (or makes) a run directory.
+
+    Args:
+        path: The directory.
+        settings: What decides the run's result: recipe, seed, data. Kept in `recipe.json`.
+        resume: Go on with the run that is there.
+
+    Raises:
+        FileExistsError: Another run is there and `resume` is off.
+        FileNotFoundError: `resume` is on and there is no run.
+        ValueError: `resume` is on and the settings are not those of the run; the fields that differ are named.
+    """
+
+    def __init__(self, path: str | Path, settings: dict[str, Any], resume: bool = False):
+        self.path = Path(path)
+        self.recipe_file = self.path / 'recipe.json'
+        self.checkpoint_file = self.path / 'checkpoint.pt'
+        exists = self.recipe_file.is_file()
+        if exists and not resume:
+            raise FileExistsError(f'{self.path} already holds a run; choose another --out, or go on with --resume')
+        if resume and not exists:
+            raise FileNotFoundError(f'{self.path} holds no run to resume')
+        if exists:
+            old = json.loads(self.recipe_file.read_text())
+            differ = [k for k in settings if old.get(k) != json.loads(json.dumps(settings[k]))]
+            if differ:
+                raise ValueError(f'{self.path} was started with other settings ({", ".join(differ)}); '
+                                 f'resume with the same, or choose another --out')
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.recipe_file, json.dumps({**settings, 'environment': environment()}, indent=2) + '\n')
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint."""
+        atomic_write(self.checkpoint_file, lambda p: torch.save(state, p))
+
+    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
+        """The last checkpoint, or None before the first."""
+        if not self.checkpoint_file.is_file():
+            return None
+        return torch.load(self.checkpoint_file, map_location=device, weights_only=True)
+
+    def write_history(self, history: list[dict[str, float]]) -> None:
+        """Write `history.csv` and `curves.png`."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(history[-1]), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(history)
+        atomic_write(self.path / 'history.csv', text.getvalue())
+        atomic_write(self.path / 'curves.png', lambda p: plot_history(history, p))
+
+
+def plot_history(history: list[dict[str, float]], path: Path) -> None:
+    """Draw loss, accuracy and learning rate over the epochs."""
+    from matplotlib.figure import Figure
+    groups = {'loss': [], 'accuracy, %': [], 'learning rate': []}
+    for column in history[-1]:
+        if column.endswith('loss'):
+            groups['loss'].append(column)
+        elif column.endswith('accuracy'):
+            groups['accuracy, %'].append(column)
+        elif column == 'lr':
+            groups['learning rate'].append(column)
+    figure = Figure(figsize=(12, 3.5), layout='constrained')
+    epochs = [row['epoch'] for row in history]
+    for axes, (title, columns) in zip(figure.subplots(1, 3), groups.items(), strict=True):
+        for column in columns:
+            axes.plot(epochs, [row[column] for row in history], label=column.replace('_', ' '), marker='.')
+        axes.set(xlabel='epoch', title=title)
+        axes.grid(alpha=0.3)
+        if title == 'loss':
+            axes.set_yscale('log')
+        if columns:
+            axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def export_weights(model: torch.nn.Module, folder: Path, pretrained_cfg: dict[str, Any], half: bool = False) -> None:
+    """Write a model's weights and configuration as a weights folder.
+
+    Args:
+        model: Made by `timm.create_model`; it is not changed.
+        folder: Made if it is missing.
+        pretrained_cfg: What the configuration says beyond the model's own (`tag`, `mean`, `label_names`...).
+        half: Keep convolution and linear weights in half precision; BatchNorm stays in float32.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
+    if half:
+        for module in model.modules():
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+                module.half()
+    save_for_hf(model, str(folder), safe_serialization=True, model_config={'pretrained_cfg': pretrained_cfg})
+    config = json.loads((folder / 'config.json').read_text())
+    config['sha256'] = sha256_of(folder / WEIGHTS_FILE)
+    atomic_write(folder / 'config.json', json.dumps(config, indent=2) + '\n')

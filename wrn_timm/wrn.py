@@ -1,0 +1,379 @@
+"""Pre-activation Wide Residual Networks for small images (the CIFAR family, depth 6N + 4).
+
+Paper: `Wide Residual Networks` - https://arxiv.org/abs/1605.07146 (table 1, figure 1 d)
+
+A network of depth 6N + 4 has a 3x3 stem of 16 channels and three stages of N basic blocks with 16k, 32k and 64k
+channels, k being the width. The first block of a stage projects its shortcut by a bare 1x1 convolution of the
+pre-activated input; for k = 1 the first stage keeps its 16 channels and the identity.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath, create_classifier
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, is_model, register_model
+from timm.models._features import feature_take_indices
+
+from .checkpoints import fit_to_model
+from .weights import locate
+
+__all__ = ['WideResNet', 'register_wrn']
+
+STAGES = ('layer1', 'layer2', 'layer3')
+
+
+class PreActBlock(nn.Module):
+    """BN-ReLU-conv3x3-BN-ReLU-(dropout)-conv3x3 (paper, figure 1 d).
+
+    BN and ReLU stay separate modules: tools that swap BatchNorm (SyncBatchNorm, FrozenBatchNorm2d) would drop an
+    activation fused into it.
+    """
+
+    def __init__(
+            self,
+            in_chs: int,
+            out_chs: int,
+            stride: int = 1,
+            conv_drop_rate: float = 0.,
+            drop_path: float = 0.,
+            act_layer: Callable[..., nn.Module] = nn.ReLU,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_chs, **dd)
+        self.act1 = act_layer(inplace=True)
+        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False, **dd)
+        self.bn2 = nn.BatchNorm2d(out_chs, **dd)
+        self.act2 = act_layer(inplace=True)
+        self.drop = nn.Dropout(conv_drop_rate) if conv_drop_rate > 0. else nn.Identity()
+        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        if stride != 1 or in_chs != out_chs:
+            self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **dd)
+        else:
+            self.shortcut = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.act1(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv1(out)
+        out = self.conv2(self.drop(self.act2(self.bn2(out))))
+        return self.drop_path(out) + shortcut
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width for images of any size (`Wide Residual Networks`, table 1).
+
+    Args:
+        depth: Number of convolutions on the longest path, 6N + 4.
+        width: Widening factor k; 16k must be a whole number of channels.
+        num_classes: Size of the classifier, 0 for none.
+        in_chans: Channels of the input image.
+        global_pool: '', 'avg', 'max', 'avgmax' or 'catavgmax'.
+        stem: 'cifar' (3x3, stages at reductions 1, 2, 4) or 'imagenet' (7x7 stride 2 and max pool: 4, 8, 16).
+        drop_rate: Dropout before the classifier.
+        conv_drop_rate: Dropout between the convolutions of a block (paper, section 2.4: 0.3 CIFAR, 0.4 SVHN).
+        drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
+        act_layer: Activation, takes `inplace`.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Shapes: (B, in_chans, H, W) to (B, num_classes); `forward_features` gives (B, 64k, H/4, W/4) (H/16 with the
+    ImageNet stem) after the last BN-ReLU.
+
+    Raises:
+        ValueError: Depth is not 6N + 4, width gives fractional channels, or the stem is unknown.
+    """
+
+    def __init__(
+            self,
+            depth: int = 28,
+            width: float = 10,
+            num_classes: int = 10,
+            in_chans: int = 3,
+            global_pool: str = 'avg',
+            stem: str = 'cifar',
+            drop_rate: float = 0.,
+            conv_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            act_layer: Callable[..., nn.Module] = nn.ReLU,
+            device=None,
+            dtype=None,
+    ):
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        num_blocks, channels = _layout(depth, width)
+        if stem not in ('cifar', 'imagenet'):
+            raise ValueError(f"stem {stem!r} is unknown; choose 'cifar' or 'imagenet'")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.stem_type = stem
+        self.grad_checkpointing = False
+
+        if stem == 'imagenet':
+            self.conv1 = nn.Conv2d(in_chans, 16, 7, stride=2, padding=3, bias=False, **dd)
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        else:
+            self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False, **dd)
+            self.maxpool = nn.Identity()
+
+        self.feature_info = []
+        in_chs, reduction, block_index = 16, 4 if stem == 'imagenet' else 1, 0
+        for name, out_chs in zip(STAGES, channels, strict=True):
+            stride = 1 if name == 'layer1' else 2
+            blocks = []
+            for i in range(num_blocks):
+                blocks.append(PreActBlock(
+                    in_chs,
+                    out_chs,
+                    stride=stride if i == 0 else 1,
+                    conv_drop_rate=conv_drop_rate,
+                    drop_path=drop_path_rate * block_index / max(1, 3 * num_blocks - 1),
+                    act_layer=act_layer,
+                    **dd,
+                ))
+                in_chs = out_chs
+                block_index += 1
+            self.add_module(name, nn.Sequential(*blocks))
+            reduction *= stride
+            self.feature_info.append(dict(num_chs=out_chs, reduction=reduction, module=name))
+
+        self.num_features = in_chs
+        self.bn = nn.BatchNorm2d(in_chs, **dd)
+        self.act = act_layer(inplace=True)
+        self.global_pool, self.fc = create_classifier(in_chs, num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = in_chs * self.global_pool.feat_mult()
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Kaiming-normal convolutions over the fan out, as the authors' Lua code; zero classifier bias."""
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+            elif isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names never decayed: none, the paper decays every parameter."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups by stage (coarse) or block, in order of depth, for layer-wise learning rates."""
+        return dict(
+            stem=r'^conv1',
+            blocks=r'^layer(\d+)' if coarse else [
+                (r'^layer(\d+)\.(\d+)', None),
+                (r'^bn\.', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier, `nn.Linear` or `nn.Identity`."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one of `num_classes` (0: none); `global_pool` None keeps the pooling."""
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        reference = self.conv1.weight
+        self.num_classes = num_classes
+        self.global_pool, self.fc = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, device=reference.device, dtype=reference.dtype)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: int | list[int] | None = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Final features and the outputs of chosen stages.
+
+        Args:
+            x: (B, in_chans, H, W).
+            indices: Last n stages if int, all if None, else the stages of these indices.
+            norm: Apply the last BN-ReLU to the last stage's output (raw otherwise, as the other stages).
+            stop_early: Skip the stages after the last one asked for.
+            output_fmt: 'NCHW'.
+            intermediates_only: Return the list alone.
+
+        Raises:
+            ValueError: `output_fmt` is not 'NCHW'.
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt {output_fmt!r} is not supported; use 'NCHW'")
+        take_indices, max_index = feature_take_indices(len(STAGES), indices)
+        names = STAGES[:max_index + 1] if stop_early else STAGES
+        intermediates = []
+
+        x = self.maxpool(self.conv1(x))
+        for i, name in enumerate(names):
+            stage = getattr(self, name)
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+            if i in take_indices:
+                intermediates.append(self.act(self.bn(x)) if norm and name == STAGES[-1] else x)
+        if intermediates_only:
+            return intermediates
+        if names[-1] == STAGES[-1]:
+            x = self.act(self.bn(x))
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: int | list[int] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> list[int]:
+        """Remove what is not needed for the stages of `indices`, and return these as a list."""
+        take_indices, max_index = feature_take_indices(len(STAGES), indices)
+        prune_end = max_index < len(STAGES) - 1
+        for name in STAGES[max_index + 1:]:
+            setattr(self, name, nn.Sequential())
+        if prune_norm or prune_end:
+            self.bn, self.act = nn.Identity(), nn.Identity()
+        if prune_end:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_head or prune_end:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_chans, H, W) to the unpooled features after the last BN-ReLU."""
+        x = self.maxpool(self.conv1(x))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq([self.layer1, self.layer2, self.layer3], x, flatten=True)
+        else:
+            x = self.layer1(x)
+            x = self.layer2(x)
+            x = self.layer3(x)
+        return self.act(self.bn(x))
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pool, drop out and classify; `pre_logits` stops before the classifier."""
+        x = self.global_pool(x)
+        if self.drop_rate > 0.:
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _layout(depth: int, width: float) -> tuple[int, tuple[int, int, int]]:
+    """Blocks a stage and channels of the three stages."""
+    if depth < 10 or (depth - 4) % 6:
+        n = max(1, (depth - 4) // 6)
+        nearest = f'{6 * n + 4}' if depth < 10 else f'{6 * n + 4}, {6 * n + 10}'
+        raise ValueError(f'depth {depth} is not 6N+4; nearest: {nearest}')
+    if width <= 0 or (16 * width) % 1:
+        below = max(1, int(16 * width))
+        nearest = f'{below / 16:g}' if width <= 0 else f'{below / 16:g}, {(below + 1) / 16:g}'
+        raise ValueError(
+            f'width {width:g} gives {16 * width:g} channels in the first stage, which must be a whole number '
+            f'above 0; nearest: {nearest}')
+    return (int(depth) - 4) // 6, (int(16 * width), int(32 * width), int(64 * width))
+
+
+CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+CIFAR100_LABELS = tuple(
+    'apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can '
+    'castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin '
+    'elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster '
+    'man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck '
+    'pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk '
+    'skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger '
+    'tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm'.split())
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        'num_classes': 10, 'input_size': (3, 32, 32), 'pool_size': (8, 8),
+        'crop_pct': 1.0, 'interpolation': 'bilinear',
+        'mean': (0.4914, 0.4822, 0.4465), 'std': (0.2470, 0.2435, 0.2616),
+        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0',
+        'paper_ids': 'arXiv:1605.07146', 'paper_name': 'Wide Residual Networks',
+        'origin_url': 'https://github.com/szagoruyko/wide-residual-networks',
+        **kwargs,
+    }
+
+
+# Tags of every network of the family: the data set that its weights were trained on. The first is the default.
+TAGS = {
+    'cifar10': _cfg(label_names=CIFAR10_LABELS),
+    'cifar100': _cfg(
+        num_classes=100, label_names=CIFAR100_LABELS,
+        mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
+}
+
+default_cfgs = {}
+
+
+def _create_wrn(variant: str, pretrained: bool = False, **kwargs: Any) -> WideResNet:
+    source = locate(
+        variant, pretrained, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None),
+        kwargs.get('cache_dir'))
+    return build_model_with_cfg(
+        WideResNet, variant, pretrained,
+        **source,
+        pretrained_filter_fn=fit_to_model,
+        feature_cfg=dict(out_indices=(0, 1, 2)),
+        **kwargs,
+    )
+
+
+def register_wrn(depth: int, width: float) -> str:
+    """Make WRN-depth-width known to timm, and return its name for `timm.create_model`.
+
+    A network that is known already is left as it is.
+
+    Raises:
+        ValueError: Depth is not 6N + 4, or width gives fractional channels.
+    """
+    _layout(depth, width)
+    name = f'wrn{depth}_{width:g}'.replace('.', '_')
+    if is_model(name):
+        return name
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> WideResNet:
+        return _create_wrn(name, pretrained, depth=depth, width=width, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = f'WRN-{depth}-{width:g}: {(depth - 4) // 6} blocks a stage, {width:g} times as wide.'
+    globals()[name] = entrypoint
+    default_cfgs.update(generate_default_cfgs({f'{name}.{tag}': cfg for tag, cfg in TAGS.items()}))
+    register_model(entrypoint)
+    return name
+
+
+# (depth, width) of the paper (tables 2 to 6) and of the networks that others measured since.
+VARIANTS = (
+    (16, 1), (16, 2), (16, 4), (16, 8), (16, 10),
+    (22, 2), (22, 8), (22, 10),
+    (28, 1), (28, 2), (28, 4), (28, 8), (28, 10), (28, 12),
+    (34, 10), (34, 20),
+    (40, 1), (40, 2), (40, 4), (40, 8), (40, 10),
+    (52, 1), (70, 16),
+)
+for _depth, _width in VARIANTS:
+    register_wrn(_depth, _width)
