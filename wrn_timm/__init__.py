@@ -3,6 +3,7 @@
     import timm, wrn_timm
     model = timm.create_model('wrn16_1.cifar10', pretrained=True)
 """
+from . import wrn_imagenet  # noqa: F401  (registers its models)
 from .checkpoints import convert_checkpoint
 from .weights import list_weights
 from .wrn import WideResNet, register_wrn

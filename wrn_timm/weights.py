@@ -16,7 +16,7 @@ from typing import Any
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, list_models
 from timm.models._pretrained import PretrainedCfg
 
-__all__ = ['Weights', 'list_weights', 'locate', 'sha256_of', 'verify']
+__all__ = ['Weights', 'find', 'list_weights', 'locate', 'sha256_of', 'sources', 'verify']
 
 # The account on the Hub that holds our weights. Empty until its owner sets it: any other name could be a stranger's.
 HUB_NAMESPACE = ''
@@ -59,9 +59,7 @@ def find(name: str) -> Path | None:
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal sha256 of a file."""
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else \
-            hashlib.sha256(f.read()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def verify(folder: Path) -> Path:
@@ -83,9 +81,12 @@ def verify(folder: Path) -> Path:
     return file
 
 
-def _hub_id(name: str, cfg: PretrainedCfg) -> str | None:
+def sources(name: str) -> dict[str, str]:
+    """Where the weights of our own `<arch>.<tag>` can be had now, as fields of timm's pretrained configuration."""
+    folder = find(name)
     namespace = os.environ.get('WRN_TIMM_HUB_NAMESPACE', HUB_NAMESPACE)
-    return cfg.hf_hub_id or (f'{namespace}/{name}' if namespace else None)
+    out = {'file': str(folder / WEIGHTS_FILE)} if folder else {}
+    return {**out, 'hf_hub_id': f'{namespace}/{name}'} if namespace else out
 
 
 def _download(name: str, hub_id: str, cache_dir: str | Path | None) -> str:
@@ -131,24 +132,24 @@ def locate(
         _check_tag(variant, pretrained_cfg)
     if not pretrained:
         return out
-    if pretrained_cfg is not None and not isinstance(pretrained_cfg, str):
-        cfg = pretrained_cfg if isinstance(pretrained_cfg, PretrainedCfg) else PretrainedCfg(**pretrained_cfg)
-        if cfg.source == 'local-dir':
-            verify(Path(cfg.file))
-    else:
-        cfg = get_pretrained_cfg('.'.join(filter(None, (variant, pretrained_cfg))))
-        if cfg.tag is None:  # an architecture known by its bare name stands for its default tag
-            cfg.tag = pretrained_cfg
-    if any(overlay.get(k) for k in _SOURCES) or cfg.source or cfg.file or cfg.state_dict:
+    if any(overlay.get(k) for k in _SOURCES):
         file = overlay.get('file')
         if file and not Path(file).is_file():
             raise FileNotFoundError(f'pretrained_cfg_overlay names {file}, which is not there')
         return out
-    name = f'{variant}.{cfg.tag}' if cfg.tag else variant
+    if pretrained_cfg is not None and not isinstance(pretrained_cfg, str):
+        cfg = pretrained_cfg if isinstance(pretrained_cfg, PretrainedCfg) else PretrainedCfg(**pretrained_cfg)
+        if cfg.source == 'local-dir':
+            verify(Path(cfg.file))
+        if cfg.source or any(getattr(cfg, k) for k in _SOURCES):
+            return out
+    else:
+        cfg = get_pretrained_cfg(f'{variant}.{pretrained_cfg}' if pretrained_cfg else variant)
+    name = f'{variant}.{cfg.tag}'
     if folder := find(name):
         overlay['file'] = str(verify(folder))
-    elif hub_id := _hub_id(name, cfg):
-        overlay['file'] = _download(name, hub_id, cache_dir)
+    elif cfg.hf_hub_id:
+        overlay['file'] = _download(name, cfg.hf_hub_id, cache_dir)
     else:
         raise RuntimeError(
             f'No weights for {name}: {_searched()}, and no Hub account is set ($WRN_TIMM_HUB_NAMESPACE). '
@@ -168,7 +169,7 @@ def list_weights() -> list[Weights]:
     rows = []
     for name in list_models('wrn*', include_tags=True):
         cfg = get_pretrained_cfg(name)
-        folder, hub_id = find(name), _hub_id(name, cfg)
+        folder, hub_id = find(name), cfg.hf_hub_id
         if folder:
             file = folder / WEIGHTS_FILE
             config = json.loads((folder / 'config.json').read_text()) if (folder / 'config.json').is_file() else {}

@@ -6,7 +6,6 @@ A network of depth 6N + 4 has a 3x3 stem of 16 channels and three stages of N ba
 channels, k being the width. The first block of a stage projects its shortcut by a bare 1x1 convolution of the
 pre-activated input; for k = 1 the first stage keeps its 16 channels and the identity.
 """
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 
 from .checkpoints import fit_to_model
-from .weights import locate
+from .weights import locate, sources
 
 __all__ = ['WideResNet', 'register_wrn']
 
@@ -361,7 +360,10 @@ def register_wrn(depth: int, width: float) -> str:
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f'WRN-{depth}-{width:g}: {(depth - 4) // 6} blocks a stage, {width:g} times as wide.'
     globals()[name] = entrypoint
-    default_cfgs.update(generate_default_cfgs({f'{name}.{tag}': cfg for tag, cfg in TAGS.items()}))
+    # The star keeps the first tag the default on every machine, whichever weights are there.
+    cfgs = {f'{name}.{tag}{star}': {**cfg, **sources(f'{name}.{tag}')}
+            for (tag, cfg), star in zip(TAGS.items(), ('*', ''), strict=True)}
+    default_cfgs.update(generate_default_cfgs(cfgs))
     register_model(entrypoint)
     return name
 

@@ -151,5 +151,6 @@ def export_weights(model: torch.nn.Module, folder: Path, pretrained_cfg: dict[st
                 module.half()
     save_for_hf(model, str(folder), safe_serialization=True, model_config={'pretrained_cfg': pretrained_cfg})
     config = json.loads((folder / 'config.json').read_text())
+    config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf puts the model's own input size over it
     config['sha256'] = sha256_of(folder / WEIGHTS_FILE)
     atomic_write(folder / 'config.json', json.dumps(config, indent=2) + '\n')

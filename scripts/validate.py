@@ -1,0 +1,47 @@
+#!/usr/bin/env python3
+"""Measure pretrained weights on a test set, and print the figures as JSON.
+
+    python scripts/validate.py --model wrn16_1.cifar10 --data cifar10:DIR
+    python scripts/validate.py --model RUN/weights --data cifar10:DIR --write    # finish a weights folder
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import wrn_timm  # noqa: F401  (registers the models)
+from wrn_timm.train.validate import finish_weights_folder, validate
+
+SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', required=True, help='timm name or weights folder')
+    parser.add_argument('--data', required=True, help='cifar10:DIR, cifar100:DIR, svhn:DIR, synthetic or folder:DIR')
+    parser.add_argument('--download', action='store_true', help='fetch the data set into DIR if it is missing')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--batch-size', type=int, default=250)
+    parser.add_argument('--workers', type=int, default=0)
+    parser.add_argument('--write', action='store_true',
+                        help='write metrics, golden logits and the card into the weights folder that --model names')
+    args = parser.parse_args(argv)
+    if args.write and not Path(args.model).is_dir():
+        parser.error(f'--write needs a weights folder; {args.model} is none')
+    try:
+        metrics = validate(args.model, args.data, args.batch_size, args.device, args.workers, args.download)
+    except (ValueError, OSError, RuntimeError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 1
+    print(json.dumps(metrics, indent=2))
+    if args.write:
+        finish_weights_folder(args.model, metrics, [str(min(d.iterdir())) for d in sorted(SAMPLE.iterdir())])
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""A weights folder as a repository of the Hugging Face Hub: its model card."""
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from .train.recipes import RECIPES
+
+__all__ = ['model_card']
+
+_TITLES = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'svhn': 'SVHN'}
+_LIMITS = {
+    'cifar10': 'CIFAR-10 has ten classes of animals and vehicles at 32x32 pixels, taken from Tiny Images, whose '
+               'collection from the web was not curated; its authors state no licence, and its images are not here. '
+               'The network knows no other class and says nothing reliable of other pictures until it is fine-tuned.',
+    'cifar100': 'CIFAR-100 has a hundred classes at 32x32 pixels, taken from Tiny Images, whose collection from the web '
+                'was not curated; its authors state no licence, and its images are not here; its classes baby, boy, '
+                'girl, man and woman carry that collection\'s biases. The network says nothing reliable of other '
+                'pictures until it is fine-tuned.',
+}
+_CITATION = '''@inproceedings{zagoruyko2016wide,
+  title={Wide Residual Networks},
+  author={Zagoruyko, Sergey and Komodakis, Nikos},
+  booktitle={British Machine Vision Conference},
+  year={2016}
+}'''
+
+
+def _command(run: dict[str, Any]) -> str:
+    """The command that repeats a training run."""
+    for name, recipe in RECIPES.items():
+        recipe = dataclasses.asdict(recipe)
+        if {**recipe, 'model': run['recipe']['model']} == run['recipe']:
+            model = '' if recipe['model'] == run['recipe']['model'] else f" --model {run['recipe']['model']}"
+            return f"python scripts/train.py --recipe {name}{model} --data DIR --out RUN --seed {run['seed']}"
+    return f"the recipe below, by wrn_timm at commit {run['environment']['commit'][:12]}"
+
+
+def model_card(folder: str | Path) -> str:
+    """The card (README.md) of a weights folder, from its `config.json`, `metrics.json` and `recipe.json`."""
+    folder = Path(folder)
+    config, metrics, run = (
+        json.loads((folder / f'{name}.json').read_text()) for name in ('config', 'metrics', 'recipe'))
+    arch, cfg = config['architecture'], config['pretrained_cfg']
+    name = f"{arch}.{cfg['tag']}"
+    dataset = metrics['dataset']
+    title = _TITLES.get(dataset, dataset)
+    history = (folder / 'history.csv').read_text().splitlines()
+    last = dict(zip(history[0].split(','), history[-1].split(','), strict=True))
+    size = cfg['input_size'][-1]
+    data = ModelCardData(
+        library_name='timm', license=cfg.get('license') or 'apache-2.0', pipeline_tag='image-classification',
+        tags=['timm', 'wide-residual-network', 'wrn_timm'], datasets=[dataset] if dataset in _TITLES else None,
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type='image-classification', dataset_type=dataset, dataset_name=title,
+                dataset_split=metrics['split'], metric_type='accuracy', metric_name='Top-1 accuracy',
+                metric_value=metrics['top1']),
+        ])
+    recipe = '\n'.join(f'| {k} | {v} |' for k, v in run['recipe'].items())
+    env = run['environment']
+    top5 = f"; top-5 {metrics['top5']:.2f} %" if metrics.get('top5') is not None else ''
+    limits = f"\n## Limits\n{_LIMITS[dataset]}\n" if dataset in _LIMITS else ''
+    return f'''---
+{data.to_yaml()}
+---
+# {name}
+
+{arch.replace('wrn', 'WRN-').replace('_', '-')} ([Wide Residual Networks](https://arxiv.org/abs/1605.07146)) trained \
+on {title}, for [timm](https://github.com/huggingface/pytorch-image-models) through `wrn_timm`.
+
+```python
+import wrn_timm
+import timm
+from PIL import Image
+
+model = timm.create_model("{name}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+logits = model(transform(Image.open("photo.jpg").convert("RGB"))[None])
+```
+
+## Accuracy
+Top-1 **{metrics['top1']:.2f} %** (error {100 - metrics['top1']:.2f} %){top5}; expected calibration error \
+{metrics['ece']:.2f} %. Measured by `scripts/validate.py` on all {metrics['images']:,} images of the {title} \
+{metrics['split']} set, from the weights as they lie here; one seed, {'averaged' if run['recipe'].get('ema_decay') else
+'last'} weights of the last epoch, the test set read once.
+
+Preprocessing: RGB, {size}x{size}, scaled to 0..1, mean {tuple(cfg['mean'])}, std {tuple(cfg['std'])}.
+
+## Training
+{float(last['seconds']) / 60:.0f} minutes at {float(last['images_per_second']):.0f} images/s (last epoch) on \
+{env['hardware']}, seed {run['seed']}, {last['epoch']} epochs; torch {env['torch']}, timm {env['timm']}, commit \
+`{env['commit'][:12]}`.
+
+```
+{_command(run)}
+```
+
+![curves](curves.png)
+
+| field | value |
+|---|---|
+{recipe}
+{limits}
+## Citation
+```
+{_CITATION}
+```
+'''

@@ -1,0 +1,54 @@
+"""Figures of a classifier on a data set, by torchmetrics."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+
+__all__ = ['classification_metrics', 'predict_logits']
+
+
+@torch.inference_mode()
+def predict_logits(
+        model: torch.nn.Module,
+        loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        device: torch.device | str = 'cpu',
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, classes), float32, and labels (N,) of a loader's images, on the CPU."""
+    model.eval()
+    logits, labels = [], []
+    for images, targets in loader:
+        images = images.to(device, memory_format=torch.channels_last)
+        logits.append(model(images).float().cpu())
+        labels.append(targets)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def classification_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Accuracies in %, and expected calibration error in % (15 bins of confidence, arXiv:1706.04599).
+
+    Args:
+        logits: (N, classes).
+        labels: int64 (N,).
+        classes: Names.
+
+    Returns:
+        `images`, `top1`, `top5` (None below six classes), `mean_per_class`, `per_class` by name, `ece`.
+    """
+    n = len(classes)
+    per_class = multiclass_accuracy(logits, labels, n, average='none')
+    present = torch.bincount(labels, minlength=n) > 0
+
+    def percent(x: torch.Tensor) -> float:
+        return round(100 * x.item(), 4)
+
+    return {
+        'images': len(labels),
+        'top1': percent(multiclass_accuracy(logits, labels, n, average='micro')),
+        'top5': percent(multiclass_accuracy(logits, labels, n, average='micro', top_k=5)) if n > 5 else None,
+        'mean_per_class': percent(per_class[present].mean()),
+        'per_class': {c: percent(a) if p else None for c, a, p in zip(classes, per_class, present, strict=True)},
+        'ece': percent(multiclass_calibration_error(logits.softmax(1), labels, n, n_bins=15)),
+    }

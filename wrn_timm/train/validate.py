@@ -1,0 +1,121 @@
+"""The one place where a published number is made: weights reloaded from disk through `timm.create_model`."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.data import create_transform, resolve_model_data_config
+from torch.utils.data import DataLoader
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+from tqdm import tqdm
+
+from ..data.datasets import load, parse_spec
+from ..data.folders import read_rgb, scan_folder
+from ..hub import model_card
+from .metrics import classification_metrics, predict_logits
+from .rundir import atomic_write, environment
+
+__all__ = ['check_golden', 'eval_transform', 'finish_weights_folder', 'normalised', 'open_model', 'validate']
+
+GOLDEN_FILE = 'golden.safetensors'
+
+
+def open_model(name: str, **kwargs: Any) -> torch.nn.Module:
+    """A pretrained model by timm name (`wrn16_1.cifar10`) or weights folder, in evaluation mode."""
+    if Path(name).is_dir():
+        name = f'local-dir:{name}'
+    return timm.create_model(name, pretrained=True, **kwargs).eval()
+
+
+def eval_transform(model: torch.nn.Module) -> Any:
+    """timm's preprocessing of a PIL image for this model, as its own configuration says."""
+    return create_transform(**resolve_model_data_config(model), is_training=False)
+
+
+def validate(
+        name: str,
+        data: str,
+        batch_size: int = 250,
+        device: str = 'cpu',
+        workers: int = 0,
+        download: bool = False,
+) -> dict[str, Any]:
+    """Measure a pretrained model on a test set.
+
+    Args:
+        name: timm name or weights folder.
+        data: `NAME:DIR` of a named set (its test split), or `folder:DIR` of class folders.
+        batch_size: Images a step.
+        device: Where the model runs, in float32.
+        workers: Processes that read images.
+        download: Fetch a named set if it is missing.
+
+    Returns:
+        The metrics of `classification_metrics`, with the data set, split, preprocessing and environment.
+
+    Raises:
+        ValueError: The data's classes are not the model's.
+    """
+    model = open_model(name).to(device, memory_format=torch.channels_last)
+    config = resolve_model_data_config(model)
+    transform = eval_transform(model)
+    if data.startswith('folder:'):
+        source, root = 'folder', data.removeprefix('folder:')
+        scan = scan_folder(root)
+        part = scan.test or scan.train
+    else:
+        source, root = parse_spec(data)
+        part = load(source, root, train=False, download=download)
+    labels = model.pretrained_cfg.get('label_names')
+    if len(part.classes) != model.num_classes or (labels and tuple(labels) != tuple(part.classes)):
+        raise ValueError(
+            f'{name} knows {model.num_classes} classes ({", ".join((labels or ())[:3])}...), {data} has '
+            f'{len(part.classes)} ({", ".join(part.classes[:3])}...)')
+    loader = DataLoader(part.as_dataset(transform), batch_size, num_workers=workers)
+    progress = tqdm(loader, desc='validating', unit='batch', leave=False, disable=None)
+    metrics = classification_metrics(*predict_logits(model, progress, device), part.classes)
+    return {
+        'dataset': source, 'split': 'test', **metrics,
+        'preprocessing': {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
+        'weights_dtype': 'float32', 'environment': environment(),
+    }
+
+
+def normalised(images: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
+    """uint8 images (N, 3, H, W) as the model wants them."""
+    config = resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[k])[:, None, None] for k in ('mean', 'std'))
+    return (images.float() / 255 - mean) / std
+
+
+def finish_weights_folder(folder: str | Path, metrics: dict[str, Any], photographs: list[str]) -> None:
+    """Write what a measured weights folder has beside its weights: metrics, golden logits and the card.
+
+    Args:
+        folder: Weights folder.
+        metrics: From `validate`.
+        photographs: Image files of a free licence, cut to the model's input size for the golden test.
+    """
+    folder = Path(folder)
+    model = open_model(str(folder))
+    size = resolve_model_data_config(model)['input_size'][-1]
+    images = torch.stack([
+        pil_to_tensor(center_crop(resize(read_rgb(p), size), [size, size])) for p in photographs])
+    with torch.inference_mode():
+        logits = model(normalised(images, model))
+    tensors = {'images': images.contiguous(), 'logits': logits}
+    atomic_write(folder / GOLDEN_FILE, lambda p: save_file(tensors, p))
+    atomic_write(folder / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
+    atomic_write(folder / 'README.md', model_card(folder))
+
+
+def check_golden(folder: str | Path) -> float:
+    """Largest difference between the logits that a weights folder keeps and those that its model gives now."""
+    golden = load_file(Path(folder) / GOLDEN_FILE)
+    model = open_model(str(folder))
+    with torch.inference_mode():
+        return (model(normalised(golden['images'], model)) - golden['logits']).abs().max().item()

@@ -1,0 +1,131 @@
+"""ImageNet Wide Residual Networks, on timm's own ResNet.
+
+Paper: `Wide Residual Networks` - https://arxiv.org/abs/1605.07146 (section 3.4, tables 7 and 8)
+
+Post-activation, the 7x7 stem of 64 channels as it is. Bottleneck networks widen the inner 3x3 convolution; basic
+networks widen both convolutions, and so the channels of every stage.
+"""
+
+import dataclasses
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, register_model
+from timm.models._pretrained import PretrainedCfg
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from .checkpoints import fit_to_model
+from .weights import locate
+
+__all__ = []
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0',
+        'paper_ids': 'arXiv:1605.07146', 'paper_name': 'Wide Residual Networks',
+        'origin_url': 'https://github.com/szagoruyko/wide-residual-networks',
+        **kwargs,
+    }
+
+
+def _hosted_by_timm(arch: str, timm_arch: str) -> dict[str, PretrainedCfg]:
+    """timm's configurations of the same network, each pointed at timm's repository by its full name."""
+    return {
+        f'{arch}.{cfg.tag}': dataclasses.replace(
+            cfg, architecture=None, tag=None, url=None, hf_hub_id=f'timm/{name}',
+            paper_ids='arXiv:1605.07146', paper_name='Wide Residual Networks')
+        for name, cfg in get_arch_pretrained_cfgs(timm_arch).items()
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    **_hosted_by_timm('wrn50_2', 'wide_resnet50_2'),
+    **_hosted_by_timm('wrn101_2', 'wide_resnet101_2'),
+    'wrn50_4.in1k': _cfg(),
+    'wrn152_2.in1k': _cfg(),
+    'wrn200_2.in1k': _cfg(),
+    'wrn18_1_5.in1k': _cfg(),
+    'wrn18_2.in1k': _cfg(),
+    'wrn18_3.in1k': _cfg(),
+    'wrn34_1_5.in1k': _cfg(),
+    'wrn34_2.in1k': _cfg(),
+})
+
+
+def _create_wrn_imagenet(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNet:
+    source = locate(
+        variant, pretrained, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None),
+        kwargs.get('cache_dir'))
+    return build_model_with_cfg(ResNet, variant, pretrained, pretrained_filter_fn=fit_to_model, **source, **kwargs)
+
+
+def _bottleneck(variant: str, pretrained: bool, width: int, layers: tuple[int, ...], **kwargs: Any) -> ResNet:
+    model_args = dict(block=Bottleneck, layers=layers, base_width=64 * width)
+    return _create_wrn_imagenet(variant, pretrained, **model_args, **kwargs)
+
+
+def _basic(variant: str, pretrained: bool, width: float, layers: tuple[int, ...], **kwargs: Any) -> ResNet:
+    channels = tuple(int(c * width) for c in (64, 128, 256, 512))
+    return _create_wrn_imagenet(variant, pretrained, block=BasicBlock, layers=layers, channels=channels, **kwargs)
+
+
+@register_model
+def wrn50_2(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """WRN-50-2-bottleneck (table 8), the network that timm and torchvision call wide_resnet50_2."""
+    return _bottleneck('wrn50_2', pretrained, 2, (3, 4, 6, 3), **kwargs)
+
+
+@register_model
+def wrn50_4(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """WRN-50-4-bottleneck."""
+    return _bottleneck('wrn50_4', pretrained, 4, (3, 4, 6, 3), **kwargs)
+
+
+@register_model
+def wrn101_2(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """WRN-101-2-bottleneck, the network that timm and torchvision call wide_resnet101_2."""
+    return _bottleneck('wrn101_2', pretrained, 2, (3, 4, 23, 3), **kwargs)
+
+
+@register_model
+def wrn152_2(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """WRN-152-2-bottleneck."""
+    return _bottleneck('wrn152_2', pretrained, 2, (3, 8, 36, 3), **kwargs)
+
+
+@register_model
+def wrn200_2(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """WRN-200-2-bottleneck."""
+    return _bottleneck('wrn200_2', pretrained, 2, (3, 24, 36, 3), **kwargs)
+
+
+@register_model
+def wrn18_1_5(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """WRN-18-1.5 (table 7)."""
+    return _basic('wrn18_1_5', pretrained, 1.5, (2, 2, 2, 2), **kwargs)
+
+
+@register_model
+def wrn18_2(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """WRN-18-2 (table 7)."""
+    return _basic('wrn18_2', pretrained, 2, (2, 2, 2, 2), **kwargs)
+
+
+@register_model
+def wrn18_3(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """WRN-18-3 (table 7)."""
+    return _basic('wrn18_3', pretrained, 3, (2, 2, 2, 2), **kwargs)
+
+
+@register_model
+def wrn34_1_5(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """WRN-34-1.5 (table 7)."""
+    return _basic('wrn34_1_5', pretrained, 1.5, (3, 4, 6, 3), **kwargs)
+
+
+@register_model
+def wrn34_2(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """WRN-34-2 (tables 7 and 8)."""
+    return _basic('wrn34_2', pretrained, 2, (3, 4, 6, 3), **kwargs)
