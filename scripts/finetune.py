@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
                             help='default: %(default)s')
     args = vars(parser.parse_args(argv))
     logging.basicConfig(level=logging.INFO, format='%(message)s')
+    logging.getLogger('timm').setLevel(logging.WARNING)
     config = FinetuneConfig(**{f.name: args.pop(f.name) for f in dataclasses.fields(FinetuneConfig)})
     try:
         metrics = finetune(config, **args)

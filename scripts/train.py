@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--resume', action='store_true', help='go on with the run in --out')
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format='%(message)s')
+    logging.getLogger('timm').setLevel(logging.WARNING)
     try:
         recipe = get_recipe(args.recipe)
         if args.model:

@@ -13,15 +13,14 @@ from .train.recipes import RECIPES
 __all__ = ['model_card']
 
 _TITLES = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'svhn': 'SVHN'}
+_TINY_IMAGES = ('taken from Tiny Images, whose collection from the web was not curated; its authors state no licence, and '
+                'its images are not here')
 _LIMITS = {
-    'cifar10': 'CIFAR-10 has ten classes of animals and vehicles at 32x32 pixels, taken from Tiny Images, whose '
-               'collection from the web was not curated; its authors state no licence, and its images are not here. '
-               'The network knows no other class and says nothing reliable of other pictures until it is fine-tuned.',
-    'cifar100': 'CIFAR-100 has a hundred classes at 32x32 pixels, taken from Tiny Images, whose collection from the web '
-                'was not curated; its authors state no licence, and its images are not here; its classes baby, boy, '
-                'girl, man and woman carry that collection\'s biases. The network says nothing reliable of other '
-                'pictures until it is fine-tuned.',
+    'cifar10': f'CIFAR-10 has ten classes of animals and vehicles at 32x32 pixels, {_TINY_IMAGES}.',
+    'cifar100': f'CIFAR-100 has a hundred classes at 32x32 pixels, {_TINY_IMAGES}; its classes baby, boy, girl, man '
+                f'and woman carry the biases of that collection.',
 }
+_OUTSIDE = 'The network says nothing reliable of pictures of other things, or of another kind, until it is fine-tuned.'
 _CITATION = '''@inproceedings{zagoruyko2016wide,
   title={Wide Residual Networks},
   author={Zagoruyko, Sergey and Komodakis, Nikos},
@@ -65,7 +64,7 @@ def model_card(folder: str | Path) -> str:
     recipe = '\n'.join(f'| {k} | {v} |' for k, v in run['recipe'].items())
     env = run['environment']
     top5 = f"; top-5 {metrics['top5']:.2f} %" if metrics.get('top5') is not None else ''
-    limits = f"\n## Limits\n{_LIMITS[dataset]}\n" if dataset in _LIMITS else ''
+    limits = f"\n## Limits\n{_LIMITS[dataset]} {_OUTSIDE}\n" if dataset in _LIMITS else ''
     return f'''---
 {data.to_yaml()}
 ---

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
 from timm.loss import LabelSmoothingCrossEntropy

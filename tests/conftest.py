@@ -1,0 +1,33 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = ROOT / 'tests' / 'data' / 'caltech101_sample'
+sys.path.insert(0, str(ROOT / 'scripts'))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_weights(monkeypatch, tmp_path):
+    """A machine with no weights folder and no Hub account; returns an empty $WRN_TIMM_WEIGHTS."""
+    from wrn_timm import weights
+    monkeypatch.setattr(weights, '_PACKAGE', tmp_path / 'nowhere' / 'wrn_timm')
+    monkeypatch.setenv('WRN_TIMM_WEIGHTS', str(tmp_path / 'weights'))
+    monkeypatch.delenv('WRN_TIMM_HUB_NAMESPACE', raising=False)
+    (tmp_path / 'weights').mkdir()
+    return tmp_path / 'weights'
+
+
+def cifar10_dir() -> str:
+    """Folder of the official CIFAR-10 files, from $CIFAR10_DIR; skips where it is not given."""
+    if 'CIFAR10_DIR' not in os.environ:
+        pytest.skip('set CIFAR10_DIR to the folder that holds cifar-10-batches-py')
+    return os.environ['CIFAR10_DIR']
