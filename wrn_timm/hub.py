@@ -13,8 +13,8 @@ from .train.recipes import RECIPES
 __all__ = ['model_card']
 
 _TITLES = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'svhn': 'SVHN'}
-_TINY_IMAGES = ('taken from Tiny Images, whose collection from the web was not curated; its authors state no licence, and '
-                'its images are not here')
+_TINY_IMAGES = ('taken from Tiny Images, whose collection from the web was not curated; its authors state no licence, '
+                'and its images are not here')
 _LIMITS = {
     'cifar10': f'CIFAR-10 has ten classes of animals and vehicles at 32x32 pixels, {_TINY_IMAGES}.',
     'cifar100': f'CIFAR-100 has a hundred classes at 32x32 pixels, {_TINY_IMAGES}; its classes baby, boy, girl, man '

@@ -89,9 +89,8 @@ def finetune(
         _logger.warning('left out: %s', reason)
     train, test = (scan.train, scan.test) if scan.test else split_files(scan.train, config.test_fraction, config.seed)
     batch_size = min(config.batch_size, len(train))
-    run = RunDir(out, {'finetune': dataclasses.asdict(config), 'data': Path(data).name})
-
     model = open_model(config.model, num_classes=len(train.classes)).to(device, memory_format=torch.channels_last)
+    run = RunDir(out, {'finetune': dataclasses.asdict(config), 'data': Path(data).name})
     data_config = resolve_model_data_config(model)
     if config.input_size:
         data_config['input_size'] = (3, config.input_size, config.input_size)

@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Write the generated tables of README.md and weights/README.md from the models and the weights folders.
+
+    python scripts/tables.py            # write
+    python scripts/tables.py --check    # exit 1 where they are out of date
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import wrn_timm
+from wrn_timm.wrn_imagenet import default_cfgs as imagenet_cfgs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Test error in %. Paper: arXiv 1605.07146 v4, table 5 where it has the network (mean/std preprocessing), else table 4.
+# Downloadable: the lowest of the public checkpoints of the same network, pytorchcv's.
+PAPER = {
+    'wrn40_1.cifar10': 6.85, 'wrn40_1.cifar100': 30.89, 'wrn40_2.cifar10': 5.33, 'wrn40_2.cifar100': 26.04,
+    'wrn40_4.cifar10': 4.53, 'wrn40_4.cifar100': 21.18, 'wrn16_8.cifar10': 4.27, 'wrn16_8.cifar100': 20.43,
+    'wrn28_10.cifar10': 4.00, 'wrn28_10.cifar100': 19.25,
+}
+DOWNLOADABLE = {
+    'wrn28_10.cifar10': 2.39, 'wrn28_10.cifar100': 17.88, 'wrn40_8.cifar10': 2.37, 'wrn40_8.cifar100': 18.03,
+    'wrn16_10.cifar10': 2.93, 'wrn16_10.cifar100': 18.95,
+}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, ['---'] * len(header), *rows])
+
+
+def models_table() -> str:
+    """Parameters, multiply-adds at the default input and reductions of every model."""
+    rows = []
+    for name in timm.list_models('wrn*'):
+        if name not in imagenet_cfgs and name not in wrn_timm.wrn.default_cfgs:
+            continue
+        model = timm.create_model(name, device='meta').eval()
+        size = model.pretrained_cfg['input_size']
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, *size, device='meta'))
+        rows.append([
+            f'`{name}`', f'{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M',
+            f'{counter.get_total_flops() / 2e9:.2f}', str(size[-1]),
+            ', '.join(str(f['reduction']) for f in model.feature_info)])
+    return table(['model', 'parameters', 'GMACs', 'input', 'reductions'], rows)
+
+
+def weights_table() -> str:
+    """Test error of each released folder beside what is published."""
+    rows = []
+    for folder in sorted((ROOT / 'weights').iterdir(), key=lambda p: timm.models._registry._natural_key(p.name)):
+        if not folder.is_dir():
+            continue
+        metrics, run, config = (
+            json.loads((folder / f'{n}.json').read_text()) for n in ('metrics', 'recipe', 'config'))
+        published = [f'{t[folder.name]:.2f}' if folder.name in t else '-' for t in (PAPER, DOWNLOADABLE)]
+        rows.append([
+            f'[`{folder.name}`](/weights/{folder.name})', f"**{100 - metrics['top1']:.2f}**", *published,
+            f"{metrics['ece']:.2f}", f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB",
+            f"{run['recipe']['epochs']} epochs, {run['environment']['hardware']}", f"`{config['sha256'][:12]}`"])
+    return table(['weights', 'ours', 'paper', 'best downloadable', 'ECE', 'file', 'training', 'sha256'], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {'models': models_table, 'weights': weights_table}
+
+
+def rewritten(text: str) -> str:
+    """The text with every generated table made anew."""
+    for name, make in TABLES.items():
+        pattern = rf'(<!-- {name}: scripts/tables\.py -->\n).*?(\n<!-- /{name} -->)'
+        if re.search(pattern, text, flags=re.S):
+            text = re.sub(pattern, lambda m, make=make: m[1] + make() + m[2], text, flags=re.S)
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true')
+    args = parser.parse_args(argv)
+    stale = 0
+    for path in (ROOT / 'README.md', ROOT / 'weights' / 'README.md'):
+        old = path.read_text()
+        new = rewritten(old)
+        if old != new:
+            stale += 1
+            print(f'{path.name} of {path.parent.name}/ {"is out of date" if args.check else "written"}')
+            if not args.check:
+                path.write_text(new)
+    return 1 if args.check and stale else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

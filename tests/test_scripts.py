@@ -1,0 +1,46 @@
+"""Scripts that have no room of their own: tables and benchmark."""
+import json
+import re
+import subprocess
+import sys
+
+import benchmark as benchmark_script
+import pytest
+import tables as tables_script
+from conftest import ROOT
+
+import wrn_timm  # noqa: F401
+
+
+def test_generated_tables_are_up_to_date():
+    assert tables_script.main(['--check']) == 0
+
+
+def test_table_of_models_agrees_with_the_literature():
+    rows = {r.split('|')[1].strip(' `'): [c.strip() for c in r.split('|')[2:6]]
+            for r in tables_script.models_table().splitlines()[2:]}
+    assert rows['wrn28_10'][:2] == ['36.48 M', '5.25']  # 5.25 GMAC an image
+    assert rows['wrn50_2'][:3] == ['68.88 M', '11.40', '224']  # timm's and torchvision's published 11.4
+    assert rows['wrn16_1'][3] == '1, 2, 4'
+
+
+def test_benchmark_prints_ratios_and_json(capsys):
+    args = ['--device', 'cpu', '--batch-size', '2', '--rounds', '1', '--train', '--json']
+    assert benchmark_script.main(args) == 0
+    result = json.loads(capsys.readouterr().out)
+    for kind in ('inference', 'training'):
+        assert result[kind]['images_per_second']['channels_last'] > 0 and result[kind]['ratios']['over plain'] > 0
+    with pytest.raises(SystemExit):
+        benchmark_script.main(['--model', 'wrn9_9'])
+
+
+def test_importing_the_package_loads_no_training_dependency():
+    code = 'import sys, wrn_timm; print([m for m in ("matplotlib", "torchmetrics", "accelerate") if m in sys.modules])'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT).stdout == '[]\n'
+
+
+def test_readme_code_runs():
+    code = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), flags=re.S)[1]
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert 'torch.Size([1, 64, 16, 16])' in done.stdout

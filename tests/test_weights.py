@@ -1,0 +1,153 @@
+"""Where weights are found, that they are whole, and what is said when they are not there."""
+import json
+
+import pytest
+import timm
+import torch
+from conftest import ROOT, cifar10_dir
+from safetensors.torch import load_file, save_file
+
+import wrn_timm
+from wrn_timm.train.rundir import export_weights
+from wrn_timm.train.validate import check_golden, validate
+from wrn_timm.weights import sha256_of, verify
+
+RELEASED = sorted(p.name for p in (ROOT / 'weights').iterdir() if p.is_dir())
+
+
+def export(folder, name='wrn16_1', tag='cifar10', seed=0, **kwargs):
+    torch.manual_seed(seed)
+    model = timm.create_model(name).eval()
+    export_weights(model, folder, {'tag': tag}, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize('name', RELEASED)
+def test_released_folder_is_whole(name):
+    folder = ROOT / 'weights' / name
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {'model.safetensors', 'config.json', 'README.md', 'metrics.json', 'recipe.json', 'history.csv',
+                     'curves.png', 'golden.safetensors'}
+    assert not [n for n in names if n.endswith(('.pt', '.pth', '.bin', '.pkl', '.ckpt'))]
+    verify(folder)
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['sha256'] == sha256_of(folder / 'model.safetensors')
+    assert f"{config['architecture']}.{config['pretrained_cfg']['tag']}" == name
+
+
+@pytest.mark.parametrize('name', RELEASED)
+def test_released_weights_give_their_golden_logits(name):
+    assert check_golden(ROOT / 'weights' / name) < 1e-3
+
+
+@pytest.mark.parametrize('name', RELEASED)
+def test_released_weights_give_the_published_accuracy_on_real_test_images(name):
+    directory = cifar10_dir()
+    if not name.endswith('.cifar10'):
+        pytest.skip(f'{name} is not measured on CIFAR-10')
+    published = json.loads((ROOT / 'weights' / name / 'metrics.json').read_text())
+    assert validate(name, f'cifar10:{directory}')['top1'] == pytest.approx(published['top1'], abs=0.02)
+
+
+@pytest.mark.parametrize('name', RELEASED)
+def test_released_weights_load_as_timm_users_do(name):
+    x = torch.randn(1, 3, 32, 32)
+    model = timm.create_model(name, pretrained=True).eval()
+    local = timm.create_model(f'local-dir:{ROOT / "weights" / name}', pretrained=True).eval()
+    torch.testing.assert_close(model(x), local(x))
+    assert name in timm.list_pretrained('wrn*')
+    features = timm.create_model(name, pretrained=True, features_only=True).eval()(x)
+    torch.testing.assert_close(features[-1], model.forward_intermediates(x, intermediates_only=True)[-1])
+    assert timm.create_model(name, pretrained=True, in_chans=1, num_classes=5)(x[:, :1]).shape == (1, 5)
+
+
+def test_order_environment_before_checkout_and_caller_before_both(no_weights, tmp_path):
+    model = export(no_weights / 'wrn16_1.cifar10', seed=1)
+    other = export(tmp_path / 'mine', seed=2)
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(timm.create_model('wrn16_1', pretrained=True).eval()(x), model(x))
+    overlay = dict(file=str(tmp_path / 'mine' / 'model.safetensors'))
+    named = timm.create_model('wrn16_1', pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    torch.testing.assert_close(named(x), other(x))
+    assert [w.name for w in wrn_timm.list_weights() if not w.location.startswith('hf-hub:')] == ['wrn16_1.cifar10']
+
+
+def test_list_weights_tells_place_size_hash_and_licence(no_weights):
+    export(no_weights / 'wrn16_1.cifar10')
+    rows = {w.name: w for w in wrn_timm.list_weights()}
+    ours = rows['wrn16_1.cifar10']
+    file = no_weights / 'wrn16_1.cifar10' / 'model.safetensors'
+    assert (ours.location, ours.size, ours.sha256) == (str(file.parent), file.stat().st_size, sha256_of(file))
+    assert rows['wrn50_2.racm_in1k'].location == 'hf-hub:timm/wide_resnet50_2.racm_in1k'
+    assert rows['wrn50_2.tv_in1k'].license == 'bsd-3-clause'
+
+
+def test_missing_weights_say_where_was_looked_and_what_to_set(no_weights):
+    with pytest.raises(RuntimeError) as e:
+        timm.create_model('wrn28_10', pretrained=True)
+    for part in ('wrn28_10.cifar10', str(no_weights), 'WRN_TIMM_WEIGHTS', 'WRN_TIMM_HUB_NAMESPACE', 'pretrained=False'):
+        assert part in str(e.value)
+
+
+def test_no_network_is_said(no_weights, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(RuntimeError, match=r'No weights for wrn50_2\.racm_in1k: .*nor could the Hub give '
+                                           r'timm/wide_resnet50_2\.racm_in1k .*WRN_TIMM_WEIGHTS'):
+        timm.create_model('wrn50_2', pretrained=True, cache_dir=no_weights)
+
+
+@pytest.mark.parametrize('spoil', ['cut', 'swapped'])
+@pytest.mark.parametrize('how', ['by name', 'local-dir'])
+def test_damaged_or_swapped_file_is_refused_with_both_hashes(no_weights, spoil, how):
+    folder = no_weights / 'wrn16_1.cifar10'
+    export(folder)
+    file = folder / 'model.safetensors'
+    before = sha256_of(file)
+    if spoil == 'cut':
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        save_file({k: v + 1 for k, v in load_file(file).items()}, file)
+    with pytest.raises(RuntimeError, match=f'sha256 {sha256_of(file)}, but config.json names {before}'):
+        timm.create_model('wrn16_1' if how == 'by name' else f'local-dir:{folder}', pretrained=True)
+
+
+def test_a_folder_without_a_hash_is_taken_as_it_is(no_weights):
+    model = export(no_weights / 'wrn16_1.cifar10')
+    (no_weights / 'wrn16_1.cifar10' / 'config.json').unlink()
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(timm.create_model('wrn16_1', pretrained=True).eval()(x), model(x))
+
+
+@pytest.mark.parametrize('pretrained', [False, True])
+def test_unknown_tag_names_the_nearest(pretrained):
+    message = "wrn28_10 has no tag 'cifar1000'; nearest: cifar100; known: cifar10, cifar100"
+    with pytest.raises(RuntimeError, match=message):
+        timm.create_model('wrn28_10.cifar1000', pretrained=pretrained)
+
+
+def test_half_precision_keeps_batchnorm_in_float32(tmp_path):
+    model = export(tmp_path / 'half', half=True)
+    for key, value in load_file(tmp_path / 'half' / 'model.safetensors').items():
+        if value.is_floating_point():
+            assert value.dtype == (torch.float32 if 'bn' in key else torch.float16), key
+    loaded = timm.create_model(f'local-dir:{tmp_path / "half"}', pretrained=True).eval()
+    assert loaded.conv1.weight.dtype == model.conv1.weight.dtype == torch.float32
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(loaded(x), model(x), atol=1e-2, rtol=1e-2)
+
+
+def test_imagenet_stem_starts_fresh_and_says_so(no_weights, caplog):
+    export(no_weights / 'wrn16_1.cifar10')
+    model = timm.create_model('wrn16_1', pretrained=True, stem='imagenet')
+    assert 'weights of the 3x3 stem are dropped' in caplog.text
+    saved = load_file(no_weights / 'wrn16_1.cifar10' / 'model.safetensors')
+    torch.testing.assert_close(model.layer1[0].conv1.weight.data, saved['layer1.0.conv1.weight'])
+    assert model.conv1.weight.shape == (16, 3, 7, 7)
+    assert timm.create_model('wrn16_1', pretrained=True, stem='imagenet', in_chans=1).conv1.weight.shape[1] == 1
+
+
+def test_small_weights_are_packed_into_the_wheel():
+    bundled = (ROOT / 'pyproject.toml').read_text()
+    for name in RELEASED:
+        if (ROOT / 'weights' / name / 'model.safetensors').stat().st_size < 5e6:
+            assert f'"weights/{name}" = "wrn_timm/_weights/{name}"' in bundled
