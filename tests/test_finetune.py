@@ -48,7 +48,8 @@ def test_run_directory(run):
     assert metrics['top1'] > 50  # chance is 33
     assert len((run / 'history.csv').read_text().splitlines()) == 13
     for name in ('curves.png', 'predictions.png'):
-        assert min(Image.open(run / name).size) > 200
+        with Image.open(run / name) as picture:
+            assert min(picture.size) > 200
 
 
 def test_weights_are_a_weights_folder(run):

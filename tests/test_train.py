@@ -33,7 +33,7 @@ def run(tmp_path_factory):
 
 
 def test_a_run_learns_and_keeps_its_records(run):
-    history = list(csv.DictReader((run / 'history.csv').open()))
+    history = list(csv.DictReader((run / 'history.csv').read_text().splitlines()))
     assert len(history) == SMOKE.epochs and float(history[-1]['train_loss']) < float(history[0]['train_loss']) / 2
     recipe = json.loads((run / 'recipe.json').read_text())
     assert recipe['recipe'] == dataclasses.asdict(SMOKE) and recipe['environment']['torch'] == torch.__version__

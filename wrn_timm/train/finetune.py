@@ -15,6 +15,7 @@ from timm.data import create_transform, resolve_model_data_config
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
+from timm.utils import random_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -83,7 +84,7 @@ def finetune(
         FloatingPointError: The loss is no longer finite.
         What `scan_folder`, `split_files` and `RunDir` raise.
     """
-    torch.manual_seed(config.seed)
+    random_seed(config.seed)  # timm's transforms draw from Python's and NumPy's generators too
     scan = scan_folder(data, on_bad)
     for reason in scan.bad:
         _logger.warning('left out: %s', reason)
