@@ -32,9 +32,10 @@ _CITATION = '''@inproceedings{zagoruyko2016wide,
 def _command(run: dict[str, Any]) -> str:
     """The command that repeats a training run."""
     for name, recipe in RECIPES.items():
-        recipe = dataclasses.asdict(recipe)
-        if {**recipe, 'model': run['recipe']['model']} == run['recipe']:
-            model = '' if recipe['model'] == run['recipe']['model'] else f" --model {run['recipe']['model']}"
+        recipe = json.loads(json.dumps(dataclasses.asdict(recipe)))
+        differ = [k for k, v in run['recipe'].items() if recipe.get(k) != v]  # a field of later days has its default
+        if set(differ) <= {'model'}:
+            model = f" --model {run['recipe']['model']}" if differ else ''
             return f"python scripts/train.py --recipe {name}{model} --data DIR --out RUN --seed {run['seed']}"
     return f"the recipe below, by wrn_timm at commit {run['environment']['commit'][:12]}"
 

@@ -48,7 +48,7 @@ RECIPES = {
     # The paper's data, augmentation and optimiser (section 3), a cosine in place of the steps, a quarter of the
     # epochs, averaged weights:
     #     python scripts/train.py --recipe quick --data DIR --out RUN
-    # Two CPU cores, about 90 minutes. Accuracy: on the card of wrn16_1.cifar10, which it made (one seed).
+    # Two CPU cores, about 70 minutes. Accuracy: on the card of wrn16_1.cifar10, which it made (one seed).
     'quick': Recipe(dataset='cifar10', model='wrn16_1', epochs=50, warmup_epochs=2, ema_decay=0.999),
     # Random images, seconds on a CPU: shows that training, checkpoint, resume and export work.
     #     python scripts/train.py --recipe smoke --out RUN
