@@ -8,32 +8,28 @@ import math
 import torch
 import torch.nn.functional as F
 
-__all__ = ['OPERATIONS', 'augment', 'trivial_augment']
+__all__ = ['OPERATIONS', 'trivial_augment']
 
 OPERATIONS = (
     'identity', 'shear_x', 'shear_y', 'translate_x', 'translate_y', 'rotate', 'brightness', 'color', 'contrast',
     'sharpness', 'posterize', 'solarize', 'autocontrast', 'equalize')
 
 
-def trivial_augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """One random operation of random strength for each of (B, 3, H, W) images with values 0..255; same type back."""
-    n, device = len(images), images.device
-    operation = torch.randint(len(OPERATIONS), (n,), generator=generator, device=device)
-    strength = torch.randint(31, (n,), generator=generator, device=device) / 30
-    sign = torch.randint(2, (n,), generator=generator, device=device) * 2 - 1
-    return augment(images, operation, strength, sign)
-
-
-def augment(images: torch.Tensor, operation: torch.Tensor, strength: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
+def trivial_augment(
+        images: torch.Tensor,
+        operation: torch.Tensor,
+        level: torch.Tensor,
+        up: torch.Tensor,
+) -> torch.Tensor:
     """Apply `OPERATIONS[operation]` to each image.
 
     Args:
-        images: (B, 3, H, W), values 0..255, integer or float.
-        operation: int64 (B,).
-        strength: (B,), 0..1, of the operation's range.
-        sign: (B,), -1 or 1, for the operations that go both ways.
+        images: (B, 3, H, W), values 0..255, integer or float; the same type comes back.
+        operation: int64 (B,), below 14.
+        level: int64 (B,), 0 to 30: the strength, of 31 that span the operation's range.
+        up: int64 (B,), 0 or 1: the direction, of the operations that go both ways.
     """
-    x = images.float()
+    x, strength, sign = images.float(), level / 30, up * 2 - 1
     m, s = (v.float()[:, None, None, None] for v in (strength, strength * sign))
     blended = 1 + 0.99 * s
     grey = (x * x.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
