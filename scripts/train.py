@@ -21,7 +21,8 @@ from wrn_timm.train.recipes import RECIPES, Recipe, get_recipe
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--recipe', required=True, help=f'one of {", ".join(RECIPES)}')
     parser.add_argument('--data', default='', help='folder of the official files of the data set')
     parser.add_argument('--download', action='store_true', help='fetch the data set into --data if it is missing')
