@@ -16,7 +16,7 @@ from ..wrn import CIFAR10_LABELS, CIFAR100_LABELS, TAGS
 __all__ = ['NAMES', 'ImageArrays', 'load', 'parse_spec']
 
 NAMES = ('cifar10', 'cifar100', 'svhn', 'synthetic')
-_SVHN_STATS = ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970))
+_SVHN_STATS = ((0., 0., 0.), (1., 1., 1.))  # the paper scales to 0..1 and no more (section 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +91,9 @@ def load(name: str, root: str | Path, train: bool, download: bool = False) -> Im
         raise ValueError(f"data set {name!r} is unknown; choose one of {', '.join(NAMES)}")
     try:
         if name == 'svhn':
-            data = tv.SVHN(root, split='train' if train else 'test', download=download)
-            images, labels, classes = data.data, data.labels, tuple('0123456789')
+            splits = [tv.SVHN(root, split=s, download=download) for s in (('train', 'extra') if train else ('test',))]
+            images, labels = (np.concatenate([getattr(s, k) for s in splits]) for k in ('data', 'labels'))
+            classes = tuple('0123456789')
             mean, std = _SVHN_STATS
         else:
             cls = tv.CIFAR10 if name == 'cifar10' else tv.CIFAR100

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from .augment import OPERATIONS, trivial_augment
 from .datasets import ImageArrays
 
 __all__ = ['DeviceLoader']
@@ -23,10 +24,13 @@ class DeviceLoader:
         pad: Reflected border, in pixels, of which a random window is cut (paper, section 3); 0 for none.
         flip: Mirror each image with probability 1/2.
         cutout: Side, in pixels, of the square set to the mean (arXiv:1708.04552); 0 for none.
+        trivial_augment: One random operation an image after crop and flip (arXiv:2103.10158).
         seed: Seed of the run.
+        rank: This process; it takes every `world_size`-th image of each batch.
+        world_size: Processes that share a batch. The batches do not depend on it.
 
     Raises:
-        ValueError: The set is smaller than one batch.
+        ValueError: The set is smaller than one batch, or a batch does not divide among the processes.
     """
 
     def __init__(
@@ -37,11 +41,17 @@ class DeviceLoader:
             pad: int = 4,
             flip: bool = True,
             cutout: int = 0,
+            trivial_augment: bool = False,
             seed: int = 0,
+            rank: int = 0,
+            world_size: int = 1,
     ):
         if len(data) < batch_size:
             raise ValueError(f'batch size {batch_size} is larger than the {len(data)} training images')
+        if batch_size % world_size:
+            raise ValueError(f'batch size {batch_size} does not divide among {world_size} processes')
         self.device = torch.device(device)
+        self.rank, self.world_size, self.trivial_augment = rank, world_size, trivial_augment
         self.batch_size, self.pad, self.flip, self.cutout, self.seed = batch_size, pad, flip, cutout, seed
         self.size = data.images.shape[-2:]
         images = F.pad(data.images.float(), [pad] * 4, mode='reflect').byte() if pad else data.images
@@ -60,17 +70,21 @@ class DeviceLoader:
         order = torch.randperm(len(self.labels), generator=self._seeded(epoch, -1), device=self.device)
         for step in range(first_step, len(self)):
             index = order[step * self.batch_size:(step + 1) * self.batch_size]
-            yield self._augment(index, self._seeded(epoch, step)), self.labels[index]
+            yield self._augment(index, self._seeded(epoch, step)), self.labels[index[self.rank::self.world_size]]
 
     def _seeded(self, epoch: int, step: int) -> torch.Generator:
         return self._generator.manual_seed(((self.seed * 100_003 + epoch) * 1_000_003 + step + 1) % 2 ** 63)
 
     def _augment(self, index: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-        n, (h, w) = len(index), self.size
+        h, w = self.size
 
         def draw(high: int) -> torch.Tensor:
-            return torch.randint(high, (n, 1), generator=g, device=self.device)
+            """One number an image; drawn for the whole batch, so that it is the same for any number of processes."""
+            return torch.randint(high, (self.batch_size, 1), generator=g, device=self.device)[mine]
 
+        mine = slice(self.rank, None, self.world_size)
+        index = index[mine]
+        n = len(index)
         rows = torch.arange(h, device=self.device).expand(n, h)
         cols = torch.arange(w, device=self.device).expand(n, w)
         if self.flip:
@@ -80,6 +94,8 @@ class DeviceLoader:
             cols = cols + draw(2 * self.pad + 1)
         # One gather crops and flips; it comes out as NHWC, which permuted is channels_last.
         x = self.images[index[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+        if self.trivial_augment:
+            x = trivial_augment(x, *(draw(high)[:, 0] for high in (len(OPERATIONS), 31, 2)))
         x = x * self.scale + self.shift
         if self.cutout:
             half = self.cutout // 2

@@ -3,7 +3,7 @@
     recipe.json     the resolved recipe, seed, versions and commit
     history.csv     a line an epoch
     curves.png      loss, accuracy and learning rate
-    checkpoint.pt   all that a resumed run needs; replaced at each save
+    checkpoints/    the last two, and the best on the held-out images where there are any
     weights/        the weights folder, once the run has ended
 """
 from __future__ import annotations
@@ -12,8 +12,10 @@ import copy
 import csv
 import io
 import json
+import logging
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +29,8 @@ from timm.models import save_for_hf
 from ..weights import WEIGHTS_FILE, sha256_of
 
 __all__ = ['RunDir', 'atomic_write', 'environment', 'export_weights', 'plot_history']
+
+_logger = logging.getLogger(__name__)
 
 
 def atomic_write(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
@@ -63,6 +67,7 @@ class RunDir:
         path: The directory.
         settings: What decides the run's result: recipe, seed, data. Kept in `recipe.json`.
         resume: Go on with the run that is there.
+        write: False for the processes of a run that leave the writing to the first.
 
     Raises:
         FileExistsError: Another run is there and `resume` is off.
@@ -70,10 +75,13 @@ class RunDir:
         ValueError: `resume` is on and the settings are not those of the run; the fields that differ are named.
     """
 
-    def __init__(self, path: str | Path, settings: dict[str, Any], resume: bool = False):
+    def __init__(self, path: str | Path, settings: dict[str, Any], resume: bool = False, write: bool = True):
         self.path = Path(path)
         self.recipe_file = self.path / 'recipe.json'
-        self.checkpoint_file = self.path / 'checkpoint.pt'
+        self.checkpoints = self.path / 'checkpoints'
+        self.write = write
+        if not write:
+            return
         exists = self.recipe_file.is_file()
         if exists and not resume:
             raise FileExistsError(f'{self.path} already holds a run; choose another --out, or go on with --resume')
@@ -81,7 +89,7 @@ class RunDir:
             raise FileNotFoundError(f'{self.path} holds no run to resume')
         if exists:
             old = json.loads(self.recipe_file.read_text())
-            differ = [k for k in settings if old.get(k) != json.loads(json.dumps(settings[k]))]
+            differ = _differences(old, json.loads(json.dumps(settings)))
             if differ:
                 raise ValueError(f'{self.path} was started with other settings ({", ".join(differ)}); '
                                  f'resume with the same, or choose another --out')
@@ -89,15 +97,37 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             atomic_write(self.recipe_file, json.dumps({**settings, 'environment': environment()}, indent=2) + '\n')
 
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint."""
-        atomic_write(self.checkpoint_file, lambda p: torch.save(state, p))
+    def save(self, state: dict[str, Any], history: list[dict[str, float]]) -> None:
+        """Add a checkpoint, drop all but the last two and the best, and write `history.csv` and `curves.png`.
+
+        Args:
+            state: Tensors, numbers and their containers, with `epoch` and `step`; read back by `load_checkpoint`.
+            history: A line an epoch so far; where it has `holdout_accuracy`, the best is kept as `best.pt`.
+        """
+        if not self.write:
+            return
+        self.checkpoints.mkdir(exist_ok=True)
+        newest = self.checkpoints / f"epoch-{state['epoch']:04d}-step-{state['step']:06d}.pt"
+        atomic_write(newest, lambda p: torch.save(state, p))
+        held_out = [row['holdout_accuracy'] for row in history if 'holdout_accuracy' in row]
+        if held_out and state['step'] == 0 and held_out[-1] >= max(held_out):
+            atomic_write(self.checkpoints / 'best.pt', lambda p: shutil.copyfile(newest, p))
+        for old in self._newest_first()[2:]:
+            old.unlink()
+        if history:
+            self.write_history(history)
+
+    def _newest_first(self) -> list[Path]:
+        return sorted(self.checkpoints.glob('epoch-*.pt'), reverse=True)
 
     def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
-        """The last checkpoint, or None before the first."""
-        if not self.checkpoint_file.is_file():
-            return None
-        return torch.load(self.checkpoint_file, map_location=device, weights_only=True)
+        """The last whole checkpoint, or None before the first. A damaged one is named and passed over."""
+        for path in self._newest_first():
+            try:
+                return torch.load(path, map_location=device, weights_only=True)
+            except Exception as e:  # a damaged zip or pickle raises what it likes
+                _logger.warning('%s is damaged (%s); going back to the one before', path, str(e).splitlines()[0])
+        return None
 
     def write_history(self, history: list[dict[str, float]]) -> None:
         """Write `history.csv` and `curves.png`."""
@@ -107,6 +137,17 @@ class RunDir:
         writer.writerows(history)
         atomic_write(self.path / 'history.csv', text.getvalue())
         atomic_write(self.path / 'curves.png', lambda p: plot_history(history, p))
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = '') -> list[str]:
+    """Dotted names of the settings of `new` that are others in `old`, with both values."""
+    out = []
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(old.get(key), dict):
+            out += _differences(old[key], value, f'{prefix}{key}.')
+        elif old.get(key) != value:
+            out.append(f'{prefix}{key}: {old.get(key)} there, {value} now')
+    return out
 
 
 def plot_history(history: list[dict[str, float]], path: Path) -> None:
