@@ -34,8 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(parser.parse_args(argv))
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     logging.getLogger('timm').setLevel(logging.WARNING)
-    config = FinetuneConfig(**{f.name: args.pop(f.name) for f in dataclasses.fields(FinetuneConfig)})
     try:
+        config = FinetuneConfig(**{f.name: args.pop(f.name) for f in dataclasses.fields(FinetuneConfig)})
         metrics = finetune(config, **args)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
         print(f'error: {e}', file=sys.stderr)

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         model = open_model(args.model).to(args.device)
-    except (OSError, RuntimeError) as e:
+    except (OSError, RuntimeError, ValueError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 1
     transform = eval_transform(model)

@@ -17,7 +17,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import wrn_timm
+from wrn_timm.wrn import VARIANTS
 from wrn_timm.wrn_imagenet import default_cfgs as imagenet_cfgs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PAPER = {
     'wrn40_1.cifar10': 6.85, 'wrn40_1.cifar100': 30.89, 'wrn40_2.cifar10': 5.33, 'wrn40_2.cifar100': 26.04,
     'wrn40_4.cifar10': 4.53, 'wrn40_4.cifar100': 21.18, 'wrn16_8.cifar10': 4.27, 'wrn16_8.cifar100': 20.43,
-    'wrn28_10.cifar10': 4.00, 'wrn28_10.cifar100': 19.25,
+    'wrn28_10.cifar10': 4.00, 'wrn28_10.cifar100': 19.25, 'wrn40_8.cifar10': 4.66, 'wrn28_12.cifar10': 4.33,
+    'wrn28_12.cifar100': 20.43, 'wrn22_8.cifar10': 4.38, 'wrn22_8.cifar100': 21.22, 'wrn22_10.cifar10': 4.44,
+    'wrn22_10.cifar100': 20.75, 'wrn16_10.cifar10': 4.56, 'wrn16_10.cifar100': 21.59,
 }
 DOWNLOADABLE = {
     'wrn28_10.cifar10': 2.39, 'wrn28_10.cifar100': 17.88, 'wrn40_8.cifar10': 2.37, 'wrn40_8.cifar100': 18.03,
@@ -42,9 +44,8 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def models_table() -> str:
     """Parameters, multiply-adds at the default input and reductions of every model."""
     rows = []
-    for name in timm.list_models('wrn*'):
-        if name not in imagenet_cfgs and name not in wrn_timm.wrn.default_cfgs:
-            continue
+    names = {*imagenet_cfgs, *(f'wrn{depth}_{width}' for depth, width in VARIANTS)}
+    for name in (n for n in timm.list_models('wrn*') if n in names):
         model = timm.create_model(name, device='meta').eval()
         size = model.pretrained_cfg['input_size']
         with FlopCounterMode(display=False) as counter:

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = train(
             recipe, args.data, args.out, device=args.device, seed=args.seed, time_budget=args.time_budget,
             checkpoint_every=args.checkpoint_every, resume=args.resume, download=args.download)
-    except (ValueError, OSError, FloatingPointError) as e:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 1
     if folder:

@@ -159,12 +159,13 @@ class Tutorial(nn.Module):
         return self.output(x.mean((2, 3)))
 
 
-def test_tutorial_biases_fold_into_batchnorm(tmp_path):
+def test_tutorial_biases_fold_into_batchnorm(tmp_path, caplog):
     reference = randomise(Tutorial())
     torch.save(reference.state_dict(), tmp_path / 'tutorial.pt')
-    model = load('wrn50_2', tmp_path / 'tutorial.pt', num_classes=101,
-                 pretrained_cfg=timm.get_pretrained_cfg('wrn50_2').to_dict() | {'num_classes': 101})
+    model = load('wrn50_2', tmp_path / 'tutorial.pt', num_classes=101)
     assert_same(model, reference, size=64)
+    load('wrn50_2', tmp_path / 'tutorial.pt')
+    assert 'has 101 classes, this model 1000: its classifier is dropped' in caplog.text
 
 
 def test_another_architecture_is_refused_with_what_it_is(tmp_path):
@@ -174,6 +175,12 @@ def test_another_architecture_is_refused_with_what_it_is(tmp_path):
     with pytest.raises(RuntimeError, match=r'BatchNorm in a shortcut fed by the raw input.*the model is a WRN-16-4'
                                            r'.*first: layer1\.0\.bn1\.weight is missing'):
         load('wrn16_4', tmp_path / 'tutorial.pt')
+    torch.save({k.replace('layer1', 'layer2'): v for k, v in state_dict.items()}, tmp_path / 'width1.pt')
+    with pytest.raises(ValueError, match='width1.pt is a network with BatchNorm in a shortcut'):
+        wrn_timm.convert_checkpoint(tmp_path / 'width1.pt')
+    torch.save({'epoch': 3}, tmp_path / 'none.pt')
+    with pytest.raises(ValueError, match='none.pt is of no layout known here'):
+        wrn_timm.convert_checkpoint(tmp_path / 'none.pt')
     save_file(timm.create_model('wrn16_2').state_dict(), tmp_path / 'other.safetensors')
     with pytest.raises(RuntimeError, match=r'is a WRN-16-2; the model is a WRN-16-4.*is \(32, 16, 3, 3\), not \(64'):
         load('wrn16_4', tmp_path / 'other.safetensors', num_classes=5)  # strict loading is off where classes differ

@@ -1,4 +1,6 @@
 """Images as they are read, split, held on the device and augmented."""
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -121,15 +123,23 @@ def test_scan_of_the_sample():
 @pytest.mark.parametrize('mode', ['L', 'P', 'RGBA', 'LA', 'CMYK', '1', 'I;16'])
 def test_every_colour_mode_becomes_rgb(tmp_path, mode):
     suffix = 'jpg' if mode == 'CMYK' else 'png'
-    image = Image.new('I;16', (8, 8), 1000) if mode == 'I;16' else Image.new('RGB', (8, 8), 'white').convert(mode)
+    image = Image.new('I;16', (8, 8), 128 * 257) if mode == 'I;16' else Image.new('RGB', (8, 8), 'white').convert(mode)
     image.save(tmp_path / f'x.{suffix}')
     read = read_rgb(tmp_path / f'x.{suffix}')
-    assert read.mode == 'RGB' and (mode == 'I;16' or np.asarray(read).min() > 250)
+    assert read.mode == 'RGB'
+    assert np.asarray(read).min() >= 250 if mode != 'I;16' else read.getpixel((0, 0)) == (128, 128, 128)
 
 
 def test_transparency_is_laid_on_white(tmp_path):
     Image.new('RGBA', (4, 4), (200, 0, 0, 0)).save(tmp_path / 'x.png')
     assert read_rgb(tmp_path / 'x.png').getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
+    image, exif = Image.new('RGB', (8, 4)), Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / 'x.jpg', exif=exif)
+    assert read_rgb(tmp_path / 'x.jpg').size == (4, 8)
 
 
 def test_bad_files_are_skipped_and_named_or_refused(folder):
@@ -147,8 +157,13 @@ def test_bad_files_are_skipped_and_named_or_refused(folder):
 
 
 def test_given_split_is_kept(folder):
+    (folder / 'train').mkdir()
+    (folder / 'val').mkdir()
+    with pytest.raises(ValueError, match='beside them ketch, pizza'):
+        scan_folder(folder)
+    for name in ('pizza', 'ketch'):
+        shutil.rmtree(folder / name)
     for part in ('train', 'val'):
-        (folder / part).mkdir()
         for name in ('pizza', 'ketch'):
             (folder / part / name).mkdir()
             for p in sorted((SAMPLE / name).iterdir())[:2 if part == 'train' else 1]:
@@ -156,7 +171,7 @@ def test_given_split_is_kept(folder):
     scan = scan_folder(folder)
     assert (len(scan.train), len(scan.test)) == (4, 2)
     (folder / 'val' / 'watch').mkdir()
-    with pytest.raises(ValueError, match='watch'):
+    with pytest.raises(ValueError, match='classes without images in .*val: watch'):
         scan_folder(folder)
 
 

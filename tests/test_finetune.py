@@ -7,10 +7,12 @@ import predict as predict_script
 import pytest
 import timm
 import torch
+import validate as validate_script
 from conftest import SAMPLE
 from PIL import Image
 
 from wrn_timm.train.rundir import export_weights
+from wrn_timm.train.validate import check_golden
 
 
 @pytest.fixture(scope='module')
@@ -52,6 +54,14 @@ def test_run_directory(run):
             assert min(picture.size) > 200
 
 
+def test_card_of_a_fine_tuned_run(run, photographs):
+    folder = run / 'weights'
+    assert validate_script.main(['--model', str(folder), '--data', f'folder:{photographs}', '--write']) == 0
+    assert json.loads((folder / 'metrics.json').read_text())['split'] == 'all files'
+    assert 'python scripts/finetune.py --model' in (folder / 'README.md').read_text()
+    assert check_golden(folder) < 1e-5
+
+
 def test_weights_are_a_weights_folder(run):
     model = timm.create_model(f'local-dir:{run / "weights"}', pretrained=True).eval()
     assert model.pretrained_cfg['label_names'] == ['ketch', 'pizza', 'sunflower']
@@ -82,6 +92,11 @@ def test_clear_errors(run, weights, photographs, tmp_path, capsys):
         assert finetune_script.main(['--device', 'cpu', *map(str, argv)]) == 1
         return capsys.readouterr().err
 
+    for bad in ('--epochs=0', '--label-smoothing=1', '--test-fraction=2'):
+        assert 'it must be from' in error('--data', photographs, bad, '--out', tmp_path / 'run')
+    message = error('--data', photographs, '--model', weights, '--out', run)
+    assert 'already holds a run' in message and 'resume' not in message
+    assert 'no weights folder at' in error('--data', photographs, '--model', 'no/where', '--out', tmp_path / 'run')
     assert 'already holds a run' in error('--data', photographs, '--model', weights, '--out', run)
     assert 'no folder at' in error('--data', tmp_path / 'nowhere', '--out', tmp_path / 'run')
     assert "wrn16_1 has no tag 'cifar'; nearest: cifar10" in error(

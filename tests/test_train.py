@@ -9,6 +9,7 @@ import timm
 import torch
 import train as train_script
 import validate as validate_script
+from conftest import SAMPLE
 
 from wrn_timm.data.datasets import load
 from wrn_timm.data.device import DeviceLoader
@@ -63,18 +64,21 @@ def test_another_run_is_not_written_over(run, tmp_path, capsys):
     assert train_script.main(['--recipe', 'smoke', '--out', str(run)]) == 1
     assert f'{run} already holds a run; choose another --out, or go on with --resume' in capsys.readouterr().err
     assert train_script.main(['--recipe', 'smoke', '--out', str(run), '--resume', '--seed', '7']) == 1
-    assert 'was started with other settings (seed)' in capsys.readouterr().err
+    assert 'was started with other settings (seed: 0 there, 7 now)' in capsys.readouterr().err
     assert train_script.main(['--recipe', 'smoke', '--out', str(tmp_path / 'none'), '--resume']) == 1
     assert 'holds no run to resume' in capsys.readouterr().err
     assert train_script.main(['--recipe', 'quik', '--out', str(tmp_path / 'none')]) == 1
-    assert "recipe 'quik' is unknown; choose one of quick, smoke" in capsys.readouterr().err
+    assert "recipe 'quik' is unknown; nearest: quick; known: paper_cifar10" in capsys.readouterr().err
+    assert train_script.main(['--recipe', 'smoke', '--out', str(tmp_path / 'none'), '--model', 'wrn9_9']) == 1
+    assert 'wrn9_9' in capsys.readouterr().err
     assert (run / 'recipe.json').read_bytes() == before and not (tmp_path / 'none').exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     recipe = dataclasses.replace(SMOKE, lr=1e30)
-    with pytest.raises(FloatingPointError, match='in epoch 1'):
+    with pytest.raises(FloatingPointError, match='the loss is not finite at epoch 1'):
         train(recipe, '', tmp_path / 'run')
+    assert not list((tmp_path / 'run').glob('checkpoints/*'))
 
 
 def test_optimiser_is_torchs_sgd_with_a_cosine(run):
@@ -116,6 +120,8 @@ def test_validate_reloads_measures_and_finishes_the_folder(run, capsys):
 
 
 def test_validate_refuses_other_classes(run, tmp_path, capsys):
+    assert validate_script.main(['--model', str(run / 'weights'), '--data', f'folder:{SAMPLE}']) == 1
+    assert 'knows 10 classes (airplane, automobile, bird...)' in capsys.readouterr().err
     assert validate_script.main(['--model', str(run / 'weights'), '--data', f'cifar100:{tmp_path}']) == 1
     assert 'cifar100: the official files are not whole' in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -22,6 +22,10 @@ def export(folder, name='wrn16_1', tag='cifar10', seed=0, **kwargs):
     return model
 
 
+def test_something_real_is_released():
+    assert 'wrn16_1.cifar10' in RELEASED
+
+
 @pytest.mark.parametrize('name', RELEASED)
 def test_released_folder_is_whole(name):
     folder = ROOT / 'weights' / name
@@ -116,6 +120,21 @@ def test_a_folder_without_a_hash_is_taken_as_it_is(no_weights):
     (no_weights / 'wrn16_1.cifar10' / 'config.json').unlink()
     x = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(timm.create_model('wrn16_1', pretrained=True).eval()(x), model(x))
+
+
+def test_damaged_files_without_a_hash_and_damaged_configurations(no_weights):
+    folder = no_weights / 'wrn16_1.cifar10'
+    export(folder)
+    file = folder / 'model.safetensors'
+    whole = file.read_bytes()
+    (folder / 'config.json').unlink()
+    file.write_bytes(whole[:-100])
+    with pytest.raises(RuntimeError, match='model.safetensors is damaged'):
+        timm.create_model('wrn16_1', pretrained=True)
+    (folder / 'config.json').write_text('{"sha256": ')
+    with pytest.raises(RuntimeError, match='config.json is damaged'):
+        timm.create_model('wrn16_1', pretrained=True)
+    assert [w.size for w in wrn_timm.list_weights() if w.name == 'wrn16_1.cifar10'] == [len(whole) - 100]
 
 
 @pytest.mark.parametrize('pretrained', [False, True])

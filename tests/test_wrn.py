@@ -283,6 +283,17 @@ def test_register_any_depth_and_fractional_width():
     assert model.feature_info[0]['num_chs'] == 8 and model(torch.randn(1, 3, 32, 32)).shape == (1, 100)
 
 
+def test_a_name_that_an_imagenet_network_has_is_not_taken():
+    with pytest.raises(ValueError, match=r'wrn34_2 is the name of another network.*WideResNet\(depth=34, width=2\)'):
+        wrn_timm.register_wrn(34, 2)
+    assert wrn_timm.WideResNet(34, 2).num_features == 128
+
+
+@pytest.mark.parametrize('act_layer', ['gelu', 'silu', torch.nn.GELU])
+def test_activations_by_name_or_class(act_layer):
+    assert create(act_layer=act_layer)(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
 def test_configuration_fields():
     cfg = timm.create_model('wrn28_1').pretrained_cfg
     assert (cfg['input_size'], cfg['pool_size'], cfg['crop_pct'], cfg['tag']) == ((3, 32, 32), (8, 8), 1.0, 'cifar10')

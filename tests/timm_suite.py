@@ -5,7 +5,8 @@
 
 The tests come from the source distribution of the installed timm and are not kept in this tree. Our modules are added
 to its FEAT_INTER_FILTERS, without which the tests of intermediates pass a plugin by. Tests that fetch weights run for
-those that are on this machine. The number of collected tests is checked, since a filter that matches nothing passes.
+those that are on this machine. Every name must have every kind of test: a filter that matches nothing
+passes too.
 """
 from __future__ import annotations
 
@@ -22,9 +23,11 @@ import timm
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.weights import find
 
-# timm has some ten tests for each name: forward, backward, configurations (each tag), features, intermediates, fx and
-# TorchScript.
-FEWEST_PER_NAME = 9
+EXPECTED = {
+    'test_model_forward', 'test_model_backward', 'test_model_default_cfgs',
+    'test_model_forward_torchscript', 'test_model_forward_features', 'test_model_forward_intermediates',
+    'test_model_forward_intermediates_features', 'test_model_forward_fx', 'test_model_backward_fx',
+}
 
 
 def fetch_suite(folder: Path) -> Path:
@@ -65,8 +68,10 @@ def main(names: list[str]) -> int:
         ids = [line.split('::')[1] for line in listing.splitlines() if '::' in line]
         wanted = [i for i in ids if (name := _name_of(i, names)) and ('pretrained' not in i or find(name))]
         print(f'{len(wanted)} tests of {len(names)} names')
-        if len(wanted) < FEWEST_PER_NAME * len(names):
-            raise SystemExit(f'only {len(wanted)} tests collected, of at least {FEWEST_PER_NAME * len(names)}')
+        for name in names:
+            kinds = {i.partition('[')[0] for i in wanted if (_name_of(i, names) or '').partition('.')[0] == name}
+            if missing := EXPECTED - kinds:
+                raise SystemExit(f'{name}: not collected: {", ".join(sorted(missing))}')
         listed = Path(folder) / 'ids.txt'
         listed.write_text('\n'.join(f'{suite}::{i}' for i in wanted))
         return subprocess.run([*base[:-1], f'@{listed}'], cwd=folder).returncode

@@ -113,36 +113,39 @@ LAYOUTS: tuple[tuple[str, str, Callable[[StateDict], StateDict]], ...] = (
 )
 
 
+NATIVE = ('a WRN-', 'a ResNet of ')
+
+
 def _layout(state_dict: StateDict) -> tuple[str, Callable[[StateDict], StateDict] | None]:
     for pattern, name, convert in LAYOUTS:
         if any(re.match(pattern, key) for key in state_dict):
             return name, convert
-    if any(re.match(r'^layer1\.0\.skip\.1\.', key) for key in state_dict):
+    if any(re.match(r'^layer\d+\.0\.skip\.1\.', key) for key in state_dict):
         return 'a network with BatchNorm in a shortcut fed by the raw input, which is not the paper\'s', None
     if 'layer1.0.bn1.weight' in state_dict and 'bn.weight' in state_dict:
         blocks = sum(bool(re.fullmatch(r'layer1\.\d+\.conv1\.weight', k)) for k in state_dict)
         width = state_dict['layer1.0.conv1.weight'].shape[0] / 16
-        return f'a WRN-{6 * blocks + 4}-{width:g}', None
+        return f'{NATIVE[0]}{6 * blocks + 4}-{width:g}', None
     if 'layer4.0.conv1.weight' in state_dict and 'bn1.weight' in state_dict:
         inner = state_dict['layer1.0.conv1.weight'].shape[0]
         blocks = [sum(bool(re.fullmatch(rf'layer{i}\.\d+\.conv1\.weight', k)) for k in state_dict) for i in range(1, 5)]
-        return f'a ResNet of {"-".join(map(str, blocks))} blocks, the first {inner} channels wide inside', None
+        return f'{NATIVE[1]}{"-".join(map(str, blocks))} blocks, the first {inner} channels wide inside', None
     return 'of no layout known here', None
 
 
 def convert_state_dict(state_dict: StateDict) -> StateDict:
     """Rename (and fold) a state dict of any known layout into ours; a dict in our layout comes back as it is.
 
-    A wrapper (`state_dict`, `params`, `model`, `net`) is opened and the prefixes of DataParallel and `torch.compile`
-    are dropped.
+    A wrapper (`state_dict`, `params`, `model`...; averaged weights first, as timm does) is opened, and the prefixes of
+    DataParallel and `torch.compile` are dropped.
     """
-    for wrapper in ('state_dict', 'params', 'model', 'net'):
+    for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'params', 'model', 'net'):
         if isinstance(state_dict.get(wrapper), dict):
             state_dict = state_dict[wrapper]
             break
     state_dict = {
         re.sub(r'^(module\.|_orig_mod\.)+', '', k): v.detach()
-        for k, v in state_dict.items() if isinstance(v, torch.Tensor)}
+        for k, v in state_dict.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     convert = _layout(state_dict)[1]
     return convert(state_dict) if convert else state_dict
 
@@ -154,7 +157,7 @@ def convert_checkpoint(path: str | Path) -> StateDict:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or is not a checkpoint of tensors.
+        ValueError: The file is damaged, or holds no network of a known layout; says what it is.
     """
     path = Path(path)
     if not path.is_file():
@@ -170,7 +173,11 @@ def convert_checkpoint(path: str | Path) -> StateDict:
         raise ValueError(f'{path} cannot be read as weights alone: {e}') from e
     if not isinstance(state_dict, dict):
         raise ValueError(f'{path} holds a {type(state_dict).__name__}, not a dictionary of tensors')
-    return convert_state_dict(state_dict)
+    state_dict = convert_state_dict(state_dict)
+    name = _layout(state_dict)[0]
+    if not name.startswith(NATIVE):
+        raise ValueError(f'{path} is {name}')
+    return state_dict
 
 
 def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
@@ -184,13 +191,22 @@ def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
     """
     state_dict = convert_state_dict(state_dict)
     own = model.state_dict()
-    first, own_first = state_dict.get('conv1.weight'), own['conv1.weight']
-    if first is not None and first.ndim == 4 and first.shape[2:] != own_first.shape[2:] and \
-            getattr(model, 'stem_type', 'cifar') == 'imagenet':
+    first, own_first = state_dict.get('conv1.weight'), own.get('conv1.weight')
+    if getattr(model, 'stem_type', 'cifar') == 'imagenet' and first is not None and first.shape[2:] != (7, 7):
         _logger.warning(
             'The weights of the %s stem are dropped: this model has an ImageNet stem, which starts untrained.',
             'x'.join(map(str, first.shape[2:])))
         state_dict['conv1.weight'] = own_first
+
+    if 'fc.weight' in state_dict:
+        classes = len(state_dict['fc.weight'])
+        if classes != model.pretrained_cfg['num_classes'] and model.num_classes not in (0, classes):
+            _logger.warning(
+                'The checkpoint has %d classes, this model %d: its classifier is dropped. Pass num_classes=%d to keep '
+                'it.', classes, model.num_classes, classes)
+        if classes != model.pretrained_cfg['num_classes']:
+            model.pretrained_cfg.pop('label_names', None)
+        model.pretrained_cfg['num_classes'] = classes  # by which timm decides whether to keep the classifier
 
     def fits(key: str) -> bool:
         a, b = own[key].shape, state_dict[key].shape

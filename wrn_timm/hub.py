@@ -31,20 +31,28 @@ _CITATION = '''@inproceedings{zagoruyko2016wide,
 
 def _command(run: dict[str, Any]) -> str:
     """The command that repeats a training run."""
+    if 'finetune' in run:
+        return f"python scripts/finetune.py --model {run['finetune']['model']} --data DIR --out RUN"
     for name, recipe in RECIPES.items():
         recipe = json.loads(json.dumps(dataclasses.asdict(recipe)))
         differ = [k for k, v in run['recipe'].items() if recipe.get(k) != v]  # a field of later days has its default
         if set(differ) <= {'model'}:
             model = f" --model {run['recipe']['model']}" if differ else ''
             return f"python scripts/train.py --recipe {name}{model} --data DIR --out RUN --seed {run['seed']}"
-    return f"the recipe below, by wrn_timm at commit {run['environment']['commit'][:12]}"
+    return f"the recipe below, by wrn_timm at commit {run['environment']['commit']}"
 
 
-def model_card(folder: str | Path) -> str:
-    """The card (README.md) of a weights folder, from its `config.json`, `metrics.json` and `recipe.json`."""
+def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str:
+    """The card (README.md) of a weights folder, from its `config.json`, `metrics.json` and `recipe.json`.
+
+    Args:
+        folder: Weights folder, of `train.py` or `finetune.py`.
+        metrics: In place of those in `metrics.json`.
+    """
     folder = Path(folder)
-    config, metrics, run = (
-        json.loads((folder / f'{name}.json').read_text()) for name in ('config', 'metrics', 'recipe'))
+    config, run = (json.loads((folder / f'{name}.json').read_text()) for name in ('config', 'recipe'))
+    metrics = metrics or json.loads((folder / 'metrics.json').read_text())
+    settings = run.get('recipe') or run['finetune']
     arch, cfg = config['architecture'], config['pretrained_cfg']
     name = f"{arch}.{cfg['tag']}"
     dataset = metrics['dataset']
@@ -62,9 +70,10 @@ def model_card(folder: str | Path) -> str:
                 dataset_split=metrics['split'], metric_type='accuracy', metric_name='Top-1 accuracy',
                 metric_value=metrics['top1']),
         ])
-    recipe = '\n'.join(f'| {k} | {v} |' for k, v in run['recipe'].items())
+    recipe = '\n'.join(f'| {k} | {v} |' for k, v in settings.items())
     env = run['environment']
     top5 = f"; top-5 {metrics['top5']:.2f} %" if metrics.get('top5') is not None else ''
+    speed = f" at {float(last['images_per_second']):.0f} images/s (last epoch)" if 'images_per_second' in last else ''
     limits = f"\n## Limits\n{_LIMITS[dataset]} {_OUTSIDE}\n" if dataset in _LIMITS else ''
     return f'''---
 {data.to_yaml()}
@@ -86,16 +95,15 @@ logits = model(transform(Image.open("photo.jpg").convert("RGB"))[None])
 
 ## Accuracy
 Top-1 **{metrics['top1']:.2f} %** (error {100 - metrics['top1']:.2f} %){top5}; expected calibration error \
-{metrics['ece']:.2f} %. Measured by `scripts/validate.py` on all {metrics['images']:,} images of the {title} \
-{metrics['split']} set, from the weights as they lie here; one seed, {'averaged' if run['recipe'].get('ema_decay') else
-'last'} weights of the last epoch, the test set read once.
+{metrics['ece']:.2f} %. Measured by `scripts/validate.py` on {metrics['images']:,} images of {title} \
+({metrics['split']}), from the weights as they lie here; one seed, \
+{'averaged' if settings.get('ema_decay') else 'last'} weights of the last epoch, the test set read once.
 
 Preprocessing: RGB, {size}x{size}, scaled to 0..1, mean {tuple(cfg['mean'])}, std {tuple(cfg['std'])}.
 
 ## Training
-{float(last['seconds']) / 60:.0f} minutes at {float(last['images_per_second']):.0f} images/s (last epoch) on \
-{env['hardware']}, seed {run['seed']}, {last['epoch']} epochs; torch {env['torch']}, timm {env['timm']}, commit \
-`{env['commit'][:12]}`.
+{float(last['seconds']) / 60:.0f} minutes{speed} on {env['hardware']}, seed {run.get('seed', settings.get('seed'))}, \
+{last['epoch']} epochs; torch {env['torch']}, timm {env['timm']}, commit `{env['commit']}`.
 
 ```
 {_command(run)}

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, list_models
 from timm.models._pretrained import PretrainedCfg
 
@@ -59,7 +60,20 @@ def find(name: str) -> Path | None:
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal sha256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """A folder's `config.json`, {} where there is none."""
+    file = folder / 'config.json'
+    try:
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as e:
+        raise RuntimeError(f'{file} is damaged: {e}. Restore the folder from where it came.') from e
 
 
 def verify(folder: Path) -> Path:
@@ -67,18 +81,21 @@ def verify(folder: Path) -> Path:
 
     Raises:
         FileNotFoundError: The folder holds no weights file.
-        RuntimeError: The file's sha256 is another one; both are given.
+        RuntimeError: The file's sha256 is not the one that `config.json` names (both are given), or it is damaged.
     """
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         raise FileNotFoundError(f'{folder} holds no {WEIGHTS_FILE}')
-    config = folder / 'config.json'
-    expected = json.loads(config.read_text()).get('sha256') if config.is_file() else None
+    expected = _config(folder).get('sha256')
     if expected and (found := sha256_of(file)) != expected:
         raise RuntimeError(
             f'{file} is damaged or is another file: sha256 {found}, but config.json names {expected}. '
             f'Restore the folder from where it came.')
-    return file
+    try:
+        with safe_open(file, 'pt'):
+            return file
+    except SafetensorError as e:
+        raise RuntimeError(f'{file} is damaged: {e}. Restore the folder from where it came.') from e
 
 
 def sources(name: str) -> dict[str, str]:
@@ -97,8 +114,8 @@ def _download(name: str, hub_id: str, cache_dir: str | Path | None) -> str:
     except (OSError, ValueError, RuntimeError) as e:  # every fault of the Hub's client is one of these
         raise RuntimeError(
             f'No weights for {name}: {_searched()}, nor could the Hub give {hub_id} '
-            f'({type(e).__name__}: {str(e).splitlines()[0]}). Connect to the network, or put a folder called {name} '
-            f'with {WEIGHTS_FILE} into a place that $WRN_TIMM_WEIGHTS names.') from e
+            f'({type(e).__name__}: {str(e).strip().partition(chr(10))[0]}). Connect to the network, or put a folder '
+            f'called {name} with {WEIGHTS_FILE} into a place that $WRN_TIMM_WEIGHTS names.') from e
 
 
 def _searched() -> str:
@@ -148,8 +165,8 @@ def locate(
     name = f'{variant}.{cfg.tag}'
     if folder := find(name):
         overlay['file'] = str(verify(folder))
-    elif cfg.hf_hub_id:
-        overlay['file'] = _download(name, cfg.hf_hub_id, cache_dir)
+    elif hub_id := cfg.hf_hub_id or sources(name).get('hf_hub_id'):
+        overlay['file'] = _download(name, hub_id, cache_dir)
     else:
         raise RuntimeError(
             f'No weights for {name}: {_searched()}, and no Hub account is set ($WRN_TIMM_HUB_NAMESPACE). '
@@ -172,12 +189,10 @@ def list_weights() -> list[Weights]:
         folder, hub_id = find(name), cfg.hf_hub_id
         if folder:
             file = folder / WEIGHTS_FILE
-            config = json.loads((folder / 'config.json').read_text()) if (folder / 'config.json').is_file() else {}
             metrics_file = folder / 'metrics.json'
             metrics = json.loads(metrics_file.read_text()) if metrics_file.is_file() else {}
             rows.append(Weights(
-                name, str(folder), file.stat().st_size, config.get('sha256') or sha256_of(file),
-                cfg.license or '', metrics.get('top1')))
+                name, str(folder), file.stat().st_size, sha256_of(file), cfg.license or '', metrics.get('top1')))
         elif hub_id:
             rows.append(Weights(name, f'hf-hub:{hub_id}', None, None, cfg.license or '', None))
     return rows

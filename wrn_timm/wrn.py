@@ -7,13 +7,12 @@ channels, k being the width. The first block of a stage projects its shortcut by
 pre-activated input; for k = 1 the first stage keeps its 16 channels and the identity.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath, create_classifier
+from timm.layers import DropPath, LayerType, calculate_drop_path_rates, create_act_layer, create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, is_model, register_model
 from timm.models._features import feature_take_indices
 
@@ -39,17 +38,17 @@ class PreActBlock(nn.Module):
             stride: int = 1,
             conv_drop_rate: float = 0.,
             drop_path: float = 0.,
-            act_layer: Callable[..., nn.Module] = nn.ReLU,
+            act_layer: LayerType = nn.ReLU,
             device=None,
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_chs, **dd)
-        self.act1 = act_layer(inplace=True)
+        self.act1 = create_act_layer(act_layer, inplace=True)
         self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False, **dd)
         self.bn2 = nn.BatchNorm2d(out_chs, **dd)
-        self.act2 = act_layer(inplace=True)
+        self.act2 = create_act_layer(act_layer, inplace=True)
         self.drop = nn.Dropout(conv_drop_rate) if conv_drop_rate > 0. else nn.Identity()
         self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
@@ -70,7 +69,7 @@ class WideResNet(nn.Module):
     """WRN-depth-width for images of any size (`Wide Residual Networks`, table 1).
 
     Args:
-        depth: Number of convolutions on the longest path, 6N + 4.
+        depth: 6N + 4: the 3x3 convolutions and the three 1x1 shortcuts, as the paper counts.
         width: Widening factor k; 16k must be a whole number of channels.
         num_classes: Size of the classifier, 0 for none.
         in_chans: Channels of the input image.
@@ -79,7 +78,7 @@ class WideResNet(nn.Module):
         drop_rate: Dropout before the classifier.
         conv_drop_rate: Dropout between the convolutions of a block (paper, section 2.4: 0.3 CIFAR, 0.4 SVHN).
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
-        act_layer: Activation, takes `inplace`.
+        act_layer: Activation, by timm's name or class.
         device: Device of the parameters.
         dtype: Type of the parameters.
 
@@ -101,7 +100,7 @@ class WideResNet(nn.Module):
             drop_rate: float = 0.,
             conv_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
-            act_layer: Callable[..., nn.Module] = nn.ReLU,
+            act_layer: LayerType = nn.ReLU,
             device=None,
             dtype=None,
     ):
@@ -124,29 +123,29 @@ class WideResNet(nn.Module):
             self.maxpool = nn.Identity()
 
         self.feature_info = []
-        in_chs, reduction, block_index = 16, 4 if stem == 'imagenet' else 1, 0
-        for name, out_chs in zip(STAGES, channels, strict=True):
+        in_chs, reduction = 16, 4 if stem == 'imagenet' else 1
+        drop_paths = calculate_drop_path_rates(drop_path_rate, [num_blocks] * 3, stagewise=True)
+        for name, out_chs, stage_drop_paths in zip(STAGES, channels, drop_paths, strict=True):
             stride = 1 if name == 'layer1' else 2
             blocks = []
-            for i in range(num_blocks):
+            for i, drop_path in enumerate(stage_drop_paths):
                 blocks.append(PreActBlock(
                     in_chs,
                     out_chs,
                     stride=stride if i == 0 else 1,
                     conv_drop_rate=conv_drop_rate,
-                    drop_path=drop_path_rate * block_index / max(1, 3 * num_blocks - 1),
+                    drop_path=drop_path,
                     act_layer=act_layer,
                     **dd,
                 ))
                 in_chs = out_chs
-                block_index += 1
             self.add_module(name, nn.Sequential(*blocks))
             reduction *= stride
             self.feature_info.append(dict(num_chs=out_chs, reduction=reduction, module=name))
 
         self.num_features = in_chs
         self.bn = nn.BatchNorm2d(in_chs, **dd)
-        self.act = act_layer(inplace=True)
+        self.act = create_act_layer(act_layer, inplace=True)
         self.global_pool, self.fc = create_classifier(in_chs, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = in_chs * self.global_pool.feat_mult()
         self.init_weights()
@@ -347,12 +346,16 @@ def register_wrn(depth: int, width: float) -> str:
     A network that is known already is left as it is.
 
     Raises:
-        ValueError: Depth is not 6N + 4, or width gives fractional channels.
+        ValueError: Depth is not 6N + 4, width gives fractional channels, or the name is another network's.
     """
     _layout(depth, width)
     name = f'wrn{depth}_{width:g}'.replace('.', '_')
-    if is_model(name):
+    if name in default_cfgs:
         return name
+    if is_model(name):
+        raise ValueError(
+            f'{name} is the name of another network (ImageNet); build this one by '
+            f'wrn_timm.WideResNet(depth={depth}, width={width:g})')
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> WideResNet:
         return _create_wrn(name, pretrained, depth=depth, width=width, **kwargs)
@@ -360,7 +363,8 @@ def register_wrn(depth: int, width: float) -> str:
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f'WRN-{depth}-{width:g}: {(depth - 4) // 6} blocks a stage, {width:g} times as wide.'
     globals()[name] = entrypoint
-    # The star keeps the first tag the default on every machine, whichever weights are there.
+    # The star keeps the first tag the default on every machine, whichever weights are there; `file` makes timm list
+    # those that are.
     cfgs = {f'{name}.{tag}{star}': {**cfg, **sources(f'{name}.{tag}')}
             for (tag, cfg), star in zip(TAGS.items(), ('*', ''), strict=True)}
     default_cfgs.update(generate_default_cfgs(cfgs))

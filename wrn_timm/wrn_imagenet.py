@@ -43,14 +43,14 @@ def _hosted_by_timm(arch: str, timm_arch: str) -> dict[str, PretrainedCfg]:
 default_cfgs = generate_default_cfgs({
     **_hosted_by_timm('wrn50_2', 'wide_resnet50_2'),
     **_hosted_by_timm('wrn101_2', 'wide_resnet101_2'),
-    'wrn50_4.in1k': _cfg(),
-    'wrn152_2.in1k': _cfg(),
-    'wrn200_2.in1k': _cfg(),
-    'wrn18_1_5.in1k': _cfg(),
-    'wrn18_2.in1k': _cfg(),
-    'wrn18_3.in1k': _cfg(),
-    'wrn34_1_5.in1k': _cfg(),
-    'wrn34_2.in1k': _cfg(),
+    'wrn50_4.untrained': _cfg(),
+    'wrn152_2.untrained': _cfg(),
+    'wrn200_2.untrained': _cfg(),
+    'wrn18_1_5.untrained': _cfg(),
+    'wrn18_2.untrained': _cfg(),
+    'wrn18_3.untrained': _cfg(),
+    'wrn34_1_5.untrained': _cfg(),
+    'wrn34_2.untrained': _cfg(),
 })
 
 

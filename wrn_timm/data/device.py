@@ -4,12 +4,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
 from .augment import OPERATIONS, trivial_augment
 from .datasets import ImageArrays
 
 __all__ = ['DeviceLoader']
+
+
+def _reflected(index: torch.Tensor, size: int) -> torch.Tensor:
+    """Indices of a reflected border (the edge pixel not repeated) as indices into the image."""
+    return (size - 1) - ((size - 1) - index.abs()).abs()
 
 
 class DeviceLoader:
@@ -54,8 +58,7 @@ class DeviceLoader:
         self.rank, self.world_size, self.trivial_augment = rank, world_size, trivial_augment
         self.batch_size, self.pad, self.flip, self.cutout, self.seed = batch_size, pad, flip, cutout, seed
         self.size = data.images.shape[-2:]
-        images = F.pad(data.images.float(), [pad] * 4, mode='reflect').byte() if pad else data.images
-        self.images = images.to(self.device)
+        self.images = data.images.to(self.device)
         self.labels = data.labels.to(self.device)
         self.scale = torch.tensor(data.std, device=self.device)[:, None, None].mul(255).reciprocal()
         self.shift = -torch.tensor(data.mean, device=self.device)[:, None, None].mul(255) * self.scale
@@ -90,8 +93,8 @@ class DeviceLoader:
         if self.flip:
             cols = torch.where(draw(2).bool(), w - 1 - cols, cols)
         if self.pad:
-            rows = rows + draw(2 * self.pad + 1)
-            cols = cols + draw(2 * self.pad + 1)
+            rows = _reflected(rows + draw(2 * self.pad + 1) - self.pad, h)
+            cols = _reflected(cols + draw(2 * self.pad + 1) - self.pad, w)
         # One gather crops and flips; it comes out as NHWC, which permuted is channels_last.
         x = self.images[index[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
         if self.trivial_augment:

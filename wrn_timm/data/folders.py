@@ -4,12 +4,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
-from collections import Counter
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 __all__ = ['FolderScan', 'ImageFiles', 'read_rgb', 'scan_folder', 'split_files']
@@ -18,22 +19,33 @@ _TRAIN, _TEST = ('train',), ('test', 'val', 'valid', 'validation')
 
 
 def read_rgb(path: str | Path) -> Image.Image:
-    """Read an image file as RGB: grey, palette and CMYK are converted, transparency is laid on white.
+    """Read an image file as RGB, turned as its EXIF says.
+
+    Grey (8 and 16 bits), palette and CMYK are converted; transparency is laid on white.
 
     Raises:
         ValueError: The file is no image, is cut off, or is too large to decode safely; the path and reason are named.
     """
     try:
         with Image.open(path) as image:
-            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ('F', 'I', 'I;16', 'I;16L', 'I;16B', 'I;16N'):
+                return _from_deep_grey(np.asarray(image))
             if 'transparency' in image.info or image.mode in ('RGBA', 'LA', 'PA'):
                 image = image.convert('RGBA')
                 white = Image.new('RGBA', image.size, 'white')
                 image = Image.alpha_composite(white, image)
             return image.convert('RGB')
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except Exception as e:  # the decoders of damaged files raise nearly anything
         reason = 'is not an image' if isinstance(e, Image.UnidentifiedImageError) else f'cannot be read: {e}'
         raise ValueError(f'{path} {reason}') from e
+
+
+def _from_deep_grey(pixels: np.ndarray) -> Image.Image:
+    """16-bit grey levels as RGB."""
+    if pixels.dtype.kind == 'f' or pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError('its grey levels are not 16-bit; save it with 8 or 16 bits')
+    return Image.fromarray((pixels.astype(np.int64) // 257).astype(np.uint8)).convert('RGB')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +95,7 @@ class FolderScan:
 
 
 def scan_folder(root: str | Path, on_bad: str = 'skip') -> FolderScan:
-    """List `root/<class>/**` (or `root/train/<class>/**` and `root/test/<class>/**`) and read every file once.
+    """List `root/<class>/**`, or `root/train/<class>/**` and `root/test/<class>/**`, and read every file once.
 
     Args:
         root: Folder of class folders. Hidden files and folders are passed by.
@@ -103,8 +115,11 @@ def scan_folder(root: str | Path, on_bad: str = 'skip') -> FolderScan:
     train_dir = next((children[n] for n in _TRAIN if n in children), None)
     test_dir = next((children[n] for n in _TEST if n in children), None)
     if not (train_dir and test_dir):
-        train, bad = _scan_part(root, on_bad)
+        train, bad = _scan_part(root if len(children) > 1 else train_dir or root, on_bad)
         return FolderScan(train, None, bad)
+    if others := sorted(set(children) - set(_TRAIN) - set(_TEST)):
+        raise ValueError(f'{root} holds {train_dir.name}/ and {test_dir.name}/, and beside them {_some(others)}; '
+                         f'move these elsewhere')
     (train, bad), (test, bad_test) = _scan_part(train_dir, on_bad), _scan_part(test_dir, on_bad)
     if train.classes != test.classes:
         differ = sorted(set(train.classes) ^ set(test.classes))
@@ -147,9 +162,12 @@ def _scan_part(root: Path, on_bad: str) -> tuple[ImageFiles, tuple[str, ...]]:
     if bad and on_bad == 'fail':
         raise ValueError(f'{len(bad)} files are not whole images: ' + '; '.join(bad[:5]))
     good = [pair for pair, reason in zip(found, reasons, strict=True) if not reason]
-    empty = [c for label, c in enumerate(classes) if label not in {label for _, label in good}]
+    filled = {label for _, label in good}
+    empty = [c for label, c in enumerate(classes) if label not in filled]
     if empty:
-        raise ValueError(f'classes without images in {root}: {_some(empty)}; remove the folders or fill them')
+        unreadable = f' ({len(bad)} files are not whole images: {"; ".join(bad[:3])})' if bad else ''
+        raise ValueError(
+            f'classes without images in {root}: {_some(empty)}; remove the folders or fill them{unreadable}')
     paths, labels = zip(*good, strict=True)
     return ImageFiles(paths, labels, classes), bad
 
@@ -160,15 +178,17 @@ def split_files(files: ImageFiles, test_fraction: float, seed: int) -> tuple[Ima
     Raises:
         ValueError: A class has one image only; it is named.
     """
-    counts = Counter(files.labels)
-    lonely = [files.classes[label] for label, n in sorted(counts.items()) if n < 2]
+    members = defaultdict(list)
+    for i, label in enumerate(files.labels):
+        members[label].append(i)
+    lonely = [files.classes[label] for label, index in sorted(members.items()) if len(index) < 2]
     if lonely:
         raise ValueError(f'classes with a single image cannot be split: {_some(lonely)}')
     rng = random.Random(seed)
     test_index = set()
-    for label, n in sorted(counts.items()):
-        members = [i for i, lab in enumerate(files.labels) if lab == label]
-        test_index.update(rng.sample(members, min(n - 1, max(1, round(n * test_fraction)))))
+    for _, index in sorted(members.items()):
+        n = len(index)
+        test_index.update(rng.sample(index, min(n - 1, max(1, round(n * test_fraction)))))
 
     def part(keep: bool) -> ImageFiles:
         index = [i for i in range(len(files)) if (i in test_index) == keep]

@@ -35,7 +35,7 @@ class FinetuneConfig:
 
     Attributes:
         model: timm name with tag, or a weights folder.
-        input_size: Side of the square input, in pixels; None takes the weights' own.
+        input_size: Side of the square input, in pixels; 0 takes the weights' own, but 64 where that is less.
         epochs: Passes over the training files.
         batch_size: Files a step.
         lr: Peak learning rate of the last layers.
@@ -47,7 +47,7 @@ class FinetuneConfig:
         seed: Of the split, the order, the crops and the new classifier.
     """
     model: str = 'wrn16_1.cifar10'
-    input_size: int | None = 64
+    input_size: int = 0
     epochs: int = 30
     batch_size: int = 16
     lr: float = 0.05
@@ -57,6 +57,12 @@ class FinetuneConfig:
     min_scale: float = 0.5
     test_fraction: float = 0.3
     seed: int = 0
+
+    def __post_init__(self):
+        for field, low, high in (('epochs', 1, math.inf), ('batch_size', 1, math.inf), ('label_smoothing', 0, 0.999),
+                                 ('test_fraction', 0.001, 0.999), ('min_scale', 0.001, 1), ('input_size', 0, 4096)):
+            if not low <= getattr(self, field) <= high:
+                raise ValueError(f'{field} is {getattr(self, field)}; it must be from {low} to {high}')
 
 
 def finetune(
@@ -91,10 +97,9 @@ def finetune(
     train, test = (scan.train, scan.test) if scan.test else split_files(scan.train, config.test_fraction, config.seed)
     batch_size = min(config.batch_size, len(train))
     model = open_model(config.model, num_classes=len(train.classes)).to(device, memory_format=torch.channels_last)
-    run = RunDir(out, {'finetune': dataclasses.asdict(config), 'data': Path(data).name})
     data_config = resolve_model_data_config(model)
-    if config.input_size:
-        data_config['input_size'] = (3, config.input_size, config.input_size)
+    size = config.input_size or max(64, data_config['input_size'][-1])
+    data_config['input_size'] = (3, size, size)
     data_config['crop_pct'] = 1.0
     test_transform = create_transform(**data_config, is_training=False)
     train_transform = create_transform(
@@ -116,6 +121,8 @@ def finetune(
     _logger.info('%d classes, %d files to train on, %d held out; %s at %d px on %s', len(train.classes), len(train),
                  len(test), config.model, data_config['input_size'][-1], device)
 
+    name = Path(data).resolve().name
+    run = RunDir(out, {'finetune': dataclasses.asdict(config), 'data': name}, resume=None)
     history, started = [], time.monotonic()
     for epoch in range(config.epochs):
         model.train()
@@ -141,16 +148,16 @@ def finetune(
         _logger.info('epoch %2d/%d  loss %.3f  held-out accuracy %5.1f %%  %4.0f s', epoch + 1, config.epochs,
                      total / steps, metrics['top1'], history[-1]['seconds'])
 
-    metrics |= {'dataset': Path(data).name, 'split': 'test' if scan.test else f'{config.test_fraction:g} held out',
+    metrics |= {'dataset': name, 'split': 'test' if scan.test else f'{config.test_fraction:g} held out',
                 'skipped': list(scan.bad), 'environment': environment()}
     atomic_write(run.path / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
-    draw_predictions(test, logits, run.path / 'predictions.png')
     folder = run.path / 'weights'
     export_weights(model, folder, {
-        **{k: data_config[k] for k in ('input_size', 'crop_pct')}, 'tag': Path(data).name,
+        **{k: data_config[k] for k in ('input_size', 'crop_pct')}, 'tag': name,
         'pool_size': _pool_size(model, data_config['input_size']), 'label_names': train.classes})
-    for name in ('recipe.json', 'history.csv', 'curves.png', 'metrics.json'):
-        shutil.copy(run.path / name, folder / name)
+    for file in ('recipe.json', 'history.csv', 'curves.png', 'metrics.json'):
+        shutil.copy(run.path / file, folder / file)
+    draw_predictions(test, logits, run.path / 'predictions.png')
     return metrics
 
 
@@ -175,5 +182,5 @@ def draw_predictions(files: ImageFiles, logits: torch.Tensor, path: Path, most: 
         share = 100 * logits[i].softmax(0)[predicted].item()
         axis.set_title(f'{files.classes[predicted]} {share:.0f} %' + (
             '' if predicted == true else f'\nis {files.classes[true]}'),
-            fontsize=9, color='green' if predicted == true else 'firebrick')
+            parse_math=False, fontsize=9, color='green' if predicted == true else 'firebrick')
     atomic_write(path, lambda p: figure.savefig(p, dpi=80))

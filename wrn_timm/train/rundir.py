@@ -33,31 +33,40 @@ __all__ = ['RunDir', 'atomic_write', 'environment', 'export_weights', 'plot_hist
 _logger = logging.getLogger(__name__)
 
 
-def atomic_write(path: Path, content: str | bytes | Callable[[Path], None]) -> None:
+def atomic_write(path: Path, content: str | Callable[[Path], None]) -> None:
     """Write beside `path` and rename, so that a reader sees the old file or the new one and never half of it."""
     beside = path.with_name(f'.{path.name}.part{path.suffix}')
-    if callable(content):
-        content(beside)
-    elif isinstance(content, bytes):
-        beside.write_bytes(content)
-    else:
-        beside.write_text(content)
-    os.replace(beside, path)
+    try:
+        if callable(content):
+            content(beside)
+        else:
+            beside.write_text(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, str]:
     """Versions, hardware and commit that a figure depends on."""
     from .. import __version__
-    root = Path(__file__).resolve().parents[2]
-    git = subprocess.run(
-        ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
-        cwd=root, capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} CPU cores'
     return {
-        'wrn_timm': __version__, 'commit': git.stdout.strip() or 'unknown', 'python': platform.python_version(),
+        'wrn_timm': __version__, 'commit': _commit(), 'python': platform.python_version(),
         'torch': torch.__version__, 'torchvision': torchvision.__version__, 'timm': timm.__version__,
         'hardware': device,
     }
+
+
+def _commit() -> str:
+    """Commit of the checkout that this package stands in, with `-dirty` where files were changed."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / '.git').exists():  # installed: a repository further up would be another project's
+        return 'unknown'
+    command = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+    try:
+        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or 'unknown'
+    except OSError:  # no git on this machine
+        return 'unknown'
 
 
 class RunDir:
@@ -66,7 +75,7 @@ class RunDir:
     Args:
         path: The directory.
         settings: What decides the run's result: recipe, seed, data. Kept in `recipe.json`.
-        resume: Go on with the run that is there.
+        resume: Go on with the run that is there; None for runs that cannot be resumed.
         write: False for the processes of a run that leave the writing to the first.
 
     Raises:
@@ -75,16 +84,18 @@ class RunDir:
         ValueError: `resume` is on and the settings are not those of the run; the fields that differ are named.
     """
 
-    def __init__(self, path: str | Path, settings: dict[str, Any], resume: bool = False, write: bool = True):
+    def __init__(self, path: str | Path, settings: dict[str, Any], resume: bool | None = False, write: bool = True):
         self.path = Path(path)
         self.recipe_file = self.path / 'recipe.json'
         self.checkpoints = self.path / 'checkpoints'
         self.write = write
         if not write:
             return
+        resumable = resume is not None
         exists = self.recipe_file.is_file()
         if exists and not resume:
-            raise FileExistsError(f'{self.path} already holds a run; choose another --out, or go on with --resume')
+            raise FileExistsError(
+                f'{self.path} already holds a run; choose another --out{", or go on with --resume" * resumable}')
         if resume and not exists:
             raise FileNotFoundError(f'{self.path} holds no run to resume')
         if exists:
@@ -180,11 +191,13 @@ def export_weights(model: torch.nn.Module, folder: Path, pretrained_cfg: dict[st
 
     Args:
         model: Made by `timm.create_model`; it is not changed.
-        folder: Made if it is missing.
+        folder: Replaced as a whole if it is there.
         pretrained_cfg: What the configuration says beyond the model's own (`tag`, `mean`, `label_names`...).
         half: Keep convolution and linear weights in half precision; BatchNorm stays in float32.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    final, folder = folder, folder.with_name(f'.{folder.name}.part')
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
     if half:
         for module in model.modules():
@@ -194,4 +207,6 @@ def export_weights(model: torch.nn.Module, folder: Path, pretrained_cfg: dict[st
     config = json.loads((folder / 'config.json').read_text())
     config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf puts the model's own input size over it
     config['sha256'] = sha256_of(folder / WEIGHTS_FILE)
-    atomic_write(folder / 'config.json', json.dumps(config, indent=2) + '\n')
+    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(folder, final)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def open_model(name: str, **kwargs: Any) -> torch.nn.Module:
     """A pretrained model by timm name (`wrn16_1.cifar10`) or weights folder, in evaluation mode."""
     if Path(name).is_dir():
         name = f'local-dir:{name}'
+    elif os.sep in name and ':' not in name:
+        raise FileNotFoundError(f'no weights folder at {name}')
     return timm.create_model(name, pretrained=True, **kwargs).eval()
 
 
@@ -48,7 +51,8 @@ def validate(
 
     Args:
         name: timm name or weights folder.
-        data: `NAME:DIR` of a named set (its test split), or `folder:DIR` of class folders.
+        data: `NAME:DIR` of a named set (its test split), or `folder:DIR` of class folders (its `test/` or `val/`, or
+            all of its files where it is not split).
         batch_size: Images a step.
         device: Where the model runs, in float32.
         workers: Processes that read images.
@@ -66,10 +70,10 @@ def validate(
     if data.startswith('folder:'):
         source, root = 'folder', data.removeprefix('folder:')
         scan = scan_folder(root)
-        part = scan.test or scan.train
+        part, split, skipped = scan.test or scan.train, 'test' if scan.test else 'all files', list(scan.bad)
     else:
         source, root = parse_spec(data)
-        part = load(source, root, train=False, download=download)
+        part, split, skipped = load(source, root, train=False, download=download), 'test', []
     labels = model.pretrained_cfg.get('label_names')
     if len(part.classes) != model.num_classes or (labels and tuple(labels) != tuple(part.classes)):
         raise ValueError(
@@ -79,9 +83,9 @@ def validate(
     progress = tqdm(loader, desc='validating', unit='batch', leave=False, disable=None)
     metrics = classification_metrics(*predict_logits(model, progress, device), part.classes)
     return {
-        'dataset': source, 'split': 'test', **metrics,
+        'dataset': source, 'split': split, **metrics, 'skipped': skipped,
         'preprocessing': {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
-        'weights_dtype': 'float32', 'environment': environment(),
+        'environment': environment(),
     }
 
 
@@ -108,9 +112,10 @@ def finish_weights_folder(folder: str | Path, metrics: dict[str, Any], photograp
     with torch.inference_mode():
         logits = model(normalised(images, model))
     tensors = {'images': images.contiguous(), 'logits': logits}
+    card = model_card(folder, metrics)
     atomic_write(folder / GOLDEN_FILE, lambda p: save_file(tensors, p))
     atomic_write(folder / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
-    atomic_write(folder / 'README.md', model_card(folder))
+    atomic_write(folder / 'README.md', card)
 
 
 def check_golden(folder: str | Path) -> float:
