@@ -37,7 +37,7 @@ def test_a_run_learns_and_keeps_its_records(run):
     history = list(csv.DictReader((run / 'history.csv').read_text().splitlines()))
     assert len(history) == SMOKE.epochs and float(history[-1]['train_loss']) < float(history[0]['train_loss']) / 2
     recipe = json.loads((run / 'recipe.json').read_text())
-    assert recipe['recipe'] == dataclasses.asdict(SMOKE) and recipe['environment']['torch'] == torch.__version__
+    assert recipe['recipe'] == json.loads(json.dumps(dataclasses.asdict(SMOKE))) and recipe['environment']['torch'] == torch.__version__
     assert (run / 'curves.png').stat().st_size > 5000
     assert not list(run.glob('**/*.part*'))
 

@@ -275,16 +275,16 @@ def train(
 
             last_saved = time.monotonic()
             state.seconds += last_saved - began
+            if not math.isfinite(state.sums[0].item()):
+                raise FloatingPointError(
+                    f'the loss is not finite at epoch {state.epoch + 1}, step {state.step}; the checkpoints in '
+                    f'{run.checkpoints} are from before. Try a smaller learning rate.')
             if state.step == steps:
                 _end_epoch(state, optimizer.param_groups[0]['lr'], steps, recipe.batch_size, world)
                 if held_out:
                     measured = evaluate(ema.module if ema else model, held_out, device)
                     state.history[-1] |= {f'holdout_{k}': v for k, v in measured.items()}
                 _logger.info('  '.join(f'{k} {v:.4g}' for k, v in state.history[-1].items()))
-            if not math.isfinite(state.sums[0].item()):
-                raise FloatingPointError(
-                    f'the loss is not finite at epoch {state.epoch + 1}, step {state.step}; the checkpoints in '
-                    f'{run.checkpoints} are from before. Try a smaller learning rate.')
             run.save(state.to_dict(), state.history)
             if stopping and state.epoch < recipe.epochs:
                 _logger.info('stopped by %s after epoch %d, step %d; go on with --resume', reason or 'another process',
