@@ -3,18 +3,25 @@ import csv
 import dataclasses
 import json
 import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import timm
 import torch
 import train as train_script
 import validate as validate_script
-from conftest import SAMPLE
+from conftest import ROOT, SAMPLE
+from distributed_gradients import gradients
 
 from wrn_timm.data.datasets import load
 from wrn_timm.data.device import DeviceLoader
 from wrn_timm.hub import model_card
-from wrn_timm.train.loop import evaluate, train
+from wrn_timm.train.loop import _climb, _schedule, evaluate, train
 from wrn_timm.train.metrics import classification_metrics
 from wrn_timm.train.recipes import RECIPES, get_recipe
 from wrn_timm.train.validate import check_golden
@@ -37,7 +44,8 @@ def test_a_run_learns_and_keeps_its_records(run):
     history = list(csv.DictReader((run / 'history.csv').read_text().splitlines()))
     assert len(history) == SMOKE.epochs and float(history[-1]['train_loss']) < float(history[0]['train_loss']) / 2
     recipe = json.loads((run / 'recipe.json').read_text())
-    assert recipe['recipe'] == json.loads(json.dumps(dataclasses.asdict(SMOKE))) and recipe['environment']['torch'] == torch.__version__
+    assert recipe['recipe'] == json.loads(json.dumps(dataclasses.asdict(SMOKE)))
+    assert recipe['environment']['torch'] == torch.__version__
     assert (run / 'curves.png').stat().st_size > 5000
     assert not list(run.glob('**/*.part*'))
 
@@ -139,3 +147,160 @@ def test_metrics_against_counting_by_hand():
     bins = (confidence * 15).ceil().long()
     gap = sum(abs((hits[bins == b] - confidence[bins == b]).sum().item()) for b in set(bins.tolist())) / 4
     assert metrics['ece'] == pytest.approx(100 * gap, abs=1e-2)
+
+
+def final_weights(run):
+    return (run / 'weights/model.safetensors').read_bytes()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the loop may catch it."""
+
+
+def train_until_killed(monkeypatch, recipe, out, steps, **kwargs):
+    """Train and be killed in the middle of the given optimiser step; True if the run ended before."""
+    taken, step = [0], torch.optim.SGD.step
+
+    def counted(self, *args, **kw):
+        taken[0] += 1
+        if taken[0] > steps:
+            raise Killed
+        return step(self, *args, **kw)
+
+    with monkeypatch.context() as m:
+        m.setattr(torch.optim.SGD, 'step', counted)
+        try:
+            train(recipe, '', out, checkpoint_every=0., **kwargs)
+        except Killed:
+            return False
+    return True
+
+
+@pytest.mark.parametrize('extra', [
+    {}, {'conv_drop_rate': .3, 'mixup': .2, 'cutmix': 1.}, {'sam_rho': .05, 'trivial_augment': True, 'cutout': 8}])
+def test_killed_at_random_steps_and_resumed_the_weights_are_the_same(tmp_path, monkeypatch, extra):
+    recipe = dataclasses.replace(SMOKE, epochs=2, **extra)
+    train(recipe, '', tmp_path / 'whole')
+    rng, kills = random.Random(0), 0
+    while not train_until_killed(monkeypatch, recipe, tmp_path / 'cut', rng.randint(1, 3), resume=kills > 0):
+        kills += 1
+    assert kills >= 3
+    assert final_weights(tmp_path / 'cut') == final_weights(tmp_path / 'whole')
+
+
+def script(out, *argv):
+    return [sys.executable, str(ROOT / 'scripts/train.py'), '--recipe', 'smoke', '--out', str(out), '--device', 'cpu',
+            *argv]
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_signals_leave_a_run_that_resumes_to_the_same_weights(run, tmp_path, number):
+    out = tmp_path / 'run'
+    process = subprocess.Popen(script(out, '--checkpoint-every', '0'), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    while not list(out.glob('checkpoints/epoch-*.pt')):
+        time.sleep(0.01)
+    process.send_signal(number)
+    errors = process.communicate()[1]
+    if number != signal.SIGKILL:
+        assert process.returncode == 0 and f'stopped by {signal.Signals(number).name}' in errors
+    done = subprocess.run(script(out, '--resume'), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert final_weights(out) == final_weights(run)
+
+
+def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, caplog):
+    out = tmp_path / 'run'
+    train(SMOKE, '', out, time_budget=0, checkpoint_every=0.)
+    train(SMOKE, '', out, time_budget=0, resume=True)
+    newest = max(out.glob('checkpoints/epoch-*.pt'))
+    newest.write_bytes(newest.read_bytes()[:1000])
+    train(SMOKE, '', out, resume=True)
+    assert f'{newest} is damaged' in caplog.text
+    assert final_weights(out) == final_weights(run)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    out = tmp_path / 'run'
+    train(SMOKE, '', out, time_budget=0)
+    before = {p: p.read_bytes() for p in out.rglob('*') if p.is_file()}
+
+    def full(state, path):
+        path.write_bytes(b'half')
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as m:
+        m.setattr(torch, 'save', full)
+        with pytest.raises(OSError, match='No space left'):
+            train(SMOKE, '', out, resume=True)
+    assert {p: p.read_bytes() for p in out.rglob('*') if p.is_file()} == before
+
+
+def test_the_last_two_checkpoints_and_the_best_are_kept(run):
+    kept = sorted(p.name for p in (run / 'checkpoints').iterdir())
+    assert kept == ['best.pt', 'epoch-0002-step-000000.pt', 'epoch-0003-step-000000.pt']
+    history = list(csv.DictReader((run / 'history.csv').read_text().splitlines()))
+    best = max(history, key=lambda r: (float(r['holdout_accuracy']), int(r['epoch'])))
+    assert torch.load(run / 'checkpoints/best.pt', weights_only=True)['epoch'] == int(best['epoch'])
+
+
+def test_recipes_and_their_overrides(tmp_path, capsys):
+    paper = RECIPES['paper_cifar10']
+    assert (paper.lr, paper.drop_epochs, paper.drop_factor, paper.weight_decay, paper.batch_size, paper.epochs) == (
+        .1, (60, 120, 160), .2, 5e-4, 128, 200)
+    out = tmp_path / 'run'
+    assert train_script.main(['--recipe', 'smoke', '--out', str(out), '--device', 'cpu', '--epochs', '1', '--model',
+                              'resnet18', '--schedule', 'step', '--drop-epochs', '1', '2']) == 0
+    recipe = json.loads((out / 'recipe.json').read_text())['recipe']
+    assert (recipe['model'], recipe['drop_epochs'], recipe['lr']) == ('resnet18', [1, 2], SMOKE.lr)
+    with pytest.raises(SystemExit):
+        train_script.main(['--recipe', 'smoke', '--out', str(tmp_path / 'none'), '--label-smooting', '0.1'])
+    assert '--label-smoothing' in capsys.readouterr().err
+    with pytest.raises(ValueError, match="schedule 'linear' is unknown; choose 'cosine' or 'step'"):
+        dataclasses.replace(SMOKE, schedule='linear')
+
+
+def test_paper_schedule_drops_at_its_epochs():
+    recipe = RECIPES['paper_cifar10']
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], recipe.lr)
+    scheduler = _schedule(recipe, optimizer, steps=390)
+    rates = []
+    for epoch in range(200):
+        scheduler.step_update(epoch * 390)
+        rates.append(optimizer.param_groups[0]['lr'])
+    expected = [.1] * 60 + [.02] * 60 + [.004] * 40 + [.0008] * 40
+    assert rates == pytest.approx(expected)
+
+
+def test_sam_climbs_along_the_gradient_to_its_radius():
+    parameters = [torch.randn(3, requires_grad=True), torch.randn(2, 2, requires_grad=True)]
+    before = [p.detach().clone() for p in parameters]
+    sum((p ** 2).sum() for p in parameters).backward()
+    _climb(parameters, 0.05)
+    moved = torch.cat([(p - b).detach().flatten() for p, b in zip(parameters, before, strict=True)])
+    gradient = torch.cat([2 * b.flatten() for b in before])
+    assert moved.norm().item() == pytest.approx(0.05, rel=1e-5)
+    torch.testing.assert_close(moved / moved.norm(), gradient / gradient.norm())
+
+
+def torchrun(*argv):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *map(str, argv)]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    torchrun(ROOT / 'tests/distributed_gradients.py', tmp_path / 'gradients.pt')
+    for shared, alone in zip(torch.load(tmp_path / 'gradients.pt'), gradients(0, 1), strict=True):
+        torch.testing.assert_close(shared, alone, atol=1e-6, rtol=1e-5)
+
+
+def test_torchrun_trains_stops_and_resumes(tmp_path):
+    out = tmp_path / 'run'
+    stopped = torchrun(*script(out, '--time-budget', '0')[1:])
+    assert 'stopped by the time budget' in stopped.stderr and not (out / 'weights').exists()
+    torchrun(*script(out, '--resume')[1:])
+    history = list(csv.DictReader((out / 'history.csv').read_text().splitlines()))
+    assert len(history) == SMOKE.epochs and float(history[-1]['train_accuracy']) > 80
+    timm.create_model(f'local-dir:{out / "weights"}', pretrained=True)

@@ -131,11 +131,11 @@ def _climb(parameters: list[torch.Tensor], rho: float) -> list[torch.Tensor]:
     return steps
 
 
-def _any_process(flag: bool, step: int, world: int, device: torch.device) -> bool:
-    """Whether any process raised its flag; asked of the others at every 20th step, since it waits for them."""
+def _any_process(flag: bool, ask: bool, world: int, device: torch.device) -> bool:
+    """Whether any process raised its flag. The others are asked, and waited for, where `ask` is set on all."""
     if world == 1:
         return flag
-    if step % 20:
+    if not ask:
         return False
     flags = torch.tensor(float(flag), device=device)
     dist.all_reduce(flags, dist.ReduceOp.MAX)
@@ -269,7 +269,8 @@ def train(
 
                 now = time.monotonic()
                 reason = asked[0] if asked else 'the time budget' if now - started > time_budget else ''
-                stopping = _any_process(bool(reason), state.step, world, device)
+                ask = state.step % 20 == 0 or state.step == steps
+                stopping = _any_process(bool(reason), ask, world, device)
                 if stopping or now - last_saved > checkpoint_every:
                     break
 

@@ -1,0 +1,33 @@
+"""Started by torchrun: gradients of one batch, shared by the processes, with BatchNorm frozen; the first saves them."""
+import os
+import sys
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import wrn_timm  # noqa: F401
+from wrn_timm.data.datasets import load
+from wrn_timm.data.device import DeviceLoader
+
+
+def gradients(rank: int, world: int) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    model = timm.create_model('wrn16_1').eval()
+    forward = DistributedDataParallel(model) if world > 1 else model
+    loader = DeviceLoader(load('synthetic', '', train=True), 64, 'cpu', cutout=8, trivial_augment=True,
+                          rank=rank, world_size=world)
+    images, labels = next(loader.epoch(0))
+    F.cross_entropy(forward(images), labels).backward()
+    return [p.grad for p in model.parameters()]
+
+
+if __name__ == '__main__':
+    dist.init_process_group('gloo')
+    rank, world = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
+    found = gradients(rank, world)
+    if rank == 0:
+        torch.save(found, sys.argv[1])
+    dist.destroy_process_group()
