@@ -296,7 +296,8 @@ def train(
         return None
     folder = run.path / 'weights'
     export_weights(ema.module if ema else model, folder, {
-        'tag': recipe.dataset, 'mean': data.mean, 'std': data.std, 'label_names': data.classes})
+        'tag': recipe.dataset, 'mean': data.mean, 'std': data.std, 'label_names': data.classes,
+        'input_size': tuple(data.images.shape[1:]), 'crop_pct': 1.0})
     for name in ('recipe.json', 'history.csv', 'curves.png'):
         shutil.copy(run.path / name, folder / name)
     return folder
