@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 import wrn_timm  # noqa: F401  (registers the models)
-from wrn_timm.train.validate import finish_weights_folder, validate
+from wrn_timm.hub import finish_weights_folder
+from wrn_timm.train.validate import validate
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
 

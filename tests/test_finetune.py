@@ -11,8 +11,8 @@ import validate as validate_script
 from conftest import SAMPLE
 from PIL import Image
 
+from wrn_timm.hub import check_golden
 from wrn_timm.train.rundir import export_weights
-from wrn_timm.train.validate import check_golden
 
 
 @pytest.fixture(scope='module')

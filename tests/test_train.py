@@ -20,11 +20,10 @@ from distributed_gradients import gradients
 
 from wrn_timm.data.datasets import load
 from wrn_timm.data.device import DeviceLoader
-from wrn_timm.hub import model_card
+from wrn_timm.hub import check_golden, model_card
 from wrn_timm.train.loop import _climb, _schedule, evaluate, train
 from wrn_timm.train.metrics import classification_metrics
 from wrn_timm.train.recipes import RECIPES, get_recipe
-from wrn_timm.train.validate import check_golden
 
 SMOKE = RECIPES['smoke']
 

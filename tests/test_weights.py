@@ -8,8 +8,9 @@ from conftest import ROOT, cifar10_dir
 from safetensors.torch import load_file, save_file
 
 import wrn_timm
+from wrn_timm.hub import check_golden
 from wrn_timm.train.rundir import export_weights
-from wrn_timm.train.validate import check_golden, validate
+from wrn_timm.train.validate import validate
 from wrn_timm.weights import sha256_of, verify
 
 RELEASED = sorted(p.name for p in (ROOT / 'weights').iterdir() if p.is_dir())

@@ -1,4 +1,4 @@
-"""A weights folder as a repository of the Hugging Face Hub: its model card."""
+"""A weights folder as a repository of the Hugging Face Hub: the card and the golden logits that complete it."""
 from __future__ import annotations
 
 import dataclasses
@@ -6,11 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCardData
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
+from .data.folders import read_rgb
 from .train.recipes import RECIPES
+from .train.rundir import atomic_write
+from .train.validate import normalised, open_model
 
-__all__ = ['model_card']
+__all__ = ['check_golden', 'finish_weights_folder', 'model_card']
+
+GOLDEN_FILE = 'golden.safetensors'
 
 _TITLES = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'svhn': 'SVHN'}
 _TINY_IMAGES = ('taken from Tiny Images, whose collection from the web was not curated; its authors state no licence, '
@@ -120,3 +129,33 @@ Preprocessing: RGB, {size}x{size}, scaled to 0..1, mean {tuple(cfg['mean'])}, st
 {_CITATION}
 ```
 '''
+
+
+def finish_weights_folder(folder: str | Path, metrics: dict[str, Any], photographs: list[str]) -> None:
+    """Write what a measured weights folder has beside its weights: metrics, golden logits and the card.
+
+    Args:
+        folder: Weights folder.
+        metrics: From `validate`.
+        photographs: Image files of a free licence, cut to the model's input size for the golden test.
+    """
+    folder = Path(folder)
+    model = open_model(str(folder))
+    size = resolve_model_data_config(model)['input_size'][-1]
+    images = torch.stack([
+        pil_to_tensor(center_crop(resize(read_rgb(p), size), [size, size])) for p in photographs])
+    with torch.inference_mode():
+        logits = model(normalised(images, model))
+    tensors = {'images': images.contiguous(), 'logits': logits}
+    card = model_card(folder, metrics)
+    atomic_write(folder / GOLDEN_FILE, lambda p: save_file(tensors, p))
+    atomic_write(folder / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
+    atomic_write(folder / 'README.md', card)
+
+
+def check_golden(folder: str | Path) -> float:
+    """Largest difference between the logits that a weights folder keeps and those that its model gives now."""
+    golden = load_file(Path(folder) / GOLDEN_FILE)
+    model = open_model(str(folder))
+    with torch.inference_mode():
+        return (model(normalised(golden['images'], model)) - golden['logits']).abs().max().item()

@@ -1,28 +1,22 @@
 """The one place where a published number is made: weights reloaded from disk through `timm.create_model`."""
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from torch.utils.data import DataLoader
-from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from tqdm import tqdm
 
 from ..data.datasets import load, parse_spec
-from ..data.folders import read_rgb, scan_folder
-from ..hub import model_card
+from ..data.folders import scan_folder
 from .metrics import classification_metrics, predict_logits
-from .rundir import atomic_write, environment
+from .rundir import environment
 
-__all__ = ['check_golden', 'eval_transform', 'finish_weights_folder', 'normalised', 'open_model', 'validate']
-
-GOLDEN_FILE = 'golden.safetensors'
+__all__ = ['eval_transform', 'normalised', 'open_model', 'validate']
 
 
 def open_model(name: str, **kwargs: Any) -> torch.nn.Module:
@@ -94,33 +88,3 @@ def normalised(images: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
     config = resolve_model_data_config(model)
     mean, std = (torch.tensor(config[k])[:, None, None] for k in ('mean', 'std'))
     return (images.float() / 255 - mean) / std
-
-
-def finish_weights_folder(folder: str | Path, metrics: dict[str, Any], photographs: list[str]) -> None:
-    """Write what a measured weights folder has beside its weights: metrics, golden logits and the card.
-
-    Args:
-        folder: Weights folder.
-        metrics: From `validate`.
-        photographs: Image files of a free licence, cut to the model's input size for the golden test.
-    """
-    folder = Path(folder)
-    model = open_model(str(folder))
-    size = resolve_model_data_config(model)['input_size'][-1]
-    images = torch.stack([
-        pil_to_tensor(center_crop(resize(read_rgb(p), size), [size, size])) for p in photographs])
-    with torch.inference_mode():
-        logits = model(normalised(images, model))
-    tensors = {'images': images.contiguous(), 'logits': logits}
-    card = model_card(folder, metrics)
-    atomic_write(folder / GOLDEN_FILE, lambda p: save_file(tensors, p))
-    atomic_write(folder / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
-    atomic_write(folder / 'README.md', card)
-
-
-def check_golden(folder: str | Path) -> float:
-    """Largest difference between the logits that a weights folder keeps and those that its model gives now."""
-    golden = load_file(Path(folder) / GOLDEN_FILE)
-    model = open_model(str(folder))
-    with torch.inference_mode():
-        return (model(normalised(golden['images'], model)) - golden['logits']).abs().max().item()
