@@ -203,9 +203,9 @@ def export_weights(model: torch.nn.Module, folder: Path, pretrained_cfg: dict[st
         for module in model.modules():
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
                 module.half()
-    save_for_hf(model, str(folder), safe_serialization=True, model_config={'pretrained_cfg': pretrained_cfg})
+    save_for_hf(model, str(folder), safe_serialization=True)
     config = json.loads((folder / 'config.json').read_text())
-    config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf puts the model's own input size over it
+    config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf merges or replaces it, by timm's version
     config['sha256'] = sha256_of(folder / WEIGHTS_FILE)
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
     shutil.rmtree(final, ignore_errors=True)
