@@ -32,7 +32,7 @@ def test_released_folder_is_whole(name):
     folder = ROOT / 'weights' / name
     names = {p.name for p in folder.iterdir()}
     assert names >= {'model.safetensors', 'config.json', 'README.md', 'metrics.json', 'recipe.json', 'history.csv',
-                     'curves.png', 'golden.safetensors'}
+                     'curves.png', 'golden.npz'}
     assert not [n for n in names if n.endswith(('.pt', '.pth', '.bin', '.pkl', '.ckpt'))]
     verify(folder)
     config = json.loads((folder / 'config.json').read_text())
