@@ -65,7 +65,7 @@ def test_card_of_a_fine_tuned_run(run, photographs):
 def test_weights_are_a_weights_folder(run):
     model = timm.create_model(f'local-dir:{run / "weights"}', pretrained=True).eval()
     assert model.pretrained_cfg['label_names'] == ['ketch', 'pizza', 'sunflower']
-    assert model.pretrained_cfg['input_size'] == (3, 32, 32) and model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+    assert tuple(model.pretrained_cfg['input_size']) == (3, 32, 32) and model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 
 
 def test_predict_text_json_and_a_file_that_is_no_image(run, capsys, tmp_path):
