@@ -197,6 +197,7 @@ def test_signals_leave_a_run_that_resumes_to_the_same_weights(run, tmp_path, num
     out = tmp_path / 'run'
     process = subprocess.Popen(script(out, '--checkpoint-every', '0'), stderr=subprocess.PIPE, text=True, cwd=ROOT)
     while not list(out.glob('checkpoints/epoch-*.pt')):
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(number)
     errors = process.communicate()[1]
