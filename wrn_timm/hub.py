@@ -106,7 +106,7 @@ logits = model(transform(Image.open("photo.jpg").convert("RGB"))[None])
 Top-1 **{metrics['top1']:.2f} %** (error {100 - metrics['top1']:.2f} %){top5}; expected calibration error \
 {metrics['ece']:.2f} %. Measured by `scripts/validate.py` on {metrics['images']:,} images of {title} \
 ({metrics['split']}), from the weights as they lie here; one seed, \
-{'averaged' if settings.get('ema_decay') else 'last'} weights of the last epoch, the test set read once.
+{'averaged' if settings.get('ema_decay') else 'last'} weights of the last epoch; nothing was chosen by the test set.
 
 Preprocessing: RGB, {size}x{size}, scaled to 0..1, mean {tuple(cfg['mean'])}, std {tuple(cfg['std'])}.
 
