@@ -197,7 +197,13 @@ def train(
     device = torch.device(device)
     cuda = device.type == 'cuda'
 
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if cuda else 'gloo')
+    if not main:
+        dist.barrier()  # the first process may be downloading
     data = load(recipe.dataset, data_dir, train=True, download=download and main)
+    if main and world > 1:
+        dist.barrier()
     held_out = None
     if recipe.holdout:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
@@ -225,8 +231,6 @@ def train(
         state.load_dict(saved)
     forward = torch.compile(model) if cuda else model
     if world > 1:
-        if not dist.is_initialized():
-            dist.init_process_group('nccl' if cuda else 'gloo')
         forward = DistributedDataParallel(forward)
         if rank:  # the first process's dropout and mixing are its own
             torch.manual_seed(seed * 100_003 + rank)

@@ -137,7 +137,7 @@ class RunDir:
             try:
                 return torch.load(path, map_location=device, weights_only=True)
             except Exception as e:  # a damaged zip or pickle raises what it likes
-                _logger.warning('%s is damaged (%s); going back to the one before', path, str(e).splitlines()[0])
+                _logger.warning('%s is damaged (%s); going back to the one before', path, type(e).__name__)
         return None
 
     def write_history(self, history: list[dict[str, float]]) -> None:
