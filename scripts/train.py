@@ -32,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--time-budget', type=float, default=math.inf, metavar='SECONDS')
     parser.add_argument('--resume', action='store_true', help='go on with the run in --out')
     parser.add_argument('--checkpoint-every', type=float, default=300., metavar='SECONDS')
+    parser.add_argument('--grad-checkpointing', action='store_true', help='save memory by computing blocks twice')
+    parser.add_argument('--half', action='store_true', help='export half-precision weights (BatchNorm stays float32)')
+    parser.add_argument('--tracker', default='', help='tensorboard, wandb, trackio or another that accelerate knows')
     args, overrides = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     logging.getLogger('timm').setLevel(logging.WARNING)
@@ -39,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
         recipe = tyro.cli(Recipe, default=get_recipe(args.recipe), args=overrides, prog='train.py --recipe ...')
         folder = train(
             recipe, args.data, args.out, device=args.device, seed=args.seed, time_budget=args.time_budget,
-            checkpoint_every=args.checkpoint_every, resume=args.resume, download=args.download)
+            checkpoint_every=args.checkpoint_every, resume=args.resume, download=args.download,
+            grad_checkpointing=args.grad_checkpointing, half=args.half, tracker=args.tracker)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import wrn_timm  # noqa: F401
+from wrn_timm.data.augment import TrivialAugment
 from wrn_timm.data.datasets import load
 from wrn_timm.data.device import DeviceLoader
 
@@ -17,7 +18,7 @@ def gradients(rank: int, world: int) -> list[torch.Tensor]:
     torch.manual_seed(0)
     model = timm.create_model('wrn16_1').eval()
     forward = DistributedDataParallel(model) if world > 1 else model
-    loader = DeviceLoader(load('synthetic', '', train=True), 64, 'cpu', cutout=8, trivial_augment=True,
+    loader = DeviceLoader(load('synthetic', '', train=True), 64, 'cpu', cutout=8, augment=TrivialAugment(),
                           rank=rank, world_size=world)
     images, labels = next(loader.epoch(0))
     F.cross_entropy(forward(images), labels).backward()

@@ -3,6 +3,7 @@ import csv
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -26,6 +27,7 @@ from wrn_timm.train.metrics import classification_metrics
 from wrn_timm.train.recipes import RECIPES, get_recipe
 
 SMOKE = RECIPES['smoke']
+KILLED = dataclasses.replace(SMOKE, batch_size=8, holdout=0)
 
 
 def weights_of(run):
@@ -154,6 +156,38 @@ def final_weights(run):
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing in the loop may catch it."""
+
+
+def _train_at_full_speed(out, resume):
+    torch.set_num_threads(1)
+    train(KILLED, '', out, checkpoint_every=0., resume=resume)
+
+
+def test_twenty_times_killed_the_weights_are_those_of_a_run_never_killed(tmp_path):
+    """Real SIGKILLs at random moments: in a step, in the writing of a checkpoint, of the curves, of the weights."""
+    server = multiprocessing.get_context('forkserver')  # children start with torch imported
+    server.set_forkserver_preload(['wrn_timm.train.loop', 'torch._dynamo', 'matplotlib.figure'])
+
+    def start(out, resume):
+        process = server.Process(target=_train_at_full_speed, args=(out, resume))
+        process.start()
+        return process
+
+    start(tmp_path / 'whole', False).join()
+    rng, kills, out = random.Random(0), 0, tmp_path / 'cut'
+    while True:
+        process = start(out, resume=(out / 'recipe.json').is_file())
+        known = set(out.glob('checkpoints/epoch-*.pt'))
+        while kills < 20 and process.is_alive() and set(out.glob('checkpoints/epoch-*.pt')) <= known:
+            time.sleep(0.005)  # each start makes some way, or twenty kills would be twenty starts
+        process.join(rng.uniform(0, 0.3) if kills < 20 else None)
+        if not process.is_alive():
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    assert process.exitcode == 0 and kills == 20
+    assert final_weights(out) == final_weights(tmp_path / 'whole')
 
 
 def train_until_killed(monkeypatch, recipe, out, steps, **kwargs):

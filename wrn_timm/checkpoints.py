@@ -181,7 +181,7 @@ def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
     """Convert a state dict and make sure that it is `model`'s (timm's `pretrained_filter_fn`).
 
     The classifier may be of another size and the stem of another number of input channels: timm adapts these. A stem
-    of another kernel (`stem='imagenet'`) keeps its fresh weights, with a warning.
+    that is not its family's (`stem=`) keeps its fresh weights, with a warning.
 
     Raises:
         RuntimeError: The weights are of another architecture; says of which, and the first keys that do not fit.
@@ -189,10 +189,10 @@ def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
     state_dict = convert_state_dict(state_dict)
     own = model.state_dict()
     first, own_first = state_dict.get('conv1.weight'), own.get('conv1.weight')
-    if getattr(model, 'stem_type', 'cifar') == 'imagenet' and first is not None and first.shape[2:] != (7, 7):
+    if getattr(model, 'stem_swapped', False) and first is not None and first.shape[2:] != own_first.shape[2:]:
         _logger.warning(
-            'The weights of the %s stem are dropped: this model has an ImageNet stem, which starts untrained.',
-            'x'.join(map(str, first.shape[2:])))
+            'The weights of the %s stem are dropped: this model has a %s stem, which starts untrained.',
+            *('x'.join(map(str, w.shape[2:])) for w in (first, own_first)))
         state_dict['conv1.weight'] = own_first
 
     if 'fc.weight' in state_dict:

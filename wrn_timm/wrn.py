@@ -112,7 +112,7 @@ class WideResNet(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.stem_type = stem
+        self.stem_swapped = stem != 'cifar'
         self.grad_checkpointing = False
 
         if stem == 'imagenet':

@@ -4,11 +4,14 @@ Paper: `Wide Residual Networks` - https://arxiv.org/abs/1605.07146 (section 3.4,
 
 Post-activation, the 7x7 stem of 64 channels as it is. Bottleneck networks widen the inner 3x3 convolution; basic
 networks widen both convolutions, and so the channels of every stage.
+
+Every network takes `stem='cifar'`: a 3x3 stem of stride 1 without pooling, for images of some 32 pixels.
 """
 
 import dataclasses
 from typing import Any
 
+import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_arch_pretrained_cfgs, register_model
 from timm.models._pretrained import PretrainedCfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -46,6 +49,7 @@ default_cfgs = generate_default_cfgs({
     'wrn50_4.untrained': _cfg(),
     'wrn152_2.untrained': _cfg(),
     'wrn200_2.untrained': _cfg(),
+    'wrn18_1.untrained': _cfg(),
     'wrn18_1_5.untrained': _cfg(),
     'wrn18_2.untrained': _cfg(),
     'wrn18_3.untrained': _cfg(),
@@ -54,11 +58,32 @@ default_cfgs = generate_default_cfgs({
 })
 
 
+def _resnet(stem: str = 'imagenet', in_chans: int = 3, **kwargs: Any) -> ResNet:
+    """timm's ResNet with either stem.
+
+    Raises:
+        ValueError: The stem is unknown.
+    """
+    if stem not in ('cifar', 'imagenet'):
+        raise ValueError(f"stem {stem!r} is unknown; choose 'cifar' or 'imagenet'")
+    model = ResNet(in_chans=in_chans, **kwargs)
+    if stem == 'cifar':
+        old = model.conv1.weight
+        model.conv1 = nn.Conv2d(
+            in_chans, len(old), 3, padding=1, bias=False, device=old.device, dtype=old.dtype)
+        nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
+        model.maxpool = nn.Identity()
+        model.stem_swapped = True
+        for stage in model.feature_info:
+            stage['reduction'] //= 2 if stage['module'] == 'act1' else 4
+    return model
+
+
 def _create_wrn_imagenet(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNet:
     source = locate(
         variant, pretrained, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None),
         kwargs.get('cache_dir'))
-    return build_model_with_cfg(ResNet, variant, pretrained, pretrained_filter_fn=fit_to_model, **source, **kwargs)
+    return build_model_with_cfg(_resnet, variant, pretrained, pretrained_filter_fn=fit_to_model, **source, **kwargs)
 
 
 def _bottleneck(variant: str, pretrained: bool, width: int, layers: tuple[int, ...], **kwargs: Any) -> ResNet:
@@ -99,6 +124,12 @@ def wrn152_2(pretrained: bool = False, **kwargs: Any) -> ResNet:
 def wrn200_2(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """WRN-200-2-bottleneck."""
     return _bottleneck('wrn200_2', pretrained, 2, (3, 24, 36, 3), **kwargs)
+
+
+@register_model
+def wrn18_1(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """WRN-18-1 (table 7), the network that others call ResNet-18."""
+    return _basic('wrn18_1', pretrained, 1, (2, 2, 2, 2), **kwargs)
 
 
 @register_model

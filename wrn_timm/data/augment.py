@@ -1,66 +1,159 @@
-"""TrivialAugment (arXiv:2103.10158), each image its own operation, as arithmetic on a whole batch on its device.
+"""TrivialAugment, RandAugment and AutoAugment, each image its own operations, as arithmetic on a batch on its device.
 
-The operations and ranges are torchvision's `TrivialAugmentWide`. Every operation is computed for every image and one is
-selected: at 32x32 pixels that costs less than the host round trips of gathering the images of each operation.
+Operations, ranges and policies are torchvision's. Every operation is computed for every image and one is selected: at
+32x32 pixels that costs less than the host round trips of gathering the images of each operation.
 """
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms import AutoAugment as TorchvisionAutoAugment
+from torchvision.transforms import AutoAugmentPolicy
 
-__all__ = ['OPERATIONS', 'trivial_augment']
+__all__ = ['OPERATIONS', 'AutoAugment', 'RandAugment', 'TrivialAugment', 'apply_operations']
 
 OPERATIONS = (
     'identity', 'shear_x', 'shear_y', 'translate_x', 'translate_y', 'rotate', 'brightness', 'color', 'contrast',
-    'sharpness', 'posterize', 'solarize', 'autocontrast', 'equalize')
+    'sharpness', 'posterize', 'solarize', 'autocontrast', 'equalize', 'invert')
+_SIGNED = OPERATIONS[1:10]
+
+Draw = Callable[[int], torch.Tensor]
+"""`draw(high)` gives an int64 below `high` for each image of the batch."""
 
 
-def trivial_augment(
-        images: torch.Tensor,
-        operation: torch.Tensor,
-        level: torch.Tensor,
-        up: torch.Tensor,
-) -> torch.Tensor:
+def apply_operations(images: torch.Tensor, operation: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Apply `OPERATIONS[operation]` to each image.
 
     Args:
         images: (B, 3, H, W), values 0..255, integer or float; the same type comes back.
-        operation: int64 (B,), below 14.
-        level: int64 (B,), 0 to 30: the strength, of 31 that span the operation's range.
-        up: int64 (B,), 0 or 1: the direction, of the operations that go both ways.
+        operation: int64 (B,), below 15.
+        value: float (B,), in the operation's own unit: tangent of a shear, pixels of a translation, degrees of a
+            rotation, what is added to a factor of 1 for brightness, colour, contrast and sharpness, bits that
+            posterize keeps, the threshold of solarize.
     """
-    x, strength, sign = images.float(), level / 30, up * 2 - 1
-    m, s = (v.float()[:, None, None, None] for v in (strength, strength * sign))
-    blended = 1 + 0.99 * s
-    grey = (x * x.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    x, v = images.float(), value[:, None, None, None]
+    factor = 1 + v
+    red, green, blue = x.unbind(1)
+    grey = (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None]
     results = {
-        'brightness': x * blended,
-        'color': torch.lerp(grey, x, blended),
-        'contrast': torch.lerp(grey.floor().mean((1, 2, 3), keepdim=True), x, blended),
-        'sharpness': torch.lerp(_smoothed(x), x, blended),
-        'posterize': _posterized(x, m),
-        'solarize': torch.where(x >= 255 * (1 - m), 255 - x, x),
+        'brightness': x * factor,
+        'color': torch.lerp(grey, x, factor),
+        'contrast': torch.lerp(grey.floor().mean((1, 2, 3), keepdim=True), x, factor),
+        'sharpness': torch.lerp(_smoothed(x), x, factor),
+        'posterize': _posterized(x, v),
+        'solarize': torch.where(x >= v, 255 - x, x),
         'autocontrast': _autocontrast(x),
         'equalize': _equalized(x),
+        'invert': 255 - x,
     }
-    out = _moved(x, operation, strength, sign)
+    out = _moved(x, operation, value)
     for name, result in results.items():
         out = torch.where((operation == OPERATIONS.index(name))[:, None, None, None], result, out)
     return out.clamp(0, 255).floor().to(images.dtype)
 
 
-def _moved(x: torch.Tensor, operation: torch.Tensor, strength: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
+class _Policy(torch.nn.Module):
+    """Values of each operation at `bins` strengths, as buffers, so that they lie on the device of the images."""
+
+    def __init__(self, bins: int, shear: float, translate: float, rotate: float, factor: float, bits: int):
+        super().__init__()
+        strength = torch.linspace(0, 1, bins)
+        largest = {
+            'shear_x': shear, 'shear_y': shear, 'translate_x': translate, 'translate_y': translate, 'rotate': rotate,
+            'brightness': factor, 'color': factor, 'contrast': factor, 'sharpness': factor}
+        values = torch.stack([strength * largest.get(name, 0.) for name in OPERATIONS])
+        values[OPERATIONS.index('posterize')] = 8 - (strength * bits).round()
+        values[OPERATIONS.index('solarize')] = 255 * (1 - strength)
+        self.register_buffer('values', values)
+        self.register_buffer('signed', torch.tensor([name in _SIGNED for name in OPERATIONS]))
+
+    def at_level(
+            self,
+            images: torch.Tensor,
+            operation: torch.Tensor,
+            level: torch.Tensor,
+            up: torch.Tensor,
+    ) -> torch.Tensor:
+        """Each image's operation at its level, upwards or downwards for those that go both ways."""
+        value = self.values[operation, level]
+        return apply_operations(images, operation, torch.where(self.signed[operation] & (up == 0), -value, value))
+
+
+class TrivialAugment(_Policy):
+    """One operation an image at a uniform strength, over wide ranges (arXiv:2103.10158)."""
+
+    def __init__(self):
+        super().__init__(31, shear=0.99, translate=32, rotate=135, factor=0.99, bits=6)
+
+    def forward(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """(B, 3, H, W) of 0..255 to the same, with the random numbers of `draw`."""
+        return self.at_level(images, draw(14), draw(31), draw(2))
+
+
+class _StandardPolicy(_Policy):
+    def __init__(self, bins: int, size: int):
+        super().__init__(bins, shear=0.3, translate=150 / 331 * size, rotate=30, factor=0.9, bits=4)
+
+
+class RandAugment(_StandardPolicy):
+    """A few random operations an image, all at one strength (arXiv:1909.13719).
+
+    Args:
+        operations: How many, one after the other.
+        magnitude: Strength, 0 to 30.
+        size: Side of the images in pixels, to which translations are relative.
+    """
+
+    def __init__(self, operations: int = 2, magnitude: int = 9, size: int = 32):
+        super().__init__(31, size)
+        self.operations, self.magnitude = operations, magnitude
+
+    def forward(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """(B, 3, H, W) of 0..255 to the same, with the random numbers of `draw`."""
+        for _ in range(self.operations):
+            operation = draw(14)
+            images = self.at_level(images, operation, torch.full_like(operation, self.magnitude), draw(2))
+        return images
+
+
+class AutoAugment(_StandardPolicy):
+    """One of the learnt pairs of operations an image, each with its probability (arXiv:1805.09501).
+
+    Args:
+        policy: 'cifar10' (for CIFAR-100 too, as in the paper), 'svhn' or 'imagenet'.
+        size: Side of the images in pixels, to which translations are relative.
+    """
+
+    def __init__(self, policy: str = 'cifar10', size: int = 32):
+        super().__init__(10, size)
+        names = {name.replace('_', ''): i for i, name in enumerate(OPERATIONS)}
+        pairs = [
+            [(names[operation.lower()], round(10 * probability), level or 0) for operation, probability, level in pair]
+            for pair in TorchvisionAutoAugment(AutoAugmentPolicy(policy)).policies]
+        self.register_buffer('pairs', torch.tensor(pairs))  # (pairs, 2, [operation, tenths of probability, level])
+
+    def forward(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
+        """(B, 3, H, W) of 0..255 to the same, with the random numbers of `draw`."""
+        for operation, tenths, level in self.pairs[draw(len(self.pairs))].permute(1, 2, 0):
+            operation = torch.where(draw(10) < tenths, operation, OPERATIONS.index('identity'))
+            images = self.at_level(images, operation, level, draw(2))
+        return images
+
+
+def _moved(x: torch.Tensor, operation: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Shears, translations and rotations as one nearest-pixel affine map an image; black comes in from outside."""
-    n, _, h, w = x.shape
-    value = strength * sign
+    h, w = x.shape[2:]
 
     def of(name: str) -> torch.Tensor:
         return torch.where(operation == OPERATIONS.index(name), value, 0.)
 
-    angle = of('rotate') * math.radians(135)
+    angle = of('rotate') * (math.pi / 180)
     # Output to input, in pixels about the centre; torchvision's shears are about the top left corner.
-    shear_x, shear_y = of('shear_x') * 0.99, of('shear_y') * 0.99
-    move_x, move_y = (of('translate_x') * 32).trunc(), (of('translate_y') * 32).trunc()
+    shear_x, shear_y = of('shear_x'), of('shear_y')
+    move_x, move_y = of('translate_x').trunc(), of('translate_y').trunc()
     rows, cols = torch.meshgrid(
         torch.arange(h, device=x.device) - (h - 1) / 2, torch.arange(w, device=x.device) - (w - 1) / 2, indexing='ij')
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
@@ -79,8 +172,8 @@ def _smoothed(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _posterized(x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-    step = torch.exp2((6 * m).round())
+def _posterized(x: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    step = torch.exp2(8 - bits)
     return (x / step).floor() * step
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import torch
 
-from .augment import OPERATIONS, trivial_augment
 from .datasets import ImageArrays
 
 __all__ = ['DeviceLoader']
@@ -28,7 +27,7 @@ class DeviceLoader:
         pad: Reflected border, in pixels, of which a random window is cut (paper, section 3); 0 for none.
         flip: Mirror each image with probability 1/2.
         cutout: Side, in pixels, of the square set to the mean (arXiv:1708.04552); 0 for none.
-        trivial_augment: One random operation an image after crop and flip (arXiv:2103.10158).
+        augment: Policy of `data.augment`, applied after crop and flip; None for none.
         seed: Seed of the run.
         rank: This process; it takes every `world_size`-th image of each batch.
         world_size: Processes that share a batch. The batches do not depend on it.
@@ -45,7 +44,7 @@ class DeviceLoader:
             pad: int = 4,
             flip: bool = True,
             cutout: int = 0,
-            trivial_augment: bool = False,
+            augment: torch.nn.Module | None = None,
             seed: int = 0,
             rank: int = 0,
             world_size: int = 1,
@@ -55,7 +54,8 @@ class DeviceLoader:
         if batch_size % world_size:
             raise ValueError(f'batch size {batch_size} does not divide among {world_size} processes')
         self.device = torch.device(device)
-        self.rank, self.world_size, self.trivial_augment = rank, world_size, trivial_augment
+        self.rank, self.world_size = rank, world_size
+        self.augment = augment and augment.to(self.device)
         self.batch_size, self.pad, self.flip, self.cutout, self.seed = batch_size, pad, flip, cutout, seed
         self.size = data.images.shape[-2:]
         self.images = data.images.to(self.device)
@@ -97,8 +97,8 @@ class DeviceLoader:
             cols = _reflected(cols + draw(2 * self.pad + 1) - self.pad, w)
         # One gather crops and flips; it comes out as NHWC, which permuted is channels_last.
         x = self.images[index[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
-        if self.trivial_augment:
-            x = trivial_augment(x, *(draw(high)[:, 0] for high in (len(OPERATIONS), 31, 2)))
+        if self.augment:
+            x = self.augment(x, lambda high: draw(high)[:, 0])
         x = x * self.scale + self.shift
         if self.cutout:
             half = self.cutout // 2

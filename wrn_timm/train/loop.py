@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import math
 import os
 import shutil
@@ -25,14 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from ..data.augment import AutoAugment, RandAugment, TrivialAugment
 from ..data.datasets import ImageArrays, load
 from ..data.device import DeviceLoader
 from .recipes import Recipe
-from .rundir import RunDir, export_weights
+from .rundir import RunDir, environment, export_weights
 
-__all__ = ['evaluate', 'train']
-
-_logger = logging.getLogger(__name__)
+__all__ = ['Learner', 'create_model', 'evaluate', 'train']
 
 
 @torch.inference_mode()
@@ -55,35 +53,101 @@ def evaluate(
 
 
 @dataclasses.dataclass
-class _State:
-    """All that a run is, and that a checkpoint holds."""
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    ema: ModelEmaV3 | None
+class _Progress:
+    """How far a run is, and what its records say."""
     sums: torch.Tensor  # of loss and of hits, in this epoch
     epoch: int = 0
     step: int = 0  # within the epoch
     seconds: float = 0.
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        cuda = self.sums.is_cuda
+    def end_epoch(self, lr: float, steps: int, batch_size: int, world: int) -> None:
+        """Put the epoch's line into the history, and the position at the start of the next."""
+        if world > 1:
+            dist.all_reduce(self.sums)
+        loss, hits = (self.sums / (steps * world)).tolist()
+        before = self.history[-1]['seconds'] if self.history else 0.
+        self.history.append({
+            'epoch': self.epoch + 1, 'lr': lr, 'train_loss': loss, 'train_accuracy': 100 * hits,
+            'seconds': round(self.seconds, 2),
+            'images_per_second': round(steps * batch_size / max(self.seconds - before, 1e-9))})
+        self.epoch, self.step = self.epoch + 1, 0
+
+
+class Learner:
+    """A network with its optimiser, schedule and averaged weights, as a recipe has them.
+
+    On CUDA the network is compiled and computes in bfloat16; in a process group it is data parallel.
+
+    Args:
+        model: On its device; trained in place.
+        recipe: How.
+        steps: Optimiser steps an epoch.
+    """
+
+    def __init__(self, model: torch.nn.Module, recipe: Recipe, steps: int):
+        self.device = next(model.parameters()).device
+        cuda = self.device.type == 'cuda'
+        if recipe.sync_batchnorm:
+            if not cuda:
+                raise ValueError('sync_batchnorm works on CUDA devices only; leave it off')
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model, self.recipe = model, recipe
+        self.optimizer = create_optimizer_v2(
+            model, 'nesterov', lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum,
+            filter_bias_and_bn=not recipe.decay_norm, **({'fused': True} if cuda else {'foreach': True}))
+        self.ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
+        self.scheduler = _schedule(recipe, self.optimizer, steps)
+        self._mix = _mixer(recipe, model.num_classes)
+        self._parameters = list(model.parameters())
+        self._forward = torch.compile(model) if cuda else model
+        if dist.is_initialized():
+            self._forward = DistributedDataParallel(self._forward)
+
+    @property
+    def averaged(self) -> torch.nn.Module:
+        """The network to measure and to export."""
+        return self.ema.module if self.ema else self.model
+
+    def step(self, number: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Take optimiser step `number` of the run; returns (2,): mean loss and share of hits, without waiting."""
+        self.scheduler.step_update(number)
+        targets = labels
+        if self._mix:
+            images, targets = self._mix(images, labels)
+        loss, logits = self._backward(images, targets)
+        if self.recipe.sam_rho:
+            climbed = _climb(self._parameters, self.recipe.sam_rho)
+            self._backward(images, targets)
+            torch._foreach_sub_([p.data for p in self._parameters], climbed)
+        self.optimizer.step()
+        if self.ema:
+            self.ema.update(self.model, number)
+        return torch.stack([loss, (logits.argmax(1) == labels).float().mean()])
+
+    def _backward(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == 'cuda'):
+            logits = self._forward(images)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
+        loss.backward()
+        return loss.detach(), logits.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, momentum, averaged weights and the states of the random generators."""
         return {
             'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
-            'ema': self.ema.module.state_dict() if self.ema else None, 'sums': self.sums,
-            'epoch': self.epoch, 'step': self.step, 'seconds': self.seconds, 'history': self.history,
-            'rng': torch.get_rng_state(), 'cuda_rng': torch.cuda.get_rng_state() if cuda else None}
+            'ema': self.ema.module.state_dict() if self.ema else None, 'rng': torch.get_rng_state(),
+            'cuda_rng': torch.cuda.get_rng_state() if self.device.type == 'cuda' else None}
 
-    def load_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave, on this device or another."""
         self.model.load_state_dict(saved['model'])
         self.optimizer.load_state_dict(saved['optimizer'])
         if self.ema:
             self.ema.module.load_state_dict(saved['ema'])
-        self.sums = saved['sums'].to(self.sums.device)
-        self.epoch, self.step, self.seconds = saved['epoch'], saved['step'], saved['seconds']
-        self.history = saved['history']
         torch.set_rng_state(saved['rng'].cpu())
-        if saved['cuda_rng'] is not None and self.sums.is_cuda:
+        if saved['cuda_rng'] is not None and self.device.type == 'cuda':
             torch.cuda.set_rng_state(saved['cuda_rng'].cpu())
 
 
@@ -142,17 +206,39 @@ def _any_process(flag: bool, ask: bool, world: int, device: torch.device) -> boo
     return bool(flags.item())
 
 
-def _end_epoch(state: _State, lr: float, steps: int, batch_size: int, world: int) -> None:
-    """Put the epoch's line into the history, and the position at the start of the next."""
-    if world > 1:
-        dist.all_reduce(state.sums, dist.ReduceOp.AVG if state.sums.is_cuda else dist.ReduceOp.SUM)
-        state.sums = state.sums if state.sums.is_cuda else state.sums / world
-    before = state.history[-1]['seconds'] if state.history else 0.
-    state.history.append({
-        'epoch': state.epoch + 1, 'lr': lr, 'train_loss': state.sums[0].item() / steps,
-        'train_accuracy': 100 * state.sums[1].item() / steps, 'seconds': round(state.seconds, 2),
-        'images_per_second': round(steps * batch_size / max(state.seconds - before, 1e-9))})
-    state.epoch, state.step = state.epoch + 1, 0
+def _augmentation(recipe: Recipe, size: int) -> torch.nn.Module | None:
+    if recipe.trivial_augment:
+        return TrivialAugment()
+    if recipe.rand_augment:
+        return RandAugment(recipe.rand_augment, recipe.rand_magnitude, size)
+    if recipe.auto_augment:
+        return AutoAugment('svhn' if recipe.dataset == 'svhn' else 'cifar10', size)
+    return None
+
+
+def _tracker(name: str, run: RunDir, settings: dict[str, Any], device: torch.device) -> Any:
+    """accelerate with the one tracker asked for."""
+    if not name:
+        return None
+    from accelerate import Accelerator  # takes seconds to import, and few ask for it
+    from accelerate.tracking import get_available_trackers
+    if name not in get_available_trackers():
+        raise ValueError(f'tracker {name!r} is not known or not installed; install it (pip install {name}) or choose '
+                         f'among {", ".join(get_available_trackers()) or "none"}')
+    tracker = Accelerator(cpu=device.type == 'cpu', log_with=name, project_dir=run.path)
+    tracker.init_trackers('wrn_timm', {**settings['recipe'], 'drop_epochs': str(settings['recipe']['drop_epochs'])})
+    return tracker
+
+
+def create_model(recipe: Recipe, num_classes: int) -> torch.nn.Module:
+    """The network of a recipe, with fresh weights."""
+    return timm.create_model(recipe.model, num_classes=num_classes, **_model_args(recipe), **(
+        {'conv_drop_rate': recipe.conv_drop_rate} if recipe.conv_drop_rate else {}))
+
+
+def _model_args(recipe: Recipe) -> dict[str, Any]:
+    """What the network's shape depends on beside its name."""
+    return {'stem': recipe.stem} if recipe.stem else {}
 
 
 def train(
@@ -165,6 +251,9 @@ def train(
         checkpoint_every: float = 300.,
         resume: bool = False,
         download: bool = False,
+        grad_checkpointing: bool = False,
+        half: bool = False,
+        tracker: str = '',
 ) -> Path | None:
     """Train a network and leave a weights folder in the run directory.
 
@@ -180,6 +269,9 @@ def train(
         checkpoint_every: Seconds between checkpoints; there is one at the end of each epoch too.
         resume: Go on with the run in `out`: bit for bit on a CPU, from the middle of an epoch too.
         download: Fetch the data set if it is missing.
+        grad_checkpointing: Recompute the activations of each block in the backward pass, for memory.
+        half: Export convolution and linear weights in half precision.
+        tracker: 'tensorboard', 'wandb', 'trackio' or another of accelerate's, told of every epoch.
 
     Returns:
         The weights folder, or None if the run was stopped (by the budget, SIGTERM or Ctrl-C) before its end.
@@ -210,98 +302,85 @@ def train(
         data, held_out = data.subset(order[recipe.holdout:]), data.subset(order[:recipe.holdout])
     loader = DeviceLoader(
         data, recipe.batch_size, device, pad=recipe.pad, flip=recipe.flip, cutout=recipe.cutout,
-        trivial_augment=recipe.trivial_augment, seed=seed, rank=rank, world_size=world)
+        augment=_augmentation(recipe, data.images.shape[-1]), seed=seed, rank=rank, world_size=world)
     steps = len(loader)
 
     torch.manual_seed(seed)
-    kwargs = {'conv_drop_rate': recipe.conv_drop_rate} if recipe.conv_drop_rate else {}
-    model = timm.create_model(recipe.model, num_classes=len(data.classes), **kwargs)
-    model = model.to(device, memory_format=torch.channels_last)
-    optimizer = create_optimizer_v2(
-        model, 'nesterov', lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum,
-        filter_bias_and_bn=not recipe.decay_norm, **({'fused': True} if cuda else {'foreach': True}))
-    ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
-    state = _State(model, optimizer, ema, torch.zeros(2, device=device))
-    scheduler, mix = _schedule(recipe, optimizer, steps), _mixer(recipe, len(data.classes))
-    parameters = list(model.parameters())
+    model = create_model(recipe, len(data.classes)).to(device, memory_format=torch.channels_last)
+    if grad_checkpointing:
+        model.set_grad_checkpointing()
+    learner = Learner(model, recipe, steps)
+    progress = _Progress(torch.zeros(2, device=device))
 
-    settings = {'recipe': dataclasses.asdict(recipe), 'seed': seed, 'device': str(device)}
+    settings = {'recipe': dataclasses.asdict(recipe), 'seed': seed}
     run = RunDir(out, settings, resume, write=main)
+    tracking = _tracker(tracker, run, settings, device)
     if resume and (saved := run.load_checkpoint(device)):
-        state.load_dict(saved)
-    forward = torch.compile(model) if cuda else model
-    if world > 1:
-        forward = DistributedDataParallel(forward)
-        if rank:  # the first process's dropout and mixing are its own
-            torch.manual_seed(seed * 100_003 + rank)
+        learner.load_state_dict(saved)
+        progress = _Progress(**{f.name: saved[f.name] for f in dataclasses.fields(_Progress)})
+    run.log('%s on %s, %d process(es), from epoch %d, step %d', recipe.model, device, world, progress.epoch,
+            progress.step)
+    run.log(', '.join(f'{k} {v}' for k, v in environment().items()))
+    if rank:  # the first process's dropout and mixing are its own
+        torch.manual_seed(seed * 100_003 + rank)
 
-    def backward(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        optimizer.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            logits = forward(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-        loss.backward()
-        return loss.detach(), logits.detach()
-
-    last_saved, stopping = time.monotonic(), False
-    with _stop_requests() as asked:
-        while state.epoch < recipe.epochs:
+    last_saved, stopping, warm = time.monotonic(), False, False
+    with contextlib.ExitStack() as stack:
+        asked = stack.enter_context(_stop_requests())
+        if tracking:
+            stack.callback(tracking.end_training)
+        while progress.epoch < recipe.epochs:
             model.train()
-            if not state.step:
-                state.sums = torch.zeros_like(state.sums)
+            if not progress.step:
+                progress.sums = torch.zeros_like(progress.sums)
             batches = tqdm(
-                loader.epoch(state.epoch, state.step), desc=f'epoch {state.epoch + 1}/{recipe.epochs}', total=steps,
-                initial=state.step, unit='img', unit_scale=recipe.batch_size, leave=False,
+                loader.epoch(progress.epoch, progress.step), desc=f'epoch {progress.epoch + 1}/{recipe.epochs}',
+                total=steps, initial=progress.step, unit='img', unit_scale=recipe.batch_size, leave=False,
                 disable=None if main else True)
             began = time.monotonic()
             for images, labels in batches:
-                step = state.epoch * steps + state.step
-                scheduler.step_update(step)
-                targets = labels
-                if mix:
-                    images, targets = mix(images, labels)
-                loss, logits = backward(images, targets)
-                if recipe.sam_rho:
-                    climbed = _climb(parameters, recipe.sam_rho)
-                    backward(images, targets)
-                    torch._foreach_sub_([p.data for p in parameters], climbed)
-                optimizer.step()
-                if ema:
-                    ema.update(model, step)
-                state.sums = state.sums + torch.stack([loss, (logits.argmax(1) == labels).float().mean()])
-                state.step += 1
+                result = learner.step(progress.epoch * steps + progress.step, images, labels)
+                progress.sums = progress.sums + result
+                progress.step += 1
+                if not warm:  # the step that compiles is told apart
+                    torch.cuda.synchronize() if cuda else None
+                    run.log('first step, compilation included: %.1f s', time.monotonic() - began)
+                    warm, began = True, time.monotonic()
 
                 now = time.monotonic()
                 reason = asked[0] if asked else 'the time budget' if now - started > time_budget else ''
-                ask = state.step % 20 == 0 or state.step == steps
+                ask = progress.step % 20 == 0 or progress.step == steps
                 stopping = _any_process(bool(reason), ask, world, device)
                 if stopping or now - last_saved > checkpoint_every:
                     break
 
+            finite = math.isfinite(progress.sums[0].item())  # waits for the device
             last_saved = time.monotonic()
-            state.seconds += last_saved - began
-            if not math.isfinite(state.sums[0].item()):
+            progress.seconds += last_saved - began
+            if not finite:
                 raise FloatingPointError(
-                    f'the loss is not finite at epoch {state.epoch + 1}, step {state.step}; the checkpoints in '
+                    f'the loss is not finite at epoch {progress.epoch + 1}, step {progress.step}; the checkpoints in '
                     f'{run.checkpoints} are from before. Try a smaller learning rate.')
-            if state.step == steps:
-                _end_epoch(state, optimizer.param_groups[0]['lr'], steps, recipe.batch_size, world)
+            if progress.step == steps:
+                progress.end_epoch(learner.optimizer.param_groups[0]['lr'], steps, recipe.batch_size, world)
+                row = progress.history[-1]
                 if held_out:
-                    measured = evaluate(ema.module if ema else model, held_out, device)
-                    state.history[-1] |= {f'holdout_{k}': v for k, v in measured.items()}
-                _logger.info('  '.join(f'{k} {v:.4g}' for k, v in state.history[-1].items()))
-            run.save(state.to_dict(), state.history)
-            if stopping and state.epoch < recipe.epochs:
-                _logger.info('stopped by %s after epoch %d, step %d; go on with --resume', reason or 'another process',
-                             state.epoch, state.step)
+                    row |= {f'holdout_{k}': v for k, v in evaluate(learner.averaged, held_out, device).items()}
+                run.log('  '.join(f'{k} {v:.4g}' for k, v in row.items()))
+                if tracking:
+                    tracking.log(row, step=progress.epoch)
+            run.save({**learner.state_dict(), **vars(progress)}, progress.history)
+            if stopping and progress.epoch < recipe.epochs:
+                run.log('stopped by %s after epoch %d, step %d; go on with --resume', reason or 'another process',
+                        progress.epoch, progress.step)
                 return None
 
     if not main:
         return None
     folder = run.path / 'weights'
-    export_weights(ema.module if ema else model, folder, {
+    export_weights(learner.averaged, folder, {
         'tag': recipe.dataset, 'mean': data.mean, 'std': data.std, 'label_names': data.classes,
-        'input_size': tuple(data.images.shape[1:]), 'crop_pct': 1.0})
+        'input_size': tuple(data.images.shape[1:]), 'crop_pct': 1.0}, half, _model_args(recipe))
     for name in ('recipe.json', 'history.csv', 'curves.png'):
         shutil.copy(run.path / name, folder / name)
     return folder

@@ -3,6 +3,7 @@
     recipe.json     the resolved recipe, seed, versions and commit
     history.csv     a line an epoch
     curves.png      loss, accuracy and learning rate
+    train.log       what was printed, with the time
     checkpoints/    the last two, and the best on the held-out images where there are any
     weights/        the weights folder, once the run has ended
 """
@@ -17,6 +18,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,14 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             atomic_write(self.recipe_file, json.dumps({**settings, 'environment': environment()}, indent=2) + '\n')
 
+    def log(self, message: str, *args: Any, level: int = logging.INFO) -> None:
+        """Log a message, and keep it in `train.log`."""
+        if not self.write:
+            return
+        _logger.log(level, message, *args)
+        with open(self.path / 'train.log', 'a') as f:
+            f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message % args}\n")
+
     def save(self, state: dict[str, Any], history: list[dict[str, float]]) -> None:
         """Add a checkpoint, drop all but the last two and the best, and write `history.csv` and `curves.png`.
 
@@ -117,6 +127,8 @@ class RunDir:
         """
         if not self.write:
             return
+        if history and state['step'] == 0:  # before the checkpoint, from which they would not be made again
+            self.write_history(history)
         self.checkpoints.mkdir(exist_ok=True)
         newest = self.checkpoints / f"epoch-{state['epoch']:04d}-step-{state['step']:06d}.pt"
         atomic_write(newest, lambda p: torch.save(state, p))
@@ -125,8 +137,6 @@ class RunDir:
             atomic_write(self.checkpoints / 'best.pt', lambda p: shutil.copyfile(newest, p))
         for old in self._newest_first()[2:]:
             old.unlink()
-        if history:
-            self.write_history(history)
 
     def _newest_first(self) -> list[Path]:
         return sorted(self.checkpoints.glob('epoch-*.pt'), reverse=True)
@@ -137,7 +147,8 @@ class RunDir:
             try:
                 return torch.load(path, map_location=device, weights_only=True)
             except Exception as e:  # a damaged zip or pickle raises what it likes
-                _logger.warning('%s is damaged (%s); going back to the one before', path, type(e).__name__)
+                self.log('%s is damaged (%s); going back to the one before', path, type(e).__name__,
+                         level=logging.WARNING)
         return None
 
     def write_history(self, history: list[dict[str, float]]) -> None:
@@ -186,7 +197,13 @@ def plot_history(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def export_weights(model: torch.nn.Module, folder: Path, pretrained_cfg: dict[str, Any], half: bool = False) -> None:
+def export_weights(
+        model: torch.nn.Module,
+        folder: Path,
+        pretrained_cfg: dict[str, Any],
+        half: bool = False,
+        model_args: dict[str, Any] | None = None,
+) -> None:
     """Write a model's weights and configuration as a weights folder.
 
     Args:
@@ -194,6 +211,7 @@ def export_weights(model: torch.nn.Module, folder: Path, pretrained_cfg: dict[st
         folder: Replaced as a whole if it is there.
         pretrained_cfg: What the configuration says beyond the model's own (`tag`, `mean`, `label_names`...).
         half: Keep convolution and linear weights in half precision; BatchNorm stays in float32.
+        model_args: Arguments beyond the name with which `timm.create_model` makes the network again (`stem`...).
     """
     final, folder = folder, folder.with_name(f'.{folder.name}.part')
     shutil.rmtree(folder, ignore_errors=True)
@@ -203,7 +221,7 @@ def export_weights(model: torch.nn.Module, folder: Path, pretrained_cfg: dict[st
         for module in model.modules():
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
                 module.half()
-    save_for_hf(model, str(folder), safe_serialization=True)
+    save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
     config = json.loads((folder / 'config.json').read_text())
     config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf merges or replaces it, by timm's version
     config['sha256'] = sha256_of(folder / WEIGHTS_FILE)
