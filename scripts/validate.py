@@ -28,13 +28,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--batch-size', type=int, default=250)
     parser.add_argument('--workers', type=int, default=0)
+    parser.add_argument('--corruptions', action='store_true', help='measure under noise, blur and JPEG too')
     parser.add_argument('--write', action='store_true',
                         help='write metrics, golden logits and the card into the weights folder that --model names')
     args = parser.parse_args(argv)
     if args.write and not Path(args.model).is_dir():
         parser.error(f'--write needs a weights folder; {args.model} is none')
     try:
-        metrics = validate(args.model, args.data, args.batch_size, args.device, args.workers, args.download)
+        metrics = validate(
+            args.model, args.data, args.batch_size, args.device, args.workers, args.download, args.corruptions)
     except (ValueError, OSError, RuntimeError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 1

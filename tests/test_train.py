@@ -256,7 +256,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, caplog):
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     out = tmp_path / 'run'
     train(SMOKE, '', out, time_budget=0)
-    before = {p: p.read_bytes() for p in out.rglob('*') if p.is_file()}
+    before = {p: p.read_bytes() for p in out.glob('checkpoints/*')}
 
     def full(state, path):
         path.write_bytes(b'half')
@@ -266,7 +266,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
         m.setattr(torch, 'save', full)
         with pytest.raises(OSError, match='No space left'):
             train(SMOKE, '', out, resume=True)
-    assert {p: p.read_bytes() for p in out.rglob('*') if p.is_file()} == before
+    assert {p: p.read_bytes() for p in out.glob('checkpoints/*')} == before and len(before) == 1
+    assert not list(out.rglob('*.part*'))
 
 
 def test_the_last_two_checkpoints_and_the_best_are_kept(run):

@@ -30,7 +30,7 @@ from timm.models import save_for_hf
 
 from ..weights import WEIGHTS_FILE, sha256_of
 
-__all__ = ['RunDir', 'atomic_write', 'environment', 'export_weights', 'plot_history']
+__all__ = ['RunDir', 'atomic_write', 'carried_files', 'environment', 'export_weights', 'plot_history']
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +69,17 @@ def _commit() -> str:
         return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or 'unknown'
     except OSError:  # no git on this machine
         return 'unknown'
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """The files of a run directory that it goes on from elsewhere: all but its older checkpoints."""
+    newest = _newest_first(folder / 'checkpoints')[:1]
+    return sorted(
+        p for p in folder.rglob('*') if p.is_file() and (p.parent != folder / 'checkpoints' or p in newest))
+
+
+def _newest_first(checkpoints: Path) -> list[Path]:
+    return sorted(checkpoints.glob('epoch-*.pt'), reverse=True)
 
 
 class RunDir:
@@ -135,15 +146,12 @@ class RunDir:
         held_out = [row['holdout_accuracy'] for row in history if 'holdout_accuracy' in row]
         if held_out and state['step'] == 0 and held_out[-1] >= max(held_out):
             atomic_write(self.checkpoints / 'best.pt', lambda p: shutil.copyfile(newest, p))
-        for old in self._newest_first()[2:]:
+        for old in _newest_first(self.checkpoints)[2:]:
             old.unlink()
-
-    def _newest_first(self) -> list[Path]:
-        return sorted(self.checkpoints.glob('epoch-*.pt'), reverse=True)
 
     def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
         """The last whole checkpoint, or None before the first. A damaged one is named and passed over."""
-        for path in self._newest_first():
+        for path in _newest_first(self.checkpoints):
             try:
                 return torch.load(path, map_location=device, weights_only=True)
             except Exception as e:  # a damaged zip or pickle raises what it likes

@@ -1,6 +1,7 @@
 """The one place where a published number is made: weights reloaded from disk through `timm.create_model`."""
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from timm.data import create_transform, resolve_model_data_config
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.datasets import load, parse_spec
-from ..data.folders import scan_folder
+from ..data.corrupt import CORRUPTIONS, corrupt
+from ..data.datasets import ImageArrays, load, parse_spec
+from ..data.folders import ImageFiles, scan_folder
 from .metrics import classification_metrics, predict_logits
 from .rundir import environment
 
@@ -40,6 +42,7 @@ def validate(
         device: str = 'cpu',
         workers: int = 0,
         download: bool = False,
+        corruptions: bool = False,
 ) -> dict[str, Any]:
     """Measure a pretrained model on a test set.
 
@@ -51,13 +54,17 @@ def validate(
         device: Where the model runs, in float32.
         workers: Processes that read images.
         download: Fetch a named set if it is missing.
+        corruptions: Measure a named set under each of `data.corrupt.CORRUPTIONS` too.
 
     Returns:
-        The metrics of `classification_metrics`, with the data set, split, preprocessing and environment.
+        The metrics of `classification_metrics`, with the data set, split, preprocessing and environment; top-1 under
+        each corruption as `corruptions`.
 
     Raises:
-        ValueError: The data's classes are not the model's.
+        ValueError: The data's classes are not the model's, or corruptions are asked for on a folder.
     """
+    if corruptions and data.startswith('folder:'):
+        raise ValueError('corruptions are for the named sets of small images, not for folders')
     model = open_model(name).to(device, memory_format=torch.channels_last)
     config = resolve_model_data_config(model)
     transform = eval_transform(model)
@@ -73,9 +80,18 @@ def validate(
         raise ValueError(
             f'{name} knows {model.num_classes} classes ({", ".join((labels or ())[:3])}...), {data} has '
             f'{len(part.classes)} ({", ".join(part.classes[:3])}...)')
-    loader = DataLoader(part.as_dataset(transform), batch_size, num_workers=workers)
-    progress = tqdm(loader, desc='validating', unit='batch', leave=False, disable=None)
-    metrics = classification_metrics(*predict_logits(model, progress, device), part.classes)
+
+    def measure(part: ImageArrays | ImageFiles, what: str) -> dict[str, Any]:
+        loader = DataLoader(part.as_dataset(transform), batch_size, num_workers=workers)
+        progress = tqdm(loader, desc=what, unit='batch', leave=False, disable=None)
+        return classification_metrics(*predict_logits(model, progress, device), part.classes)
+
+    metrics = measure(part, 'validating')
+    if corruptions:
+        metrics['corruptions'] = {
+            f'{kind} {strength:g}': measure(
+                dataclasses.replace(part, images=corrupt(part.images, kind, strength)), kind)['top1']
+            for kind, strengths in CORRUPTIONS.items() for strength in strengths}
     return {
         'dataset': source, 'split': split, **metrics, 'skipped': skipped,
         'preprocessing': {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},

@@ -1,0 +1,39 @@
+#!/usr/bin/env python3
+"""Carry a run or a weights folder in small shards, and put it together again, bit for bit.
+
+    python scripts/carry.py pack RUN SHARDS             # 15 MB each; of the checkpoints the newest
+    python scripts/carry.py unpack SHARDS RUN           # elsewhere; then train.py --resume --out RUN
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+
+from wrn_timm.train.carry import pack, unpack
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+    packing = commands.add_parser('pack', help='cut a folder into shards')
+    packing.add_argument('folder', help='run directory or weights folder')
+    packing.add_argument('out', help='new folder for the shards')
+    packing.add_argument('--shard-mb', type=float, default=15., help='largest size of a shard (default: %(default)s)')
+    unpacking = commands.add_parser('unpack', help='put shards together')
+    unpacking.add_argument('shards', help='folder of the shards')
+    unpacking.add_argument('out', help='new folder for what they hold')
+    args = parser.parse_args(argv)
+    try:
+        if args.command == 'pack':
+            files = pack(args.folder, args.out, int(args.shard_mb * 1e6))
+            print(f'{len(files) - 1} shards in {args.out}')
+        else:
+            print(unpack(args.shards, args.out))
+    except (ValueError, OSError, RuntimeError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
