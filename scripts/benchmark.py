@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Measure speed: import, inference and training, each against the plain alternative in the same run.
+"""Measure speed: import, inference, augmentation and training, each against the plain alternative in the same run.
 
-    python scripts/benchmark.py                      # import time, inference
-    python scripts/benchmark.py --train              # and training steps
-    python scripts/benchmark.py --model wrn28_10 --json
+    python scripts/benchmark.py                        # import time, inference, augmentation
+    python scripts/benchmark.py --train                # and training steps
+    python scripts/benchmark.py --train --model wrn28_10 --batch-size 512 --device cuda --json
 """
 from __future__ import annotations
 
@@ -14,13 +14,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 
 import wrn_timm  # noqa: F401  (registers the models)
+from wrn_timm.data.augment import AutoAugment, RandAugment, TrivialAugment
+from wrn_timm.data.datasets import ImageArrays
+from wrn_timm.data.device import DeviceLoader
+from wrn_timm.train.loop import Learner, create_model
+from wrn_timm.train.recipes import Recipe
 from wrn_timm.train.rundir import environment
+
+CLASSES = 10
 
 
 def seconds_to_import() -> float:
@@ -29,8 +39,13 @@ def seconds_to_import() -> float:
     return float(subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout)
 
 
-def alternate(candidates: dict[str, Callable[[], None]], rounds: int, sync: Callable[[], None]) -> dict[str, float]:
+def waiter(device: str) -> Callable[[], None]:
+    return torch.cuda.synchronize if device == 'cuda' else lambda: None
+
+
+def alternate(candidates: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
     """Median seconds a call; the candidates take turns, so that a busy machine slows each alike."""
+    sync = waiter(device)
     times = {name: [] for name in candidates}
     for i in range(rounds + 1):
         for name, call in candidates.items():
@@ -52,41 +67,148 @@ def rival(name: str) -> torch.nn.Module | None:
         return None
 
 
-def training_step(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, nesterov=True, weight_decay=5e-4)
+def matmul_ceiling(device: str) -> float:
+    """FLOP/s of a large matrix product: 8192 cubed in bfloat16 on CUDA, 2048 cubed in float32 on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device == 'cuda' else (2048, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size ** 3 / alternate({'matmul': lambda: a @ b}, 10, device)['matmul']
+
+
+def training_flops(name: str) -> int:
+    """Operations of a training step an image: those of the forward pass, and twice as many backward."""
+    model = timm.create_model(name, device='meta')
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
+    return 3 * counter.get_total_flops()
+
+
+def plain_step(model: torch.nn.Module, device: str, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """The step of a tutorial's loop: NCHW, nothing compiled or fused; bfloat16 on CUDA, as the trainer's."""
+    model = model.to(device).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, nesterov=True, weight_decay=5e-4, foreach=False)
 
     def step() -> None:
-        loss = F.cross_entropy(model(images), labels)
+        with torch.autocast(device, torch.bfloat16, enabled=device == 'cuda'):
+            loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    model.train()
     return step
 
 
-def inference(model: torch.nn.Module, images: torch.Tensor) -> Callable[[], None]:
-    def call() -> None:
-        with torch.inference_mode():
-            model(images)
+def trainer_step(name: str, device: str, batch: int, loader: DeviceLoader, checkpointing: bool) -> Callable[[], None]:
+    """The trainer's own step: a new batch augmented on the device, then what `train.py` does with it."""
+    recipe = Recipe('synthetic', name, epochs=1, batch_size=batch, lr=0.01, ema_decay=0.999)
+    model = create_model(recipe, CLASSES).to(device, memory_format=torch.channels_last).train()
+    if checkpointing:
+        model.set_grad_checkpointing()
+    learner = Learner(model, recipe, steps=1_000_000)
+    batches = (b for epoch in range(1_000_000) for b in loader.epoch(epoch))
+    return lambda: learner.step(1, *next(batches))
 
-    model.eval()
-    return call
 
-
-def compare(name: str, make: Callable, device: str, batch: int, rounds: int) -> dict[str, float]:
-    """Images/s of the network in channels_last, plain, and of pytorchcv's, on random images."""
-    images = torch.randn(batch, *timm.create_model(name, device='meta').pretrained_cfg['input_size'], device=device)
-    labels = torch.randint(10, (batch,), device=device)
-    args = (labels,) if make is training_step else ()
-    ours = timm.create_model(name).to(device, memory_format=torch.channels_last)
-    candidates = {
-        'channels_last': make(ours, images.contiguous(memory_format=torch.channels_last), *args),
-        'plain': make(timm.create_model(name).to(device), images, *args)}
+def compare_training(name: str, device: str, batch: int, rounds: int) -> dict[str, Any]:
+    """The trainer's step against plain eager loops: images/s, share of the ceiling, peak memory, first step."""
+    size = timm.create_model(name, device='meta').pretrained_cfg['input_size']
+    data = ImageArrays(torch.randint(256, (4 * batch, *size), dtype=torch.uint8), torch.randint(CLASSES, (4 * batch,)),
+                       tuple(map(str, range(CLASSES))), (0.5,) * 3, (0.25,) * 3)
+    loader = DeviceLoader(data, batch, device)
+    images, labels = next(loader.epoch(0))
+    images = images.contiguous()
+    makers: dict[str, Callable[[], Callable[[], None]]] = {
+        'trainer': lambda: trainer_step(name, device, batch, loader, False),
+        'trainer, checkpointing': lambda: trainer_step(name, device, batch, loader, True),
+        'plain eager': lambda: plain_step(timm.create_model(name, num_classes=CLASSES), device, images, labels)}
     if other := rival(name):
-        candidates['pytorchcv'] = make(other.to(device), images, *args)
-    sync = torch.cuda.synchronize if device == 'cuda' else lambda: None
-    return {k: batch / t for k, t in alternate(candidates, rounds, sync).items()}
+        makers['pytorchcv'] = lambda: plain_step(other, device, images, labels)
+
+    sync, steps, first, memory = waiter(device), {}, {}, {}
+    for kind, make in makers.items():
+        if device == 'cuda':
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        step = make()
+        started = time.perf_counter()
+        step()
+        sync()
+        first[kind] = time.perf_counter() - started
+        if device == 'cuda':
+            memory[kind] = (torch.cuda.max_memory_allocated() - before) / 1e9
+        steps[kind] = step
+    rates = {k: batch / t for k, t in alternate(steps, rounds, device).items()}
+    ceiling, flops = matmul_ceiling(device), training_flops(name)
+    out = {
+        'ratios': {f'over {k}': round(rates['trainer'] / v, 3) for k, v in rates.items() if k != 'trainer'},
+        'images_per_second': {k: round(v, 1) for k, v in rates.items()},
+        'share_of_matmul_ceiling': {k: round(v * flops / ceiling, 3) for k, v in rates.items()},
+        'ceiling_tflops': round(ceiling / 1e12, 3), 'gflop_an_image': round(flops / 1e9, 2),
+        'first_step_seconds': {k: round(v, 1) for k, v in first.items()}}
+    if memory:
+        out['peak_gb'] = {k: round(v, 2) for k, v in memory.items()}
+        out['memory_over_plain'] = {k: round(v / memory['plain eager'], 3) for k, v in memory.items()}
+    return out
+
+
+def compare_inference(name: str, device: str, batch: int, rounds: int) -> dict[str, Any]:
+    """Images/s of the network in channels_last, plain, and of pytorchcv's, on random images in float32."""
+    images = torch.randn(batch, *timm.create_model(name, device='meta').pretrained_cfg['input_size'], device=device)
+    last = images.contiguous(memory_format=torch.channels_last)
+
+    def call(model: torch.nn.Module, images: torch.Tensor) -> Callable[[], Any]:
+        return torch.inference_mode()(lambda: model(images))
+
+    candidates = {
+        'channels_last': call(timm.create_model(name).to(device, memory_format=torch.channels_last).eval(), last),
+        'plain': call(timm.create_model(name).to(device).eval(), images)}
+    if other := rival(name):
+        candidates['pytorchcv'] = call(other.to(device).eval(), images)
+    rates = {k: batch / t for k, t in alternate(candidates, rounds, device).items()}
+    ours = rates['channels_last']
+    return {'ratios': {f'over {k}': round(ours / v, 3) for k, v in rates.items() if k != 'channels_last'},
+            'images_per_second': {k: round(v, 1) for k, v in rates.items()}}
+
+
+def compare_augmentation(device: str, batch: int, rounds: int) -> dict[str, Any]:
+    """Images/s through the loader on its device, and through torchvision's transforms image by image in one process."""
+    images = torch.randint(256, (4 * batch, 3, 32, 32), dtype=torch.uint8)
+    data = ImageArrays(images, torch.zeros(len(images), dtype=torch.int64), ('a',), (0.5,) * 3, (0.25,) * 3)
+    policies = {'crop, flip': (None, None), 'TrivialAugment': (TrivialAugment(), v2.TrivialAugmentWide()),
+                'RandAugment': (RandAugment(), v2.RandAugment()),
+                'AutoAugment': (AutoAugment(), v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))}
+
+    def on_device(policy: torch.nn.Module | None) -> Callable[[], Any]:
+        batches = DeviceLoader(data, batch, device, augment=policy)
+        stream = (b for epoch in range(1_000_000) for b in batches.epoch(epoch))
+        return lambda: next(stream)
+
+    def image_by_image(policy: torch.nn.Module | None) -> Callable[[], Any]:
+        transform = v2.Compose([
+            v2.RandomCrop(32, padding=4, padding_mode='reflect'), v2.RandomHorizontalFlip(),
+            policy or torch.nn.Identity(), v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.5,) * 3, (0.25,) * 3)])
+        return lambda: torch.stack([transform(image) for image in images[:batch]])
+
+    candidates = {}
+    for name, (ours, theirs) in policies.items():
+        candidates[f'{name}: loader'] = on_device(ours)
+        candidates[f'{name}: torchvision'] = image_by_image(theirs)
+    rates = {k: batch / t for k, t in alternate(candidates, rounds, device).items()}
+    return {'ratios': {f'{name} over torchvision': round(rates[f'{name}: loader'] / rates[f'{name}: torchvision'], 2)
+                       for name in policies},
+            'images_per_second': {k: round(v) for k, v in rates.items()}}
+
+
+def show(kind: str, result: dict[str, Any]) -> None:
+    """Ratios first, then everything measured of each candidate in a line."""
+    print(f"{kind}: {', '.join(f'{v} {k}' for k, v in result['ratios'].items())}")
+    columns = {k: v for k, v in result.items() if isinstance(v, dict) and k != 'ratios'}
+    for name in result['images_per_second']:
+        print(f'  {name:28s}' + '  '.join(f'{column} {values[name]}' for column, values in columns.items()))
+    for key, value in result.items():
+        if not isinstance(value, dict):
+            print(f'  {key} {value}')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,25 +223,21 @@ def main(argv: list[str] | None = None) -> int:
     if not timm.is_model(args.model):
         parser.error(f'{args.model} is not a model of timm or of this package')
 
+    settings = args.device, args.batch_size, args.rounds
     result = {
         'import_ms_over_timm': round(1000 * statistics.median(seconds_to_import() for _ in range(5)), 1),
-        'model': args.model, 'batch_size': args.batch_size, 'device': args.device, 'environment': environment()}
-    for kind, make in (('inference', inference), ('training', training_step)):
-        if kind == 'inference' or args.train:
-            rates = compare(args.model, make, args.device, args.batch_size, args.rounds)
-            ours = rates['channels_last']
-            result[kind] = {'ratios': {f'over {k}': round(ours / v, 3) for k, v in rates.items() if v is not ours},
-                            'images_per_second': {k: round(v, 1) for k, v in rates.items()}}
+        'model': args.model, 'batch_size': args.batch_size, 'device': args.device, 'environment': environment(),
+        'inference': compare_inference(args.model, *settings), 'augmentation': compare_augmentation(*settings)}
+    if args.train:
+        result['training'] = compare_training(args.model, *settings)
     if args.json:
         print(json.dumps(result, indent=2))
         return 0
     print(f"import wrn_timm: {result['import_ms_over_timm']} ms over import timm")
-    for kind in ('inference', 'training'):
+    print(f'{args.model}, batch {args.batch_size}, {args.device}')
+    for kind in ('inference', 'augmentation', 'training'):
         if kind in result:
-            ratios = ', '.join(f'{v} {k}' for k, v in result[kind]['ratios'].items())
-            print(f"{args.model} {kind}, batch {args.batch_size}, {args.device}: {ratios}")
-            for name, rate in result[kind]['images_per_second'].items():
-                print(f'  {name:14s} {rate:10.1f} images/s')
+            show(kind, result[kind])
     return 0
 
 

@@ -1,5 +1,7 @@
 """Images as they are read, split, held on the device and augmented."""
+import math
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ import torch.nn.functional as F
 from conftest import SAMPLE, cifar10_dir
 from PIL import Image
 from torchvision import datasets as tv
+from torchvision.transforms import v2
 
 from wrn_timm.data import datasets
+from wrn_timm.data.corrupt import corrupt
 from wrn_timm.data.device import DeviceLoader
 from wrn_timm.data.folders import read_rgb, scan_folder, split_files
 
@@ -190,3 +194,22 @@ def test_folders_that_cannot_be_trained_on(tmp_path, folder):
     (folder / 'watch' / 'one.jpg').write_bytes((folder / 'pizza' / 'image_0001.jpg').read_bytes())
     with pytest.raises(ValueError, match='classes with a single image cannot be split: watch'):
         split_files(scan_folder(folder).train, 0.3, seed=0)
+
+
+def test_corruptions_are_what_they_say():
+    image = torch.full((4, 3, 32, 32), 128, dtype=torch.uint8)
+    noise = corrupt(image, 'noise', 16.).float() - 128
+    assert noise.std().item() == pytest.approx(16, rel=0.03) and abs(noise.mean().item()) < 0.5
+    assert torch.equal(corrupt(image, 'noise', 16.), corrupt(image, 'noise', 16.))
+    point = torch.zeros(1, 3, 33, 33, dtype=torch.uint8)
+    point[:, :, 16, 16] = 255
+    blurred = corrupt(point, 'blur', 1.)[0, 0].float()
+    assert blurred[16, 17] / blurred[16, 16] == pytest.approx(math.exp(-0.5), rel=0.05)  # a Gaussian of one pixel
+    picture = F.interpolate(torch.rand(1, 3, 6, 6) * 255, 32, mode='bicubic').clamp(0, 255).byte()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)  # torchvision will drop its codec
+        theirs = v2.functional.jpeg(picture, 50)
+    assert (corrupt(picture, 'jpeg', 50).float() - theirs.float()).abs().mean() < 2
+    assert (picture.float() - theirs.float()).abs().mean() > 2
+    with pytest.raises(ValueError, match="corruption 'fog' is unknown; choose one of noise, blur, jpeg"):
+        corrupt(image, 'fog', 1.)

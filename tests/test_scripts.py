@@ -30,8 +30,16 @@ def test_benchmark_prints_ratios_and_json(capsys, monkeypatch):
     assert benchmark_script.main(args) == 0
     result = json.loads(capsys.readouterr().out)
     assert result['import_ms_over_timm'] == 1000.
-    for kind in ('inference', 'training'):
-        assert result[kind]['images_per_second']['channels_last'] > 0 and result[kind]['ratios']['over plain'] > 0
+    assert result['inference']['ratios']['over plain'] > 0
+    assert result['augmentation']['images_per_second']['RandAugment: loader'] > 0
+    training = result['training']
+    stages = ((32 * 32, 16, 16), (16 * 16, 16, 32), (8 * 8, 32, 64))  # pixels, channels in and out
+    multiply_adds = 32 * 32 * 27 * 16 + 64 * 10 + sum(
+        pixels * (9 * a * b + 3 * 9 * b * b + (a * b if a != b else 0)) for pixels, a, b in stages)
+    assert training['gflop_an_image'] == pytest.approx(3 * 2 * multiply_adds / 1e9, abs=0.005)
+    for name, rate in training['images_per_second'].items():
+        share = rate * training['gflop_an_image'] / training['ceiling_tflops'] / 1000
+        assert share == pytest.approx(training['share_of_matmul_ceiling'][name], rel=0.2, abs=0.001)
     with pytest.raises(SystemExit):
         benchmark_script.main(['--model', 'wrn9_9'])
 

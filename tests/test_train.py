@@ -6,11 +6,13 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import carry as carry_script
 import pytest
 import timm
 import torch
@@ -18,10 +20,13 @@ import train as train_script
 import validate as validate_script
 from conftest import ROOT, SAMPLE
 from distributed_gradients import gradients
+from safetensors.torch import load_file
+from torchvision.transforms.functional import gaussian_blur
 
 from wrn_timm.data.datasets import load
 from wrn_timm.data.device import DeviceLoader
 from wrn_timm.hub import check_golden, model_card
+from wrn_timm.train.carry import pack, unpack
 from wrn_timm.train.loop import _climb, _schedule, evaluate, train
 from wrn_timm.train.metrics import classification_metrics
 from wrn_timm.train.recipes import RECIPES, get_recipe
@@ -339,3 +344,100 @@ def test_torchrun_trains_stops_and_resumes(tmp_path):
     history = list(csv.DictReader((out / 'history.csv').read_text().splitlines()))
     assert len(history) == SMOKE.epochs and float(history[-1]['train_accuracy']) > 80
     timm.create_model(f'local-dir:{out / "weights"}', pretrained=True)
+
+
+def test_a_run_goes_on_from_carried_shards(run, tmp_path, capsys):
+    out, shards, elsewhere = tmp_path / 'run', tmp_path / 'shards', tmp_path / 'elsewhere'
+    train(SMOKE, '', out, time_budget=0)
+    train(SMOKE, '', out, time_budget=0, resume=True)
+    assert carry_script.main(['pack', str(out), str(shards), '--shard-mb', '0.5']) == 0
+    sizes = [p.stat().st_size for p in shards.glob('shard-*')]
+    assert len(sizes) > 2 and max(sizes) <= 500_000
+    assert carry_script.main(['unpack', str(shards), str(elsewhere)]) == 0
+    carried = {p.relative_to(elsewhere): p.read_bytes() for p in elsewhere.rglob('*') if p.is_file()}
+    assert len([p for p in carried if p.suffix == '.pt']) == 1
+    assert carried == {p: (out / p).read_bytes() for p in carried}
+    train(SMOKE, '', elsewhere, resume=True)
+    assert final_weights(elsewhere) == final_weights(run)
+
+    assert carry_script.main(['unpack', str(shards), str(elsewhere)]) == 1
+    assert 'elsewhere is there already' in capsys.readouterr().err
+    victim = shards / 'shard-0001'
+    victim.write_bytes(bytes([victim.read_bytes()[0] ^ 1]) + victim.read_bytes()[1:])
+    assert carry_script.main(['unpack', str(shards), str(tmp_path / 'new')]) == 1
+    assert 'shard-0001 is damaged: sha256' in capsys.readouterr().err
+    victim.unlink()
+    assert carry_script.main(['unpack', str(shards), str(tmp_path / 'new')]) == 1
+    assert 'shards: shard-0001' in capsys.readouterr().err
+    assert carry_script.main(['pack', str(tmp_path / 'none'), str(tmp_path / 'new')]) == 1
+    assert 'holds no files to carry' in capsys.readouterr().err
+    assert not (tmp_path / 'new').exists() and not list(tmp_path.glob('.*.part'))
+
+
+def test_weights_come_back_from_shards_as_they_were(run, tmp_path):
+    pack(run / 'weights', tmp_path / 'shards', 100_000)
+    back = unpack(tmp_path / 'shards', tmp_path / 'weights')
+    assert {p.name: p.read_bytes() for p in back.iterdir()} == {
+        p.name: p.read_bytes() for p in (run / 'weights').iterdir()}
+
+
+def test_a_finished_run_is_exported_again_in_half_precision(run, tmp_path):
+    out = tmp_path / 'run'
+    shutil.copytree(run, out)
+    assert train_script.main(['--recipe', 'smoke', '--out', str(out), '--device', 'cpu', '--resume', '--half']) == 0
+    full, half = (load_file(r / 'weights/model.safetensors') for r in (run, out))
+    assert half['layer1.0.conv1.weight'].dtype == torch.float16 and half['layer1.0.bn1.weight'].dtype == torch.float32
+    for key, value in full.items():
+        torch.testing.assert_close(half[key], value.to(half[key].dtype), atol=0, rtol=0)
+
+
+def test_checkpointing_changes_memory_and_not_weights(run, tmp_path):
+    train(SMOKE, '', tmp_path / 'run', grad_checkpointing=True)
+    a, b = (load_file(r / 'weights/model.safetensors') for r in (run, tmp_path / 'run'))
+    for key, value in a.items():
+        if not key.endswith(('running_mean', 'running_var', 'num_batches_tracked')):  # seen twice by BatchNorm
+            torch.testing.assert_close(b[key], value, atol=1e-6, rtol=1e-5)
+
+
+def test_resnet18_trains_by_the_same_recipe_and_loads_with_its_stem(tmp_path):
+    out = tmp_path / 'run'
+    assert train_script.main([
+        '--recipe', 'smoke', '--out', str(out), '--device', 'cpu', '--model', 'wrn18_1', '--stem', 'cifar',
+        '--epochs', '1', '--batch-size', '128', '--rand-augment', '1']) == 0
+    assert weights_of(out).conv1.weight.shape == (64, 3, 3, 3)
+
+
+def test_trackers_are_told_of_every_epoch(tmp_path, capsys):
+    events = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    out = tmp_path / 'run'
+    train(SMOKE, '', out, tracker='tensorboard')
+    log = events.EventAccumulator(str(next(out.rglob('events.out.*')).parent)).Reload()
+    history = list(csv.DictReader((out / 'history.csv').read_text().splitlines()))
+    for column in ('train_loss', 'holdout_accuracy', 'lr'):
+        told = [(e.step, e.value) for e in log.Scalars(column)]
+        assert told == [(int(r['epoch']), pytest.approx(float(r[column]), rel=1e-5)) for r in history]
+    assert train_script.main(['--recipe', 'smoke', '--out', str(tmp_path / 'none'), '--tracker', 'paper']) == 1
+    assert "tracker 'paper' is not known or not installed" in capsys.readouterr().err
+
+
+def test_choices_that_cannot_be_are_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match='choose one of trivial_augment, rand_augment and auto_augment'):
+        dataclasses.replace(SMOKE, trivial_augment=True, auto_augment=True)
+    with pytest.raises(ValueError, match='rand_magnitude is 31; it must be 0 to 30'):
+        dataclasses.replace(SMOKE, rand_magnitude=31)
+    args = ['--recipe', 'smoke', '--out', str(tmp_path / 'run'), '--device', 'cpu', '--sync-batchnorm']
+    assert train_script.main(args) == 1
+    assert 'sync_batchnorm works on CUDA devices only' in capsys.readouterr().err
+
+
+def test_what_is_measured_under_corruptions(run, capsys):
+    args = ['--model', str(run / 'weights'), '--data', 'synthetic', '--device', 'cpu', '--corruptions']
+    assert validate_script.main(args) == 0
+    found = json.loads(capsys.readouterr().out)['corruptions']
+    model, data = weights_of(run), load('synthetic', '', train=False)
+    assert set(found) == {'noise 8', 'noise 16', 'noise 32', 'blur 0.5', 'blur 1', 'blur 1.5', 'jpeg 75', 'jpeg 50',
+                          'jpeg 25'}
+    blurred = dataclasses.replace(data, images=gaussian_blur(data.images, 7, [1.]))
+    assert found['blur 1'] == pytest.approx(evaluate(model, blurred, torch.device('cpu'))['accuracy'], abs=0.5)
+    assert validate_script.main([*args[:2], '--data', f'folder:{SAMPLE}', '--corruptions']) == 1
+    assert 'corruptions are for the named sets' in capsys.readouterr().err

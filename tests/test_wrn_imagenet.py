@@ -1,11 +1,13 @@
 """ImageNet networks: against torchvision's implementation, timm's, and the paper's table 7."""
+import pytest
 import timm
 import torch
 import torchvision
 
 import wrn_timm  # noqa: F401
 
-MILLIONS = {'wrn18_1_5': 25.9, 'wrn18_2': 45.6, 'wrn18_3': 101.8, 'wrn34_1_5': 48.6, 'wrn34_2': 86.0}  # table 7
+MILLIONS = {'wrn18_1': 11.7, 'wrn18_1_5': 25.9, 'wrn18_2': 45.6, 'wrn18_3': 101.8, 'wrn34_1_5': 48.6,
+            'wrn34_2': 86.0}  # table 7
 
 
 def count(model):
@@ -58,3 +60,20 @@ def test_features_of_five_levels():
     assert model.feature_info.reduction() == [2, 4, 8, 16, 32]
     assert model.feature_info.channels() == [64, 96, 192, 384, 768]
     assert [f.shape[1] for f in model(torch.randn(1, 3, 64, 64))] == [64, 96, 192, 384, 768]
+
+
+def test_stem_for_small_images_is_resnet18s_usual_one():
+    """Against torchvision's ResNet-18 with the two changes that everyone makes for CIFAR."""
+    reference = torchvision.models.resnet18(num_classes=10).eval()
+    reference.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    reference.maxpool = torch.nn.Identity()
+    model = timm.create_model('wrn18_1', stem='cifar', num_classes=10).eval()
+    assert count(model) == 11_173_962
+    model.load_state_dict(reference.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), reference(x), atol=1e-5, rtol=1e-5)
+    backbone = timm.create_model('wrn18_1', stem='cifar', features_only=True)
+    assert [32 // f.shape[-1] for f in backbone(x)] == backbone.feature_info.reduction() == [1, 1, 2, 4, 8]
+    with pytest.raises(ValueError, match="stem 'vit' is unknown; choose 'cifar' or 'imagenet'"):
+        timm.create_model('wrn18_1', stem='vit')

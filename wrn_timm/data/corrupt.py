@@ -4,8 +4,11 @@ They are this package's own, and not CIFAR-10-C: other operations, other strengt
 """
 from __future__ import annotations
 
+import io
+
 import torch
-from torchvision.transforms.v2 import functional as tv
+from PIL import Image
+from torchvision.transforms.v2.functional import gaussian_blur, pil_to_tensor, to_pil_image
 
 __all__ = ['CORRUPTIONS', 'corrupt']
 
@@ -29,7 +32,13 @@ def corrupt(images: torch.Tensor, kind: str, strength: float, seed: int = 0) -> 
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
         return (images + strength * noise).round().clamp(0, 255).byte()
     if kind == 'blur':
-        return tv.gaussian_blur(images, 2 * round(3 * strength) + 1, [strength])
+        return gaussian_blur(images, 2 * round(3 * strength) + 1, [strength])
     if kind == 'jpeg':
-        return torch.stack([tv.jpeg(image, int(strength)) for image in images])
+        return torch.stack([_through_jpeg(image, int(strength)) for image in images])
     raise ValueError(f"corruption {kind!r} is unknown; choose one of {', '.join(CORRUPTIONS)}")
+
+
+def _through_jpeg(image: torch.Tensor, quality: int) -> torch.Tensor:
+    file = io.BytesIO()
+    to_pil_image(image).save(file, 'JPEG', quality=quality)
+    return pil_to_tensor(Image.open(file))

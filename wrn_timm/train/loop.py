@@ -222,9 +222,10 @@ def _tracker(name: str, run: RunDir, settings: dict[str, Any], device: torch.dev
         return None
     from accelerate import Accelerator  # takes seconds to import, and few ask for it
     from accelerate.tracking import get_available_trackers
-    if name not in get_available_trackers():
+    available = [str(t) for t in get_available_trackers()]
+    if name not in available:
         raise ValueError(f'tracker {name!r} is not known or not installed; install it (pip install {name}) or choose '
-                         f'among {", ".join(get_available_trackers()) or "none"}')
+                         f'among {", ".join(available) or "none"}')
     tracker = Accelerator(cpu=device.type == 'cpu', log_with=name, project_dir=run.path)
     tracker.init_trackers('wrn_timm', {**settings['recipe'], 'drop_epochs': str(settings['recipe']['drop_epochs'])})
     return tracker
