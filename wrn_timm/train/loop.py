@@ -88,6 +88,7 @@ class Learner:
     def __init__(self, model: torch.nn.Module, recipe: Recipe, steps: int):
         self.device = next(model.parameters()).device
         cuda = self.device.type == 'cuda'
+        torch.backends.cudnn.benchmark |= cuda  # shapes stay the same
         if recipe.sync_batchnorm:
             if not cuda:
                 raise ValueError('sync_batchnorm works on CUDA devices only; leave it off')
