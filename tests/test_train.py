@@ -425,6 +425,8 @@ def test_choices_that_cannot_be_are_refused(tmp_path, capsys):
         dataclasses.replace(SMOKE, trivial_augment=True, auto_augment=True)
     with pytest.raises(ValueError, match='rand_magnitude is 31; it must be 0 to 30'):
         dataclasses.replace(SMOKE, rand_magnitude=31)
+    with pytest.raises(ValueError, match='warmup_epochs is 3; it must be below the 3 epochs'):
+        dataclasses.replace(SMOKE, warmup_epochs=3)
     args = ['--recipe', 'smoke', '--out', str(tmp_path / 'run'), '--device', 'cpu', '--sync-batchnorm']
     assert train_script.main(args) == 1
     assert 'sync_batchnorm works on CUDA devices only' in capsys.readouterr().err

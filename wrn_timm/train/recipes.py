@@ -74,6 +74,8 @@ class Recipe:
         for name in ('epochs', 'batch_size'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least 1')
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f'warmup_epochs is {self.warmup_epochs}; it must be below the {self.epochs} epochs')
         if not 0 <= self.rand_magnitude <= 30:
             raise ValueError(f'rand_magnitude is {self.rand_magnitude}; it must be 0 to 30')
         if self.trivial_augment + bool(self.rand_augment) + self.auto_augment > 1:
