@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write the generated tables of README.md and weights/README.md from the models and the weights folders.
+"""Write what is generated from the models and the weights folders: tables of README.md and weights/README.md, and
+`wrn_timm/released.json`, by which the package knows released weights that are not on the machine.
 
     python scripts/tables.py            # write
     python scripts/tables.py --check    # exit 1 where they are out of date
@@ -12,25 +13,20 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from wrn_timm.hub import PAPER_ERROR
+from wrn_timm.weights import WEIGHTS_FILE
 from wrn_timm.wrn import VARIANTS
 from wrn_timm.wrn_imagenet import default_cfgs as imagenet_cfgs
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Test error in %. Paper: arXiv 1605.07146 v4, table 5 where it has the network (mean/std preprocessing), else table 4.
-# Downloadable: the lowest of the public checkpoints of the same network, pytorchcv's.
-PAPER = {
-    'wrn40_1.cifar10': 6.85, 'wrn40_1.cifar100': 30.89, 'wrn40_2.cifar10': 5.33, 'wrn40_2.cifar100': 26.04,
-    'wrn40_4.cifar10': 4.53, 'wrn40_4.cifar100': 21.18, 'wrn16_8.cifar10': 4.27, 'wrn16_8.cifar100': 20.43,
-    'wrn28_10.cifar10': 4.00, 'wrn28_10.cifar100': 19.25, 'wrn40_8.cifar10': 4.66, 'wrn28_12.cifar10': 4.33,
-    'wrn28_12.cifar100': 20.43, 'wrn22_8.cifar10': 4.38, 'wrn22_8.cifar100': 21.22, 'wrn22_10.cifar10': 4.44,
-    'wrn22_10.cifar100': 20.75, 'wrn16_10.cifar10': 4.56, 'wrn16_10.cifar100': 21.59,
-}
+# Test error in %: the lowest of the public checkpoints of the same network, pytorchcv's.
 DOWNLOADABLE = {
     'wrn28_10.cifar10': 2.39, 'wrn28_10.cifar100': 17.88, 'wrn40_8.cifar10': 2.37, 'wrn40_8.cifar100': 18.03,
     'wrn16_10.cifar10': 2.93, 'wrn16_10.cifar100': 18.95,
@@ -57,20 +53,32 @@ def models_table() -> str:
     return table(['model', 'parameters', 'GMACs', 'input', 'reductions'], rows)
 
 
+def weights_folders() -> list[tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """Each released folder, with its metrics, recipe and configuration."""
+    folders = sorted((p for p in (ROOT / 'weights').iterdir() if p.is_dir()),
+                     key=lambda p: timm.models._registry._natural_key(p.name))
+    return [(f, *(json.loads((f / f'{n}.json').read_text()) for n in ('metrics', 'recipe', 'config'))) for f in folders]
+
+
 def weights_table() -> str:
     """Test error of each released folder beside what is published."""
     rows = []
-    for folder in sorted((ROOT / 'weights').iterdir(), key=lambda p: timm.models._registry._natural_key(p.name)):
-        if not folder.is_dir():
-            continue
-        metrics, run, config = (
-            json.loads((folder / f'{n}.json').read_text()) for n in ('metrics', 'recipe', 'config'))
-        published = [f'{t[folder.name]:.2f}' if folder.name in t else '-' for t in (PAPER, DOWNLOADABLE)]
+    for folder, metrics, run, config in weights_folders():
+        published = [f'{t[folder.name]:.2f}' if folder.name in t else '-' for t in (PAPER_ERROR, DOWNLOADABLE)]
         rows.append([
             f'[`{folder.name}`](/weights/{folder.name})', f"**{100 - metrics['top1']:.2f}**", *published,
-            f"{metrics['ece']:.2f}", f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB",
+            f"{metrics['ece']:.2f}", f"{(folder / WEIGHTS_FILE).stat().st_size / 1e6:.1f} MB",
             f"{run['recipe']['epochs']} epochs, {run['environment']['hardware']}", f"`{config['sha256'][:12]}`"])
     return table(['weights', 'ours', 'paper', 'best downloadable', 'ECE', 'file', 'training', 'sha256'], rows)
+
+
+def released() -> str:
+    """`wrn_timm/released.json`."""
+    return json.dumps({
+        folder.name: {
+            'size': (folder / WEIGHTS_FILE).stat().st_size, 'sha256': config['sha256'],
+            'license': config['pretrained_cfg']['license'], 'top1': metrics['top1']}
+        for folder, metrics, _, config in weights_folders()}, indent=2) + '\n'
 
 
 TABLES: dict[str, Callable[[], str]] = {'models': models_table, 'weights': weights_table}
@@ -90,10 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--check', action='store_true')
     args = parser.parse_args(argv)
     stale = 0
-    for path in (ROOT / 'README.md', ROOT / 'weights' / 'README.md'):
-        old = path.read_text()
-        new = rewritten(old)
-        if old != new:
+    made = {path: rewritten(path.read_text()) for path in (ROOT / 'README.md', ROOT / 'weights' / 'README.md')}
+    for path, new in {**made, ROOT / 'wrn_timm' / 'released.json': released()}.items():
+        if path.read_text() != new:
             stale += 1
             print(f'{path.name} of {path.parent.name}/ {"is out of date" if args.check else "written"}')
             if not args.check:

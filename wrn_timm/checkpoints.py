@@ -217,6 +217,10 @@ def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
     misfits += [
         f'{k} is {tuple(state_dict[k].shape)}, not {tuple(own[k].shape)}'
         for k in own if k in state_dict and not fits(k)]
+    misfits += [
+        f'{k} is {state_dict[k].dtype}, not {own[k].dtype}'
+        for k in own if k in state_dict and own[k].is_floating_point() != state_dict[k].is_floating_point()
+        and not k.endswith('num_batches_tracked')]
     if misfits:
         raise RuntimeError(
             f'The checkpoint is {_layout(state_dict)[0]}; the model is {_layout(own)[0]}. '

@@ -1,25 +1,47 @@
-"""A weights folder as a repository of the Hugging Face Hub: the card and the golden logits that complete it."""
+"""A weights folder as a repository of the Hugging Face Hub: its card and golden logits, and how it gets there."""
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 from timm.data import resolve_model_data_config
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from .data.folders import read_rgb
+from .download import hub_fault
+from .train.finetune import FinetuneConfig
 from .train.recipes import RECIPES
 from .train.rundir import atomic_write
 from .train.validate import normalised, open_model
+from .weights import WEIGHTS_FILE, verify, version_tag
 
-__all__ = ['check_golden', 'finish_weights_folder', 'model_card']
+__all__ = [
+    'PAPER_ERROR', 'check_folder', 'check_golden', 'contents', 'finish_weights_folder', 'model_card', 'preview', 'publish']
 
 GOLDEN_FILE = 'golden.npz'  # a second .safetensors in the folder confuses timm up to 1.0.26
+GOLDEN_TOLERANCE = 1e-3  # of a logit; another CPU or GPU adds in another order
+FILES = (
+    WEIGHTS_FILE, 'config.json', 'README.md', 'metrics.json', 'recipe.json', 'history.csv', 'curves.png', GOLDEN_FILE)
+SIZE_LIMIT = 5_000_000  # bytes of any file but the weights
+
+# Test error in %: arXiv 1605.07146 v4, table 5 where it has the network (mean/std preprocessing), else table 4.
+PAPER_ERROR = {
+    'wrn40_1.cifar10': 6.85, 'wrn40_1.cifar100': 30.89, 'wrn40_2.cifar10': 5.33, 'wrn40_2.cifar100': 26.04,
+    'wrn40_4.cifar10': 4.53, 'wrn40_4.cifar100': 21.18, 'wrn16_8.cifar10': 4.27, 'wrn16_8.cifar100': 20.43,
+    'wrn28_10.cifar10': 4.00, 'wrn28_10.cifar100': 19.25, 'wrn40_8.cifar10': 4.66, 'wrn28_12.cifar10': 4.33,
+    'wrn28_12.cifar100': 20.43, 'wrn22_8.cifar10': 4.38, 'wrn22_8.cifar100': 21.22, 'wrn22_10.cifar10': 4.44,
+    'wrn22_10.cifar100': 20.75, 'wrn16_10.cifar10': 4.56, 'wrn16_10.cifar100': 21.59,
+}
+_IN_TABLE_5 = ('wrn40_4', 'wrn16_8', 'wrn28_10')
 
 _TITLES = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'svhn': 'SVHN'}
 _TINY_IMAGES = ('taken from Tiny Images, whose collection from the web was not curated; its authors state no licence, '

@@ -10,6 +10,8 @@ import difflib
 import hashlib
 import json
 import os
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,16 @@ from safetensors import SafetensorError, safe_open
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, list_models
 from timm.models._pretrained import PretrainedCfg
 
-__all__ = ['Weights', 'find', 'list_weights', 'locate', 'sha256_of', 'sources', 'verify']
+from .download import snapshot
+
+__all__ = [
+    'Weights', 'find', 'list_weights', 'locate', 'pinned', 'released', 'sha256_of', 'sources', 'verify', 'version_tag']
 
 # The account on the Hub that holds our weights. Empty until its owner sets it: any other name could be a stranger's.
 HUB_NAMESPACE = ''
 
 WEIGHTS_FILE = 'model.safetensors'
+HEADER_LIMIT = 1 << 20  # bytes; the longest of ours has 0.1 MB, and safetensors would parse 100 MB
 _PACKAGE = Path(__file__).resolve().parent
 _SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
 
@@ -33,9 +39,9 @@ class Weights:
 
     Attributes:
         name: `<arch>.<tag>`.
-        location: Folder on this machine, `hf-hub:<repository>`, or '' where they cannot be had.
-        size: Bytes of the weights file; None if not on this machine.
-        sha256: Of the weights file; None if not on this machine.
+        location: Folder on this machine, or `hf-hub:<repository>`.
+        size: Bytes of the weights file; None if it is neither on this machine nor released by us.
+        sha256: Of the weights file; None as above.
         license: SPDX identifier.
         top1: Accuracy on the test set in %, by `validate.py`; None if it is not known here.
     """
@@ -67,55 +73,103 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _config(folder: Path) -> dict[str, Any]:
+@cache
+def released() -> dict[str, dict[str, Any]]:
+    """Size, sha256, licence and accuracy of each released `<arch>.<tag>`, as `scripts/tables.py` wrote them down."""
+    return json.loads((Path(__file__).resolve().parent / 'released.json').read_text())
+
+
+def version_tag(sha256: str) -> str:
+    """The git tag of a Hub repository that holds the weights of this sha256."""
+    return f'sha256-{sha256[:12]}'
+
+
+def _config(folder: Path, remedy: str) -> dict[str, Any]:
     """A folder's `config.json`, {} where there is none."""
     file = folder / 'config.json'
     try:
-        return json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as e:
-        raise RuntimeError(f'{file} is damaged: {e}. Restore the folder from where it came.') from e
+        config = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
+        if not isinstance(config, dict):
+            raise ValueError('it holds no JSON object')
+        return config
+    except (ValueError, RecursionError) as e:
+        raise RuntimeError(f'{file} is damaged: {e}. {remedy}') from e
 
 
-def verify(folder: Path) -> Path:
-    """The weights file of a folder, once it is the one that the folder's `config.json` names.
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object none of whose names stands twice: the parsers of safetensors and of Python take the last."""
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        raise ValueError('its header names a tensor, or a field of one, twice')
+    return out
+
+
+def _check_safetensors(file: Path) -> None:
+    with open(file, 'rb') as f:
+        length = int.from_bytes(f.read(8), 'little')
+        if length > HEADER_LIMIT:
+            raise ValueError(f'its header says it is {length:,} bytes long, the limit is {HEADER_LIMIT:,}')
+        json.loads(f.read(length), object_pairs_hook=_unique)
+    with safe_open(file, 'pt'):
+        pass
+
+
+def verify(folder: Path, sha256: str | None = None, remedy: str = 'Restore the folder from where it came.') -> Path:
+    """The weights file of a folder, once it is whole and the one that is meant.
+
+    Args:
+        folder: Weights folder, or a snapshot in the cache of the Hub's client.
+        sha256: What the file must have; None for the one that `config.json` names. Where neither is known, a file in
+            the cache must have the one that the Hub named when it was fetched; any other is taken as it is.
+        remedy: What to do about a damaged file.
 
     Raises:
         FileNotFoundError: The folder holds no weights file.
-        RuntimeError: The file's sha256 is not the one that `config.json` names (both are given), or it is damaged.
+        RuntimeError: The file has another sha256 (both are given), or is no sound safetensors file.
     """
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         raise FileNotFoundError(f'{folder} holds no {WEIGHTS_FILE}')
-    expected = _config(folder).get('sha256')
+    named_by = 'wrn_timm/released.json' if sha256 else 'config.json'
+    expected = sha256 or _config(folder, remedy).get('sha256')
+    if not expected and re.fullmatch('[0-9a-f]{64}', blob := file.resolve().name):
+        named_by, expected = 'the Hub', blob
     if expected and (found := sha256_of(file)) != expected:
         raise RuntimeError(
-            f'{file} is damaged or is another file: sha256 {found}, but config.json names {expected}. '
-            f'Restore the folder from where it came.')
+            f'{file} is damaged or is another file: sha256 {found}, but {named_by} names {expected}. {remedy}')
     try:
-        with safe_open(file, 'pt'):
-            return file
-    except SafetensorError as e:
-        raise RuntimeError(f'{file} is damaged: {e}. Restore the folder from where it came.') from e
+        _check_safetensors(file)
+    except (SafetensorError, ValueError, RecursionError) as e:
+        raise RuntimeError(f'{file} is damaged: {e}. {remedy}') from e
+    return file
+
+
+def pinned() -> dict[str, dict[str, Any]]:
+    """The released weights by where our account on the Hub has them, `<account>/<arch>.<tag>@<version>`."""
+    return {f"{HUB_NAMESPACE}/{name}@{version_tag(row['sha256'])}": row
+            for name, row in released().items() if HUB_NAMESPACE}
+
+
+def _hub_id(name: str) -> str:
+    """Where the Hub has our own `<arch>.<tag>`, or the account of $WRN_TIMM_HUB_NAMESPACE its own; '' for nowhere."""
+    account = os.environ.get('WRN_TIMM_HUB_NAMESPACE', HUB_NAMESPACE)
+    if account != HUB_NAMESPACE:
+        return f'{account}/{name}' if account else ''
+    return next((hub_id for hub_id in pinned() if hub_id.startswith(f'{account}/{name}@')), '')
 
 
 def sources(name: str) -> dict[str, str]:
     """Where the weights of our own `<arch>.<tag>` can be had now, as fields of timm's pretrained configuration."""
-    folder = find(name)
-    namespace = os.environ.get('WRN_TIMM_HUB_NAMESPACE', HUB_NAMESPACE)
+    folder, hub_id = find(name), _hub_id(name)
     out = {'file': str(folder / WEIGHTS_FILE)} if folder else {}
-    return {**out, 'hf_hub_id': f'{namespace}/{name}'} if namespace else out
+    return {**out, 'hf_hub_id': hub_id} if hub_id else out
 
 
-def _download(name: str, hub_id: str, cache_dir: str | Path | None) -> str:
-    from huggingface_hub import hf_hub_download
-    repo_id, _, revision = hub_id.partition('@')
-    try:
-        return hf_hub_download(repo_id, WEIGHTS_FILE, revision=revision or None, cache_dir=cache_dir)
-    except (OSError, ValueError, RuntimeError) as e:  # every fault of the Hub's client is one of these
-        raise RuntimeError(
-            f'No weights for {name}: {_searched()}, nor could the Hub give {hub_id} '
-            f'({type(e).__name__}: {str(e).strip().partition(chr(10))[0]}). Connect to the network, or put a folder '
-            f'called {name} with {WEIGHTS_FILE} into a place that $WRN_TIMM_WEIGHTS names.') from e
+def _download(hub_id: str, cache_dir: str | Path | None) -> str:
+    folder = snapshot(hub_id, ('config.json', WEIGHTS_FILE), cache_dir)
+    return str(verify(
+        folder, pinned().get(hub_id, {}).get('sha256'),
+        f'Delete {folder.parents[1]} and load again, which downloads it anew.'))
 
 
 def _searched() -> str:
@@ -149,29 +203,43 @@ def locate(
         _check_tag(variant, pretrained_cfg)
     if not pretrained:
         return out
+    given = None  # what of the caller's names a source of its own
     if any(overlay.get(k) for k in _SOURCES):
-        file = overlay.get('file')
-        if file and not Path(file).is_file():
-            raise FileNotFoundError(f'pretrained_cfg_overlay names {file}, which is not there')
-        return out
-    if pretrained_cfg is not None and not isinstance(pretrained_cfg, str):
-        cfg = pretrained_cfg if isinstance(pretrained_cfg, PretrainedCfg) else PretrainedCfg(**pretrained_cfg)
-        if cfg.source == 'local-dir':
-            verify(Path(cfg.file))
-        if cfg.source or any(getattr(cfg, k) for k in _SOURCES):
-            return out
-    else:
+        given = cfg = PretrainedCfg(**overlay)
+    elif pretrained_cfg is None or isinstance(pretrained_cfg, str):
         cfg = get_pretrained_cfg(f'{variant}.{pretrained_cfg}' if pretrained_cfg else variant)
+    else:
+        cfg = pretrained_cfg if isinstance(pretrained_cfg, PretrainedCfg) else PretrainedCfg(**pretrained_cfg)
+        given = cfg if cfg.source or any(getattr(cfg, k) for k in _SOURCES) else None
+    if given:
+        overlay.update(_verified(given, cache_dir))
+        return out
     name = f'{variant}.{cfg.tag}'
     if folder := find(name):
         overlay['file'] = str(verify(folder))
     elif hub_id := cfg.hf_hub_id or sources(name).get('hf_hub_id'):
-        overlay['file'] = _download(name, hub_id, cache_dir)
+        try:
+            overlay['file'] = _download(hub_id, cache_dir)
+        except RuntimeError as e:
+            raise RuntimeError(
+                f'No weights for {name}: {_searched()}, and {e} Or put a folder called {name} with {WEIGHTS_FILE} into '
+                f'a place that $WRN_TIMM_WEIGHTS names.') from e
     else:
         raise RuntimeError(
             f'No weights for {name}: {_searched()}, and no Hub account is set ($WRN_TIMM_HUB_NAMESPACE). '
             f'Set $WRN_TIMM_WEIGHTS to the folder that holds {name}/, or use pretrained=False for random weights.')
     return out
+
+
+def _verified(cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, Any]:
+    """What makes timm load the verified file of a folder or repository that the caller names, and no other of it."""
+    if cfg.source == 'local-dir':
+        return dict(source=None, custom_load=False, file=str(verify(Path(cfg.file))))
+    if cfg.source == 'hf-hub' or (cfg.hf_hub_id and not (cfg.state_dict or cfg.file or cfg.hf_hub_filename)):
+        return dict(source=None, custom_load=False, file=_download(cfg.hf_hub_id, cache_dir))
+    if cfg.file and not cfg.state_dict and not Path(cfg.file).is_file():
+        raise FileNotFoundError(f'pretrained_cfg_overlay names {cfg.file}, which is not there')
+    return {}
 
 
 def _check_tag(variant: str, tag: str) -> None:
@@ -186,13 +254,13 @@ def list_weights() -> list[Weights]:
     rows = []
     for name in list_models('wrn*', include_tags=True):
         cfg = get_pretrained_cfg(name)
-        folder, hub_id = find(name), cfg.hf_hub_id
-        if folder:
-            file = folder / WEIGHTS_FILE
-            metrics_file = folder / 'metrics.json'
-            metrics = json.loads(metrics_file.read_text()) if metrics_file.is_file() else {}
-            rows.append(Weights(
-                name, str(folder), file.stat().st_size, sha256_of(file), cfg.license or '', metrics.get('top1')))
-        elif hub_id:
-            rows.append(Weights(name, f'hf-hub:{hub_id}', None, None, cfg.license or '', None))
+        known = {'size': None, 'sha256': None, 'license': cfg.license or '', 'top1': None}
+        if folder := find(name):
+            file, metrics = folder / WEIGHTS_FILE, folder / 'metrics.json'
+            top1 = json.loads(metrics.read_text()).get('top1') if metrics.is_file() else None
+            known.update(size=file.stat().st_size, sha256=sha256_of(file), top1=top1)
+            rows.append(Weights(name, str(folder), **known))
+        elif hub_id := _hub_id(name) if name in released() else cfg.hf_hub_id:
+            known.update(pinned().get(hub_id, {}))
+            rows.append(Weights(name, f'hf-hub:{hub_id}', **known))
     return rows
