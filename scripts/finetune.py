@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import wrn_timm  # noqa: F401  (registers the models)
+from wrn_timm.hub import finish_weights_folder
 from wrn_timm.train.finetune import FinetuneConfig, finetune
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = FinetuneConfig(**{f.name: args.pop(f.name) for f in dataclasses.fields(FinetuneConfig)})
         metrics = finetune(config, **args)
+        finish_weights_folder(Path(args['out']) / 'weights', metrics, SAMPLE)
     except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 1

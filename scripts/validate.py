@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(json.dumps(metrics, indent=2))
     if args.write:
-        finish_weights_folder(args.model, metrics, [str(min(d.iterdir())) for d in sorted(SAMPLE.iterdir())])
+        finish_weights_folder(args.model, metrics, SAMPLE)
     return 0
 
 

@@ -1,9 +1,20 @@
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import Hub
+
+# Every test speaks to this Hub and to no other; huggingface_hub reads these once, when it is imported.
+HUB = Hub()
+HOME = tempfile.TemporaryDirectory()
+os.environ.update(
+    HF_ENDPOINT=HUB.url, HF_HOME=HOME.name, HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1',
+    HF_HUB_DISABLE_PROGRESS_BARS='1', HF_TOKEN='')
+for name in [n for n in os.environ if n.lower() in ('http_proxy', 'https_proxy', 'all_proxy', 'no_proxy')]:
+    del os.environ[name]
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / 'tests' / 'data' / 'caltech101_sample'
@@ -24,6 +35,15 @@ def no_weights(monkeypatch, tmp_path):
     monkeypatch.delenv('WRN_TIMM_HUB_NAMESPACE', raising=False)
     (tmp_path / 'weights').mkdir()
     return tmp_path / 'weights'
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """An empty Hub, and its token in the environment."""
+    HUB.clear()
+    monkeypatch.setenv('HF_TOKEN', HUB.token)
+    yield HUB
+    HUB.clear()
 
 
 def cifar10_dir() -> str:

@@ -3,8 +3,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from urllib.request import getproxies
 
 __all__ = ['hub_fault', 'snapshot']
+
+_PROXY = 'correct $HTTPS_PROXY and $HTTP_PROXY, or unset them'
 
 
 def snapshot(hub_id: str, files: tuple[str, ...], cache_dir: str | Path | None = None) -> Path:
@@ -49,7 +52,8 @@ def hub_fault(error: BaseException, hub_id: str) -> str:
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
-    first = next((e for e in chain if not isinstance(e, LocalEntryNotFoundError)), error)
+    wrappers = (LocalEntryNotFoundError, RuntimeError)  # that the client puts around what went wrong
+    first = next((e for e in chain if not isinstance(e, wrappers)), error)
     said = next((line.strip() for line in str(first).splitlines() if line.strip()), 'no reason given')
     if token := get_token():
         said = said.replace(token, '***')
@@ -59,14 +63,14 @@ def hub_fault(error: BaseException, hub_id: str) -> str:
         advice = _of_answer(response.status_code, response.headers, hub_id)
     elif constants.HF_HUB_OFFLINE:
         advice = 'HF_HUB_OFFLINE is set and the file is not in the cache: unset it to download'
-    elif 'ProxyError' in names:
-        advice = 'The proxy does not answer: correct $HTTPS_PROXY and $HTTP_PROXY, or unset them'
     elif re.search('Consistency|Protocol|Incomplete|ReadError|ReadTimeout|ChunkedEncoding', f'{said} {names}'):
         advice = 'The transfer was cut off: run it again'
     elif 'FileMetadataError' in names:
         advice = f'What answers at {constants.ENDPOINT} is no Hub: correct $HF_ENDPOINT'
     elif 'Validation' in names:
         advice = 'A repository is named <account>/<architecture>.<tag>'
+    elif 'ProxyError' in names or getproxies().keys() & {'http', 'https', 'all'}:
+        advice = f'The way to {constants.ENDPOINT} is by a proxy: {_PROXY}'
     else:
         advice = f'Connect to the network; the Hub is looked for at {constants.ENDPOINT} ($HF_ENDPOINT)'
     return f'{type(first).__name__}: {said.rstrip(".")}. {advice}.'
@@ -83,8 +87,11 @@ def _of_answer(status: int, headers: dict[str, str], hub_id: str) -> str:
     if status in (401, 403, 404):
         return (f'There is no repository {repo_id}, or it is not open to you: correct the name, or log in with a token '
                 f'that has the right to it (`hf auth login`, $HF_TOKEN)')
+    if status == 407:
+        return f'The proxy does not let you through: {_PROXY}'
     if status == 429:
-        said = re.search(r'\bt=(\d+)', headers.get('RateLimit', '')) or re.search(r'(\d+)', headers.get('Retry-After', ''))
+        limit, after = headers.get('RateLimit', ''), headers.get('Retry-After', '')
+        said = re.search(r'\bt=(\d+)', limit) or re.fullmatch(r'(\d+)', after)
         wait = f'{said[1]} seconds' if said else 'some minutes'
         return f'The Hub asks for fewer requests: wait {wait} and run it again'
     if status >= 500:

@@ -1,9 +1,12 @@
 """A weights folder as a repository of the Hugging Face Hub: its card and golden logits, and how it gets there."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +28,7 @@ from .train.validate import normalised, open_model
 from .weights import WEIGHTS_FILE, verify, version_tag
 
 __all__ = [
-    'PAPER_ERROR', 'check_folder', 'check_golden', 'contents', 'finish_weights_folder', 'model_card', 'preview', 'publish']
+    'PAPER_ERROR', 'check_folder', 'check_golden', 'finish_weights_folder', 'model_card', 'preview', 'publish']
 
 GOLDEN_FILE = 'golden.npz'  # a second .safetensors in the folder confuses timm up to 1.0.26
 GOLDEN_TOLERANCE = 1e-3  # of a logit; another CPU or GPU adds in another order
@@ -60,17 +63,52 @@ _CITATION = '''@inproceedings{zagoruyko2016wide,
 }'''
 
 
+def _flags(settings: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
+    """Command-line flags of the settings that are not the default."""
+    flags = []
+    for key, value in settings.items():
+        name = key.replace('_', '-')
+        if key not in defaults or defaults[key] != value:
+            values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
+            flags.append(shlex.join([f'--{"no-" * (value is False)}{name}', *map(str, values)]))
+    return flags
+
+
 def _command(run: dict[str, Any]) -> str:
     """The command that repeats a training run."""
     if 'finetune' in run:
-        return f"python scripts/finetune.py --model {run['finetune']['model']} --data DIR --out RUN"
-    for name, recipe in RECIPES.items():
-        recipe = json.loads(json.dumps(dataclasses.asdict(recipe)))
-        differ = [k for k, v in run['recipe'].items() if recipe.get(k) != v]  # a field of later days has its default
-        if set(differ) <= {'model'}:
-            model = f" --model {run['recipe']['model']}" if differ else ''
-            return f"python scripts/train.py --recipe {name}{model} --data DIR --out RUN --seed {run['seed']}"
-    return f"the recipe below, by wrn_timm at commit {run['environment']['commit']}"
+        flags = _flags(run['finetune'], {**dataclasses.asdict(FinetuneConfig()), 'model': ''})
+        return ' '.join(['python scripts/finetune.py', *flags, '--data DIR --out RUN'])
+    recipes = {name: json.loads(json.dumps(dataclasses.asdict(recipe))) for name, recipe in RECIPES.items()}
+    candidates = {name: _flags(run['recipe'], recipe) for name, recipe in recipes.items()}
+    nearest = min(candidates, key=lambda name: len(candidates[name]))
+    return ' '.join([
+        f'python scripts/train.py --recipe {nearest}', *candidates[nearest],
+        f"--data DIR --out RUN --seed {run['seed']}"])
+
+
+def _accuracy(name: str, metrics: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Measured figures with their protocol, and the paper's beside them where the data set is the paper's."""
+    title = _TITLES.get(metrics['dataset'], metrics['dataset'])
+    top5 = f"; top-5 {metrics['top5']:.2f} %" if metrics.get('top5') is not None else ''
+    weights = f"{'averaged' if settings.get('ema_decay') else 'last'} weights of the last epoch"
+    text = (
+        f"Top-1 **{metrics['top1']:.2f} %** (error {100 - metrics['top1']:.2f} %){top5}; expected calibration error "
+        f"{metrics['ece']:.2f} %. Measured by `{metrics.get('measured_by', 'scripts/validate.py')}` on "
+        f"{metrics['images']:,} images of {title} ({metrics['split']}), from the weights as they lie here; one seed, "
+        f"{weights}; nothing was chosen by the test set.")
+    if metrics['dataset'] not in ('cifar10', 'cifar100'):
+        return text
+    paper = 'no figure for this network'
+    if name in PAPER_ERROR:
+        table = 5 if name.partition('.')[0] in _IN_TABLE_5 else 4
+        paper = f'{PAPER_ERROR[name]:.2f} (table {table}, 200 epochs, median of five runs)'
+    return f"""{text}
+
+| | test error, % |
+|---|---|
+| these weights | {100 - metrics['top1']:.2f} ({settings['epochs']} epochs, one run) |
+| the paper | {paper} |"""
 
 
 def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str:
@@ -92,7 +130,7 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
     last = dict(zip(history[0].split(','), history[-1].split(','), strict=True))
     size = cfg['input_size'][-1]
     data = ModelCardData(
-        library_name='timm', license=cfg.get('license') or 'apache-2.0', pipeline_tag='image-classification',
+        library_name='timm', license=cfg.get('license'), pipeline_tag='image-classification',
         tags=['timm', 'wide-residual-network', 'wrn_timm'], datasets=[dataset] if dataset in _TITLES else None,
         model_name=name,
         eval_results=[
@@ -103,15 +141,19 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
         ])
     recipe = '\n'.join(f'| {k} | {v} |' for k, v in settings.items())
     env = run['environment']
-    top5 = f"; top-5 {metrics['top5']:.2f} %" if metrics.get('top5') is not None else ''
     speed = f" at {float(last['images_per_second']):.0f} images/s (last epoch)" if 'images_per_second' in last else ''
-    limits = f"\n## Limits\n{_LIMITS[dataset]} {_OUTSIDE}\n" if dataset in _LIMITS else ''
-    return f'''---
+    limits = _LIMITS.get(
+        dataset, f"It knows the {config['num_classes']} classes of {title}, as the images of that set show them, with "
+                 f'whatever bias they were gathered with.')
+    trained, usage = 'trained', name
+    if 'finetune' in run:
+        trained, usage = f"fine-tuned from `{settings['model']}`", 'local-dir:RUN/weights'
+    return f"""---
 {data.to_yaml()}
 ---
 # {name}
 
-{arch.replace('wrn', 'WRN-').replace('_', '-')} ([Wide Residual Networks](https://arxiv.org/abs/1605.07146)) trained \
+{arch.replace('wrn', 'WRN-').replace('_', '-')} ([Wide Residual Networks](https://arxiv.org/abs/1605.07146)) {trained} \
 on {title}, for [timm](https://github.com/huggingface/pytorch-image-models) through `wrn_timm`.
 
 ```python
@@ -119,21 +161,19 @@ import wrn_timm
 import timm
 from PIL import Image
 
-model = timm.create_model("{name}", pretrained=True).eval()
+model = timm.create_model("{usage}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 logits = model(transform(Image.open("photo.jpg").convert("RGB"))[None])
 ```
 
 ## Accuracy
-Top-1 **{metrics['top1']:.2f} %** (error {100 - metrics['top1']:.2f} %){top5}; expected calibration error \
-{metrics['ece']:.2f} %. Measured by `scripts/validate.py` on {metrics['images']:,} images of {title} \
-({metrics['split']}), from the weights as they lie here; one seed, \
-{'averaged' if settings.get('ema_decay') else 'last'} weights of the last epoch; nothing was chosen by the test set.
+{_accuracy(name, metrics, settings)}
 
-Preprocessing: RGB, {size}x{size}, scaled to 0..1, mean {tuple(cfg['mean'])}, std {tuple(cfg['std'])}.
+Preprocessing: RGB, {size}x{size}, scaled to 0..1, mean {tuple(cfg['mean'])}, std {tuple(cfg['std'])}. `{GOLDEN_FILE}` \
+holds inputs, cut from photographs of Caltech 101 (CC BY 4.0), and the logits that these weights give for them.
 
 ## Training
-{float(last['seconds']) / 60:.0f} minutes{speed} on {env['hardware']}, seed {run.get('seed', settings.get('seed'))}, \
+{float(last['seconds']) / 60:.1f} minutes{speed} on {env['hardware']}, seed {run.get('seed', settings.get('seed'))}, \
 {last['epoch']} epochs; torch {env['torch']}, timm {env['timm']}, commit `{env['commit']}`.
 
 ```
@@ -145,27 +185,31 @@ Preprocessing: RGB, {size}x{size}, scaled to 0..1, mean {tuple(cfg['mean'])}, st
 | field | value |
 |---|---|
 {recipe}
-{limits}
+
+## Limits
+{limits} {_OUTSIDE}
+
 ## Citation
 ```
 {_CITATION}
 ```
-'''
+"""
 
 
-def finish_weights_folder(folder: str | Path, metrics: dict[str, Any], photographs: list[str]) -> None:
+def finish_weights_folder(folder: str | Path, metrics: dict[str, Any], photographs: str | Path) -> None:
     """Write what a measured weights folder has beside its weights: metrics, golden logits and the card.
 
     Args:
         folder: Weights folder.
-        metrics: From `validate`.
-        photographs: Image files of a free licence, cut to the model's input size for the golden test.
+        metrics: From `validate` or `finetune`.
+        photographs: Class folders of images of a free licence; the first of each, cut to the model's input size, is for
+            the golden test. Never the user's own: they are published with the folder.
     """
     folder = Path(folder)
     model = open_model(str(folder))
     size = resolve_model_data_config(model)['input_size'][-1]
-    images = torch.stack([
-        pil_to_tensor(center_crop(resize(read_rgb(p), size), [size, size])) for p in photographs])
+    first = [min(d.iterdir()) for d in sorted(Path(photographs).iterdir())]
+    images = torch.stack([pil_to_tensor(center_crop(resize(read_rgb(str(p)), size), [size, size])) for p in first])
     with torch.inference_mode():
         logits = model(normalised(images, model))
     card = model_card(folder, metrics)
@@ -182,3 +226,146 @@ def check_golden(folder: str | Path) -> float:
     model = open_model(str(folder))
     with torch.inference_mode():
         return (model(normalised(images, model)) - logits).abs().max().item()
+
+
+def _file_faults(folder: Path) -> Iterator[str]:
+    """What is there that should not be, and the other way round."""
+    for path in sorted(folder.iterdir()):
+        if path.name not in FILES:
+            yield f'{path.name} is no part of a weights folder: move it away'
+        elif path.is_symlink() or not path.is_file():
+            yield f'{path.name} is a link or a folder: put the file itself there'
+        elif path.name != WEIGHTS_FILE and path.stat().st_size > SIZE_LIMIT:
+            yield f'{path.name} has {path.stat().st_size:,} bytes; the limit is {SIZE_LIMIT:,}'
+    for name in FILES:
+        if not (folder / name).exists():
+            yield f'{name} is missing: write it by scripts/train.py or finetune.py, and scripts/validate.py --write'
+
+
+def _content_faults(folder: Path) -> Iterator[str]:
+    """What the files say that is not so."""
+    try:
+        verify(folder)
+        config, metrics, run = (
+            json.loads((folder / f'{n}.json').read_text()) for n in ('config', 'metrics', 'recipe'))
+        if 'sha256' not in config:
+            yield f'config.json names no sha256 of {WEIGHTS_FILE}'
+        if not config['pretrained_cfg'].get('license'):
+            yield 'config.json names no licence: set "license" in its "pretrained_cfg"'
+        if not (run.get('recipe') or run.get('finetune')):
+            yield 'recipe.json says nothing of a training run: converted weights of others are not published'
+        difference = check_golden(folder)
+        if not difference <= GOLDEN_TOLERANCE:
+            yield f'the logits differ by {difference:.2g} from {GOLDEN_FILE}; the limit is {GOLDEN_TOLERANCE:g}'
+        yield from _card_faults((folder / 'README.md').read_text(), config['pretrained_cfg'], metrics)
+    except Exception as e:  # a damaged archive, JSON, YAML or weights file raises what it likes
+        yield f'{type(e).__name__}: {e}'
+
+
+def _card_faults(text: str, cfg: dict[str, Any], metrics: dict[str, Any]) -> Iterator[str]:
+    data = ModelCard(text).data
+    code = re.search(r'^```python\n(.*)', text, flags=re.M)
+    complete = {
+        'library_name: timm': data.library_name == 'timm',
+        'the tag wrn_timm': 'wrn_timm' in (data.tags or ()),
+        f"the licence {cfg.get('license')}": data.license == cfg.get('license'),
+        f"the accuracy {metrics['top1']} in its model-index": any(
+            result.metric_value == metrics['top1'] for result in data.eval_results or ()),
+        '`import wrn_timm` as the first line of code': code is not None and code[1] == 'import wrn_timm',
+        **{part: part in text for part in (
+            '## Accuracy', '## Training', '## Limits', '## Citation', '![curves](curves.png)', 'Preprocessing')},
+    }
+    for part, there in complete.items():
+        if not there:
+            yield f'README.md lacks {part}: scripts/validate.py --write makes it anew'
+
+
+def check_folder(folder: str | Path) -> str:
+    """The name, `<arch>.<tag>`, of a weights folder that is fit to be published.
+
+    It is fit if it holds the files of a weights folder and no others, the weights have the sha256 that `config.json`
+    names and give the golden logits, the card is complete and agrees with the metrics, and a licence is named.
+
+    Raises:
+        FileNotFoundError: There is no folder.
+        ValueError: It is not fit; every fault is named.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f'no weights folder at {folder}')
+    faults = list(_file_faults(folder)) or list(_content_faults(folder))
+    if faults:
+        raise ValueError('\n  '.join([f'{folder} is not fit to be published:', *faults]))
+    config = json.loads((folder / 'config.json').read_text())
+    return f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
+
+
+def _repository(folder: str | Path, namespace: str) -> tuple[str, dict[str, bytes]]:
+    """Name and files of a folder's repository. The card there loads the model from there, whatever the account."""
+    repo_id = f'{namespace}/{check_folder(folder)}'
+    validate_repo_id(repo_id)
+    files = {name: (Path(folder) / name).read_bytes() for name in FILES}
+    usage = f'create_model("hf-hub:{repo_id}"'.encode()
+    return repo_id, {**files, 'README.md': re.sub(rb'create_model\("[^"]*"', usage, files['README.md'], count=1)}
+
+
+def preview(folder: str | Path, namespace: str) -> str:
+    """What `publish` would upload: each file with its size, and the card. Asks nothing of the network."""
+    repo_id, files = _repository(folder, namespace)
+    sizes = [f'{len(data):>12,}  {name}' for name, data in files.items()]
+    return '\n'.join([repo_id, *sizes, '', files['README.md'].decode()])
+
+
+def publish(folder: str | Path, namespace: str, private: bool = False, endpoint: str | None = None) -> str:
+    """Publish a weights folder as the repository `<namespace>/<arch>.<tag>` of the Hub, and read it back.
+
+    What is there already is not uploaded again, so a run that was cut off is repeated. Files of others in the
+    repository stay. The commit is tagged by the sha256 of the weights (`version_tag`); a tag is never moved, so it
+    stays with the first commit that has these weights.
+
+    Args:
+        folder: Weights folder.
+        namespace: User or organisation.
+        private: Make the repository private.
+        endpoint: URL of the Hub; None for $HF_ENDPOINT or the Hub itself.
+
+    Returns:
+        The commit's URL.
+
+    Raises:
+        FileNotFoundError, ValueError: The folder is not fit (`check_folder`), or has no name that the Hub allows.
+        RuntimeError: The Hub refused or could not be reached, or gave back other bytes; says what to do.
+    """
+    repo_id, files = _repository(folder, namespace)
+    api = HfApi(endpoint=endpoint, library_name='wrn_timm')
+    tag = version_tag(hashlib.sha256(files[WEIGHTS_FILE]).hexdigest())
+    with _explained(repo_id):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        public = not api.repo_info(repo_id).private
+    if private and public:
+        raise ValueError(f'{repo_id} is there already and is public: make it private on the Hub, or publish in public')
+    with _explained(repo_id):
+        commit = api.create_commit(
+            repo_id, [CommitOperationAdd(name, data) for name, data in files.items()],
+            commit_message=f'{repo_id.partition("/")[2]} {tag}')
+        api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
+        differ = _differ(api, repo_id, commit.oid, files)
+    if differ:
+        raise RuntimeError(f'{repo_id} gave back other bytes of {", ".join(differ)}; publish it again')
+    return commit.commit_url
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:  # the client's errors have no base of their own, nor have those of its HTTP libraries
+        raise RuntimeError(
+            f'{repo_id} is not published yet. {hub_fault(e, repo_id)} What is uploaded is not uploaded again.') from e
+
+
+def _differ(api: HfApi, repo_id: str, commit: str, files: dict[str, bytes]) -> list[str]:
+    """Names of the files that the Hub does not give back byte for byte."""
+    with tempfile.TemporaryDirectory() as cache:
+        there = Path(api.snapshot_download(repo_id, revision=commit, cache_dir=cache, allow_patterns=list(files)))
+        return [n for n, data in files.items() if not (there / n).is_file() or (there / n).read_bytes() != data]

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import shutil
 import time
 from pathlib import Path
@@ -149,11 +150,12 @@ def finetune(
                      total / steps, metrics['top1'], history[-1]['seconds'])
 
     metrics |= {'dataset': name, 'split': 'test' if scan.test else f'{config.test_fraction:g} held out',
-                'skipped': list(scan.bad), 'environment': environment()}
+                'skipped': list(scan.bad), 'environment': environment(), 'measured_by': 'scripts/finetune.py'}
     atomic_write(run.path / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
     folder = run.path / 'weights'
+    tag = re.sub('[^A-Za-z0-9]+', '_', name).strip('_') or 'finetuned'  # part of a repository's name
     export_weights(model, folder, {
-        **{k: data_config[k] for k in ('input_size', 'crop_pct')}, 'tag': name,
+        **{k: data_config[k] for k in ('input_size', 'crop_pct')}, 'tag': tag,
         'pool_size': _pool_size(model, data_config['input_size']), 'label_names': train.classes})
     for file in ('recipe.json', 'history.csv', 'curves.png', 'metrics.json'):
         shutil.copy(run.path / file, folder / file)
