@@ -46,6 +46,24 @@ def hub(monkeypatch):
     HUB.clear()
 
 
+def forget_sessions():
+    """Make huggingface_hub read proxies and HF_HUB_OFFLINE anew: it keeps its connections."""
+    import huggingface_hub
+    forget = getattr(huggingface_hub, 'close_session', None) or huggingface_hub.utils.reset_sessions  # the latter < 1.0
+    forget()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """As $HF_HUB_OFFLINE=1, which is read once; call it to go offline."""
+    def go():
+        monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+        forget_sessions()
+    yield go
+    monkeypatch.undo()
+    forget_sessions()
+
+
 def cifar10_dir() -> str:
     """Folder of the official CIFAR-10 files, from $CIFAR10_DIR; skips where it is not given."""
     if 'CIFAR10_DIR' not in os.environ:

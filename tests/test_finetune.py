@@ -4,6 +4,7 @@ import json
 
 import finetune as finetune_script
 import predict as predict_script
+import publish as publish_script
 import pytest
 import timm
 import torch
@@ -60,6 +61,20 @@ def test_card_of_a_fine_tuned_run(run, photographs):
     assert json.loads((folder / 'metrics.json').read_text())['split'] == 'all files'
     assert 'python scripts/finetune.py --model' in (folder / 'README.md').read_text()
     assert check_golden(folder) < 1e-5
+
+
+def test_published_and_loaded_by_the_same_command_as_ours(run, hub, tmp_path, capsys):
+    folder = run / 'weights'
+    assert publish_script.main([str(folder), '--namespace', 'acme']) == 0
+    name = f"acme/wrn16_1.{json.loads((folder / 'config.json').read_text())['pretrained_cfg']['tag']}"
+    card = hub.repositories[name].commits[hub.repositories[name].resolve('main')]['README.md'].decode()
+    assert f'create_model("hf-hub:{name}", pretrained=True)' in card
+    assert '--input-size 32 --epochs 12 --batch-size 8 --data DIR --out RUN' in card
+    model = timm.create_model(f'hf-hub:{name}', pretrained=True, cache_dir=tmp_path).eval()
+    local = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(model(x), local(x))
+    assert model.pretrained_cfg['label_names'] == ['ketch', 'pizza', 'sunflower']
 
 
 def test_weights_are_a_weights_folder(run):

@@ -113,8 +113,8 @@ def test_missing_weights_say_where_was_looked_and_what_to_set(no_weights):
         assert part in str(e.value)
 
 
-def test_no_network_is_said(no_weights, monkeypatch):
-    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+def test_no_network_is_said(no_weights, offline):
+    offline()
     with pytest.raises(RuntimeError, match=r'No weights for wrn50_2\.racm_in1k: .*the Hub could not give '
                                            r'timm/wide_resnet50_2\.racm_in1k.*unset it to download.*WRN_TIMM_WEIGHTS'):
         timm.create_model('wrn50_2', pretrained=True, cache_dir=no_weights)

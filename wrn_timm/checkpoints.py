@@ -121,14 +121,16 @@ def _layout(state_dict: StateDict) -> tuple[str, Callable[[StateDict], StateDict
             return name, convert
     if any(re.match(r'^layer\d+\.0\.skip\.1\.', key) for key in state_dict):
         return 'a network with BatchNorm in a shortcut fed by the raw input, which is not the paper\'s', None
+    first = state_dict.get('layer1.0.conv1.weight')
+    if first is None or first.ndim != 4:
+        return 'of no layout known here', None
     if 'layer1.0.bn1.weight' in state_dict and 'bn.weight' in state_dict:
         blocks = sum(bool(re.fullmatch(r'layer1\.\d+\.conv1\.weight', k)) for k in state_dict)
-        width = state_dict['layer1.0.conv1.weight'].shape[0] / 16
+        width = first.shape[0] / 16
         return f'{NATIVE[0]}{6 * blocks + 4}-{width:g}', None
     if 'layer4.0.conv1.weight' in state_dict and 'bn1.weight' in state_dict:
-        inner = state_dict['layer1.0.conv1.weight'].shape[0]
         blocks = [sum(bool(re.fullmatch(rf'layer{i}\.\d+\.conv1\.weight', k)) for k in state_dict) for i in range(1, 5)]
-        return f'{NATIVE[1]}{"-".join(map(str, blocks))} blocks, the first {inner} channels wide inside', None
+        return f'{NATIVE[1]}{"-".join(map(str, blocks))} blocks, the first {first.shape[0]} channels wide inside', None
     return 'of no layout known here', None
 
 
@@ -195,7 +197,7 @@ def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
             *('x'.join(map(str, w.shape[2:])) for w in (first, own_first)))
         state_dict['conv1.weight'] = own_first
 
-    if 'fc.weight' in state_dict:
+    if 'fc.weight' in state_dict and state_dict['fc.weight'].ndim == 2:
         classes = len(state_dict['fc.weight'])
         if classes != model.pretrained_cfg['num_classes'] and model.num_classes not in (0, classes):
             _logger.warning(
@@ -208,8 +210,8 @@ def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
     def fits(key: str) -> bool:
         a, b = own[key].shape, state_dict[key].shape
         if key.startswith('fc.'):
-            return True
-        return a == b if key != 'conv1.weight' else a[0] == b[0] and a[2:] == b[2:]
+            return len(a) == len(b)
+        return a == b if key != 'conv1.weight' else a[:1] == b[:1] and a[2:] == b[2:]
 
     optional = re.compile(r'^fc\.|\.num_batches_tracked$')
     misfits = [f'{k} is missing' for k in own if k not in state_dict and not optional.search(k)]

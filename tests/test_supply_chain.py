@@ -1,0 +1,240 @@
+"""Weights of bad will or bad luck: what is refused, by every way a weights folder can come."""
+import hashlib
+import json
+import os
+import random
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from wrn_timm.checkpoints import fit_to_model
+from wrn_timm.hub import publish
+from wrn_timm.train.rundir import export_weights
+from wrn_timm.weights import HEADER_LIMIT, verify
+from wrn_timm.wrn import WideResNet
+
+NAME = 'wrn16_1.cifar10'
+WAYS = ('by name', 'local-dir', 'hf-hub')
+
+
+@pytest.fixture
+def folder(no_weights):
+    """A sound weights folder, found by name."""
+    export_weights(timm.create_model('wrn16_1'), no_weights / NAME, {'tag': 'cifar10'})
+    return no_weights / NAME
+
+
+@pytest.fixture
+def load(folder, hub, tmp_path):
+    def load(way):
+        if way == 'hf-hub':
+            hub.commit(f'acme/{NAME}', {p.name: p.read_bytes() for p in folder.iterdir()})
+            return timm.create_model(f'hf-hub:acme/{NAME}', pretrained=True, cache_dir=tmp_path / 'cache')
+        return timm.create_model(NAME if way == 'by name' else f'local-dir:{folder}', pretrained=True)
+    return load
+
+
+def change_config(folder, **changes):
+    file = folder / 'config.json'
+    config = json.loads(file.read_text())
+    config['pretrained_cfg'] |= changes.pop('pretrained_cfg', {})
+    file.write_text(json.dumps(config | changes))
+
+
+def write(folder, data):
+    """Put a weights file into a folder, with its hash: whoever made the one can make the other."""
+    (folder / 'model.safetensors').write_bytes(data)
+    change_config(folder, sha256=hashlib.sha256(data).hexdigest())
+
+
+def split(data):
+    length = int.from_bytes(data[:8], 'little')
+    return data[8:8 + length], data[8 + length:]
+
+
+def joined(header, body, length=None):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(header) if length is None else length).to_bytes(8, 'little') + header + body
+
+
+def duplicate(header, body):
+    """A tensor named twice, at the same place: integers the second time."""
+    first = b'"fc.bias":' + json.dumps(json.loads(header)['fc.bias']).encode()
+    return joined(header.rstrip()[:-1] + b',' + first.replace(b'F32', b'I32') + b'}', body)
+
+
+def without(header, body):
+    """The last tensor left out, name and values."""
+    tensors = json.loads(header)
+    last = max((k for k in tensors if k != '__metadata__'), key=lambda k: tensors[k]['data_offsets'])
+    start, _ = tensors.pop(last)['data_offsets']
+    return joined(tensors, body[:start])
+
+
+def other(**fields):
+    def change(header, body):
+        tensors = json.loads(header)
+        tensors['layer1.0.conv1.weight'] |= fields
+        return joined(tensors, body)
+    return change
+
+
+ATTACKS = {
+    'shorter header than said': (lambda h, b: joined(h, b, len(h) + 50), 'is damaged'),
+    'longer header than said': (lambda h, b: joined(h, b, len(h) - 50), 'is damaged'),
+    'header of 8 EiB': (lambda h, b: joined(h, b, 2 ** 63), 'its header says it is 9,223,372,036,854,775,808 bytes'),
+    'header over the limit': (lambda h, b: joined(h + b' ' * HEADER_LIMIT, b), 'the limit is 1,048,576'),
+    'header of nothing but brackets': (lambda h, b: joined(b'[' * 500_000, b), 'is damaged'),
+    'no header': (lambda h, b: b'', 'is damaged'),
+    'tensor named twice': (duplicate, 'names a tensor, or a field of one, twice'),
+    'tensor missing': (without, 'is missing'),
+    'integers': (other(dtype='I32'), r'layer1.0.conv1.weight is torch.int32, not torch.float32'),
+    'type of another size': (other(dtype='F64'), 'is damaged'),
+    'transposed': (other(shape=[3, 3, 16, 16]), r'layer1.0.conv1.weight is \(3, 3, 16, 16\), not \(16, 16, 3, 3\)'),
+    'overlapping': (other(data_offsets=[0, 16 * 16 * 9 * 4]), 'is damaged'),
+}
+
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('attack', ATTACKS)
+def test_a_file_that_lies_is_refused(load, folder, way, attack):
+    spoil, message = ATTACKS[attack]
+    write(folder, spoil(*split((folder / 'model.safetensors').read_bytes())))
+    with pytest.raises(RuntimeError, match=message):
+        load(way)
+
+
+class Evil:
+    """A pickle that makes a folder when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.fixture
+def evil(tmp_path):
+    """A malicious pickle's bytes and the folder that it would make; it is seen to work."""
+    trace = tmp_path / 'trace'
+    torch.save({'fc.bias': Evil(str(trace))}, tmp_path / 'evil.pth')
+    torch.load(tmp_path / 'evil.pth', weights_only=False)
+    trace.rmdir()
+    return (tmp_path / 'evil.pth').read_bytes(), trace
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_a_pickle_is_not_read(load, folder, way, evil):
+    data, trace = evil
+    for name in ('pytorch_model.bin', 'model.pth'):
+        (folder / name).write_bytes(data)
+    load(way)  # by the safetensors file beside it
+    write(folder, data)
+    with pytest.raises(RuntimeError, match='is damaged'):
+        load(way)
+    (folder / 'model.safetensors').unlink()
+    with pytest.raises((RuntimeError, FileNotFoundError), match='No weights for|holds no model.safetensors|is damaged'):
+        load(way)
+    with pytest.raises(RuntimeError, match='weights_only=True blocked'):
+        timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=dict(file=str(folder / 'model.pth')))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize('way', ('local-dir', 'hf-hub'))
+def test_a_configuration_cannot_point_elsewhere(load, folder, way, evil, tmp_path):
+    data, trace = evil
+    (tmp_path / 'evil.pth').write_bytes(data)
+    (folder / 'pytorch_model.bin').write_bytes(data)
+    change_config(folder, pretrained_cfg={
+        'file': '../../evil.pth', 'hf_hub_filename': '../../pytorch_model.bin', 'tag': '../../evil',
+        'url': str(tmp_path / 'evil.pth'), 'custom_load': 'hf'})
+    loaded = load(way).state_dict()
+    for key, value in load_file(folder / 'model.safetensors').items():
+        torch.testing.assert_close(loaded[key], value)
+    assert not trace.exists()
+
+
+def test_paths_that_climb_out(load, folder, hub, evil, monkeypatch):
+    with pytest.raises(RuntimeError, match="wrn16_1 has no tag '../../evil'"):
+        timm.create_model('wrn16_1', pretrained=True, pretrained_cfg='../../evil')
+    change_config(folder, pretrained_cfg={'tag': '../../evil'})
+    with pytest.raises(ValueError, match='not fit to be published'):
+        publish(folder, 'acme')
+    assert hub.requests == []
+
+
+def tiny():
+    torch.manual_seed(0)
+    model = WideResNet(depth=10, width=1 / 16)
+    model.pretrained_cfg = {'num_classes': 10}
+    return model
+
+
+def damaged(data, count):
+    """`count` copies of a file with a flipped bit (half of them), cut, grown, or with bytes that are another's."""
+    rng = random.Random(0)
+    header = 8 + int.from_bytes(data[:8], 'little')
+    for i in range(count):
+        copy = bytearray(data)
+        at = rng.randrange(header if i % 2 else len(data))  # half of the damage in the header
+        size = rng.randrange(1, 65)
+        kind = 0 if i % 4 < 2 else rng.randrange(1, 6)
+        if kind == 0:
+            copy[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del copy[at:]
+        elif kind == 2:
+            copy += rng.randbytes(size)
+        elif kind == 3:
+            copy[at:at + size] = bytes(len(copy[at:at + size]))
+        elif kind == 4:
+            copy[at:at + size] = rng.randbytes(len(copy[at:at + size]))
+        else:
+            copy[at:at] = rng.randbytes(size)
+        if bytes(copy) != data:
+            yield bytes(copy)
+
+
+def test_2000_damaged_files(tmp_path):
+    """With its hash each is refused. Without, a damaged value cannot be told from a true one; damage to the header can.
+
+    Any error but those two is a crash, and fails the test.
+    """
+    model, file = tiny(), tmp_path / 'model.safetensors'
+    save_file(model.state_dict(), file)
+    whole, own = file.read_bytes(), model.state_dict()
+    body, sha256 = split(whole)[1], hashlib.sha256(whole).hexdigest()
+    assert verify(tmp_path, sha256) == file
+    copies = list(damaged(whole, 2100))
+    refused = refused_without = 0
+    for data in copies:
+        file.write_bytes(data)
+        try:
+            verify(tmp_path, sha256)
+        except RuntimeError as e:
+            assert 'is damaged or is another file: sha256' in str(e)
+            refused += 1
+        try:
+            state_dict = fit_to_model(load_file(verify(tmp_path)), model)
+            model.load_state_dict(state_dict)
+        except RuntimeError:
+            refused_without += 1
+        else:
+            assert not data.endswith(body) or all(torch.equal(state_dict[k], own[k]) for k in own)
+    assert refused == len(copies) >= 2000
+    assert len(copies) / 2 < refused_without < len(copies)
+
+
+def test_damaged_configurations_do_no_harm(tmp_path):
+    file = tmp_path / 'model.safetensors'
+    save_file(tiny().state_dict(), file)
+    text = json.dumps({'sha256': hashlib.sha256(file.read_bytes()).hexdigest(), 'num_classes': 10}).encode()
+    for copy in damaged(len(text).to_bytes(8, 'little') + text, 200):
+        (tmp_path / 'config.json').write_bytes(copy[8:])
+        try:
+            assert verify(tmp_path) == file
+        except RuntimeError as e:
+            assert 'is damaged' in str(e)
