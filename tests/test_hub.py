@@ -1,6 +1,8 @@
 """Publishing and loading by way of a Hub on the loopback address: huggingface_hub and timm as they are."""
+import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,10 +13,12 @@ import publish as publish_script
 import pytest
 import timm
 import torch
+import tyro
 from conftest import ROOT, forget_sessions
 
 from wrn_timm import weights as weights_module
 from wrn_timm.hub import check_folder, model_card, publish
+from wrn_timm.train.recipes import RECIPES, Recipe
 from wrn_timm.weights import list_weights, sha256_of, version_tag
 
 RELEASED = sorted(p.name for p in (ROOT / 'weights').iterdir() if p.is_dir())
@@ -173,7 +177,7 @@ def test_refusals_name_what_to_do_and_never_the_token(hub, folder, tmp_path, cap
     def error(*argv):
         assert publish_script.main([str(folder), *argv]) == 1
         out = ''.join(capfd.readouterr())
-        assert token not in out
+        assert token.partition('\x01')[0] not in out
         return out
 
     token = hub.token
@@ -243,6 +247,22 @@ def test_a_folder_that_is_not_fit_is_not_published(folder, spoil, message):
 def test_cards_are_up_to_date(name):
     folder = ROOT / 'weights' / name
     assert (folder / 'README.md').read_text() == model_card(folder)
+
+
+def test_the_card_has_the_papers_figure_beside_ours(folder):
+    spoil_json(folder, 'config.json', lambda c: c.update(architecture='wrn28_10'))
+    spoil_json(folder, 'metrics.json', lambda m: m.update(top1=96.5))
+    card = model_card(folder)
+    assert '| these weights | 3.50 (50 epochs, one run) |' in card and '| the paper | 4.00 (table 5: ' in card
+
+
+def test_the_command_of_the_card_gives_the_same_recipe(folder):
+    recipe = dataclasses.replace(
+        RECIPES['quick'], model='wrn40_2', lr=0.07, schedule='step', drop_epochs=(3, 5), flip=False, mixup=0.2)
+    spoil_json(folder, 'recipe.json', lambda r: r.update(recipe=dataclasses.asdict(recipe), seed=3))
+    command = re.search('```\npython scripts/train.py --recipe (.*)\n```', model_card(folder))[1]
+    name, *flags = command.partition(' --data DIR --out RUN --seed 3')[0].split()
+    assert tyro.cli(Recipe, default=RECIPES[name], args=flags) == recipe
 
 
 def test_list_weights_and_the_table_say_the_same(no_weights, monkeypatch):

@@ -47,7 +47,7 @@ def hub_fault(error: BaseException, hub_id: str) -> str:
     The classes change with the client's HTTP library (requests, httpx, httpx2), so a fault is known by its HTTP status
     or, where the Hub has not answered, by the name of its class.
     """
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import constants
     from huggingface_hub.utils import LocalEntryNotFoundError
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
@@ -55,8 +55,6 @@ def hub_fault(error: BaseException, hub_id: str) -> str:
     wrappers = (LocalEntryNotFoundError, RuntimeError)  # that the client puts around what went wrong
     first = next((e for e in chain if not isinstance(e, wrappers)), error)
     said = next((line.strip() for line in str(first).splitlines() if line.strip()), 'no reason given')
-    if token := get_token():
-        said = said.replace(token, '***')
     names = ' '.join(type(e).__name__ for e in chain)
     response = next((e.response for e in chain if getattr(e, 'response', None) is not None), None)
     if response is not None:

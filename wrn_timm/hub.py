@@ -87,27 +87,29 @@ def _command(run: dict[str, Any]) -> str:
         f"--data DIR --out RUN --seed {run['seed']}"])
 
 
-def _accuracy(name: str, metrics: dict[str, Any], settings: dict[str, Any]) -> str:
-    """Measured figures with their protocol, and the paper's beside them where the data set is the paper's."""
+def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
+    """Measured figures with their protocol and, for training on a data set of the paper, the paper's beside them."""
+    recipe = run.get('recipe', {})
     title = _TITLES.get(metrics['dataset'], metrics['dataset'])
     top5 = f"; top-5 {metrics['top5']:.2f} %" if metrics.get('top5') is not None else ''
-    weights = f"{'averaged' if settings.get('ema_decay') else 'last'} weights of the last epoch"
+    weights = f"{'averaged' if recipe.get('ema_decay') else 'last'} weights of the last epoch"
     text = (
         f"Top-1 **{metrics['top1']:.2f} %** (error {100 - metrics['top1']:.2f} %){top5}; expected calibration error "
         f"{metrics['ece']:.2f} %. Measured by `{metrics.get('measured_by', 'scripts/validate.py')}` on "
         f"{metrics['images']:,} images of {title} ({metrics['split']}), from the weights as they lie here; one seed, "
-        f"{weights}; nothing was chosen by the test set.")
-    if metrics['dataset'] not in ('cifar10', 'cifar100'):
+        f"{weights}{'; nothing was chosen by the test set' if recipe else ''}.")
+    if recipe.get('dataset') not in ('cifar10', 'cifar100'):
         return text
     paper = 'no figure for this network'
     if name in PAPER_ERROR:
-        table = 5 if name.partition('.')[0] in _IN_TABLE_5 else 4
-        paper = f'{PAPER_ERROR[name]:.2f} (table {table}, 200 epochs, median of five runs)'
+        protocol = ('table 5: mean and std preprocessing, 200 epochs, median of five runs'
+                    if name.partition('.')[0] in _IN_TABLE_5 else 'table 4: ZCA preprocessing, 200 epochs')
+        paper = f'{PAPER_ERROR[name]:.2f} ({protocol})'
     return f"""{text}
 
 | | test error, % |
 |---|---|
-| these weights | {100 - metrics['top1']:.2f} ({settings['epochs']} epochs, one run) |
+| these weights | {100 - metrics['top1']:.2f} ({recipe['epochs']} epochs, one run) |
 | the paper | {paper} |"""
 
 
@@ -167,7 +169,7 @@ logits = model(transform(Image.open("photo.jpg").convert("RGB"))[None])
 ```
 
 ## Accuracy
-{_accuracy(name, metrics, settings)}
+{_accuracy(name, metrics, run)}
 
 Preprocessing: RGB, {size}x{size}, scaled to 0..1, mean {tuple(cfg['mean'])}, std {tuple(cfg['std'])}. `{GOLDEN_FILE}` \
 holds inputs, cut from photographs of Caltech 101 (CC BY 4.0), and the logits that these weights give for them.
@@ -344,10 +346,11 @@ def publish(folder: str | Path, namespace: str, private: bool = False, endpoint:
         public = not api.repo_info(repo_id).private
     if private and public:
         raise ValueError(f'{repo_id} is there already and is public: make it private on the Hub, or publish in public')
+    operations = [  # by path where it can be: the client shows progress for these only
+        CommitOperationAdd(name, data if name == 'README.md' else Path(folder) / name) for name, data in files.items()]
     with _explained(repo_id):
         commit = api.create_commit(
-            repo_id, [CommitOperationAdd(name, data) for name, data in files.items()],
-            commit_message=f'{repo_id.partition("/")[2]} {tag}')
+            repo_id, operations, commit_message=f'{repo_id.partition("/")[2]} {tag}')
         api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
         differ = _differ(api, repo_id, commit.oid, files)
     if differ:
