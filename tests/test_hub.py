@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import publish as publish_script
@@ -14,7 +15,7 @@ import pytest
 import timm
 import torch
 import tyro
-from conftest import ROOT, forget_sessions
+from conftest import HOME, ROOT, forget_sessions
 
 from wrn_timm import weights as weights_module
 from wrn_timm.hub import check_folder, model_card, publish
@@ -160,7 +161,7 @@ def test_other_bytes_read_back_are_refused(hub, folder):
         publish(folder, 'acme')
 
 
-def test_private_repository(hub, folder, load, logits, monkeypatch):
+def test_private_repository(hub, folder, load, logits, tmp_path, monkeypatch):
     publish(folder, 'acme', private=True)
     assert hub.repositories[f'acme/{NAME}'].private
     torch.testing.assert_close(load()(X), logits)
@@ -171,6 +172,8 @@ def test_private_repository(hub, folder, load, logits, monkeypatch):
     hub.repositories[f'acme/{NAME}'].private = False
     with pytest.raises(ValueError, match='is there already and is public'):
         publish(folder, 'acme', private=True)
+    written = [p for root in (tmp_path, Path(HOME.name)) for p in root.rglob('*') if p.is_file()]
+    assert written and not [p for p in written if hub.token.encode() in p.read_bytes()]
 
 
 def test_refusals_name_what_to_do_and_never_the_token(hub, folder, tmp_path, capfd, monkeypatch):
