@@ -82,6 +82,7 @@ class Hub(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
     server: Hub
+    cut: int | None  # set by a fault: how many bytes of a file are sent
 
     def log_message(self, *args) -> None:
         pass
@@ -92,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
         raise AttributeError(name)
 
     def dispatch(self) -> None:
-        self.body = self._read()
+        self.body, self.cut = self._read(), None
         self.server.requests.append((self.command, self.path))
         if any(part in self.path and fault(self) for part, fault in list(self.server.faults.items())):
             return
@@ -121,8 +122,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != 'HEAD':
             self.wfile.write(data[:cut])
-        if cut is not None:
-            self.close_connection = True
+            self.close_connection = self.close_connection or cut is not None
 
     def json(self, answer: object, status: int = 200, **headers: str) -> None:
         self.send(json.dumps(answer).encode(), status, Content_Type='application/json', **headers)
@@ -272,8 +272,6 @@ class Handler(BaseHTTPRequestHandler):
             self.send(data[start:], 206, cut=self.cut, **headers)
         else:
             self.send(data, cut=self.cut, **headers)
-
-    cut: int | None = None  # set by a fault: how many bytes of a file are sent
 
 
 ID = r'([^/]+/[^/]+)'
