@@ -1,7 +1,10 @@
-"""Other people's pipelines, with their real libraries; those not installed are skipped."""
+"""Other people's pipelines, with their real libraries (those not installed are skipped), and README's recipes."""
+import re
+
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import wrn_timm  # noqa: F401
@@ -65,7 +68,31 @@ def test_transformers_backbone(x):
 def test_anomalib_feature_extractor(x):
     extractors = pytest.importorskip('anomalib.models.components.feature_extractors')
     for name in ('wrn16_2', 'wrn18_1_5'):
-        extractor = extractors.TimmFeatureExtractor(name, layers=['layer1', 'layer2', 'layer3'], pre_trained=False).eval()
-        features = extractor(x)
+        extractor = extractors.TimmFeatureExtractor(name, layers=['layer1', 'layer2', 'layer3'], pre_trained=False)
+        features = extractor.eval()(x)
         assert list(features) == ['layer1', 'layer2', 'layer3']
         assert [tuple(f.shape) for f in features.values()] == [tuple(s.shape) for s in stages(name, x)[:3]]
+    from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+    patchcore = PatchcoreModel(layers=['layer2', 'layer3'], backbone='wrn16_2', pre_trained=False)
+    assert patchcore.train()(x).shape[-1] == 64 + 128
+
+
+SECTION = re.search(r'## Use it as a backbone\n(.*?)\n## ', (ROOT / 'README.md').read_text(), flags=re.S)[1]
+RECIPES = dict(re.findall(r'\*\*([\w ]+)\*\*[^`]*?(?:`[^`\n]*`[^`]*?)*?```python\n(.*?)```', SECTION, flags=re.S))
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_readme_recipe_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = {}
+    exec(RECIPES[name], ran)
+    if name == 'Detection':
+        assert all(loss.isfinite() for loss in ran['losses'].values())
+        assert set(ran['found']) == {'boxes', 'labels', 'scores'}
+    elif name == 'Export':
+        assert ran['logits'].shape == (5, 10)
+
+
+def test_readme_has_five_recipes():
+    assert list(RECIPES) == ['Detection', 'Segmentation', 'Features by name', 'Fast inference', 'Export']
+    assert SECTION.count('```python') == len(RECIPES)
