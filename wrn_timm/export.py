@@ -127,7 +127,7 @@ def inference_forms(
         try:
             compiled(images)
         except Exception as e:  # the compiler's errors are of no one type
-            _logger.warning('torch.compile failed (%s); going on without', str(e).strip().splitlines()[0])
+            _logger.warning('torch.compile failed (%s); going on without', ' '.join(str(e).split()[:40]))
             compile = False
         else:
             forms[f'{name} compiled'] = compiled
