@@ -68,12 +68,9 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     return model
 
 
-def alternate(
-        candidates: dict[str, Callable[[], Any]],
-        rounds: int,
-        sync: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
+def alternate(candidates: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
     """Median seconds a call; the candidates take turns, so that a busy machine slows each alike."""
+    sync = torch.cuda.synchronize if device == 'cuda' else lambda: None
     times = {name: [] for name in candidates}
     for i in range(rounds + 1):
         for name, call in candidates.items():
@@ -160,8 +157,8 @@ def optimize(
         ValueError: `torch.fx` cannot trace the model, or a type is none of float32, bfloat16 and float16.
     """
     forms = inference_forms(model, images, dtypes, compile)
-    sync = torch.cuda.synchronize if images.is_cuda else lambda: None
-    seconds = alternate({name: lambda form=form: form(images) for name, form in forms.items()}, rounds, sync)
+    calls = {name: lambda form=form: form(images) for name, form in forms.items()}
+    seconds = alternate(calls, rounds, images.device.type)
     chosen = min(seconds, key=seconds.get)
     best = forms[chosen]
     best.form, best.images_per_second = chosen, {name: len(images) / s for name, s in seconds.items()}
