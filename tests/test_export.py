@@ -157,6 +157,18 @@ def test_exported_file_gives_the_logits_of_photographs(to, trained, photographs,
     assert 'is there already' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('kwargs', [{}, dict(stem='cifar', in_chans=1)])
+def test_an_imagenet_network_is_exported_for_every_size(kwargs, tmp_path):
+    if not kwargs and torch.__version__ < (2, 9):
+        pytest.skip('torch 2.6 cannot export the max pool for every size')
+    model = randomised(timm.create_model('wrn18_1_5', **kwargs))
+    wrn_timm.export.to_exported_program(model, tmp_path / 'wrn.pt2')
+    smallest = 2 * model.feature_info[-1]['reduction']
+    for size in ((1, smallest, smallest), (3, 72, 96)):
+        images = torch.randn(size[0], model.in_chans, *size[1:])
+        assert largest_difference(run_exported(tmp_path / 'wrn.pt2', images), model(images)) < 1e-5
+
+
 def test_exported_file_carries_preprocessing_and_class_names(trained, tmp_path):
     files = {to: tmp_path / f'wrn.{to}' for to in ('onnx', 'pt2', 'ts')}
     for to, file in files.items():

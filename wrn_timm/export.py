@@ -19,6 +19,7 @@ import torch.fx
 from timm.data import resolve_model_data_config
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._pytree import tree_map
 
 from .train.rundir import atomic_write
 
@@ -97,10 +98,10 @@ class OptimizedModel(nn.Module):
         self.form, self.images_per_second = 'plain', {}
 
     @torch.no_grad()
-    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> Any:
         """Images (B, C, H, W) of any type and layout to what the network gives, in the type of the images."""
         out = self.model(x.to(dtype=self.dtype, memory_format=self.memory_format))
-        return out.to(x.dtype) if isinstance(out, torch.Tensor) else [o.to(x.dtype) for o in out]
+        return tree_map(lambda o: o.to(x.dtype), out)
 
 
 def inference_forms(
@@ -210,16 +211,19 @@ def to_onnx(model: nn.Module, path: str | Path) -> None:
 
 
 def to_exported_program(model: nn.Module, path: str | Path) -> None:
-    """Write what `torch.export.load(path).module()` runs: any batch, any image size from 8 x 8.
+    """Write what `torch.export.load(path).module()` runs: any batch, any image from twice the last reduction a side.
 
+    That is 8 pixels in the 6N + 4 family, 64 in the ImageNet family: maps of one pixel would be another program.
     BatchNorm is folded. The preprocessing and class names are JSON in the file's extra `config.json`.
 
     Raises:
+        RuntimeError: torch 2.6 cannot export the max pool of an ImageNet stem for every size.
         ValueError: `torch.fx` cannot trace the model.
     """
     model, images, config = _prepared(model)
-    sizes = {i: torch.export.Dim(name, min=8) if i else torch.export.Dim(name) for i, name in _DYNAMIC.items()}
-    program = torch.export.export(model, (images,), dynamic_shapes=(sizes,))
+    smallest = 2 * model.feature_info[-1]['reduction']
+    sizes = {i: torch.export.Dim(name, min=smallest if i else None) for i, name in _DYNAMIC.items()}
+    program = torch.export.export(model, (images,), dynamic_shapes=(sizes,), strict=False)
     atomic_write(Path(path), lambda p: torch.export.save(program, p, extra_files={'config.json': config}))
 
 
