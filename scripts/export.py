@@ -1,0 +1,47 @@
+#!/usr/bin/env python3
+"""Write a pretrained network as one file that other programs run, and check the file against the network.
+
+    python scripts/export.py --model wrn16_1.cifar10 --to onnx --out wrn16_1.onnx    # or pt2, ts
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+import wrn_timm  # noqa: F401  (registers the models)
+from wrn_timm.export import EXPORTERS, run_exported
+from wrn_timm.train.validate import open_model
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--model', required=True, help='timm name or weights folder')
+    parser.add_argument('--to', required=True, choices=EXPORTERS, help='ONNX, torch.export or TorchScript')
+    parser.add_argument('--out', required=True, metavar='FILE', help='its name ends in .onnx, .pt2 or .ts')
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    if out.suffix != f'.{args.to}':
+        parser.error(f'--to {args.to} writes a .{args.to} file; {out} is named otherwise')
+    if out.exists():
+        parser.error(f'{out} is there already; choose another --out')
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        model = open_model(args.model)
+        EXPORTERS[args.to](model, out)
+        images = torch.randn(3, model.in_chans, 72, 56)
+        with torch.no_grad():
+            logits = model(images)
+            difference = ((run_exported(out, images) - logits).abs().max() / logits.abs().max()).item()
+    except (ImportError, OSError, RuntimeError, ValueError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 1
+    print(f'{out}: {out.stat().st_size / 1e6:.1f} MB; its logits differ from the network\'s by {difference:.1g} of the '
+          f'largest, on 3 images of 72 x 56')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Other people's pipelines, with their real libraries (those not installed are skipped), and README's recipes."""
+import re
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import wrn_timm  # noqa: F401
+
+
+def stages(name, x):
+    """Outputs of the stages by the network's own modules, of weights drawn from seed 0."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    outputs = []
+    for stage in ('layer1', 'layer2', 'layer3', 'layer4'):
+        if hasattr(model, stage):
+            getattr(model, stage).register_forward_hook(lambda module, args, out: outputs.append(out))
+    model(x)
+    return outputs
+
+
+@pytest.fixture
+def x():
+    return torch.randn(1, 3, 64, 64)
+
+
+def assert_same(features, expected):
+    for f, e in zip(features, expected, strict=True):
+        torch.testing.assert_close(f, e)
+
+
+@pytest.mark.parametrize('name', ['wrn16_2', 'wrn18_1_5'])
+def test_torchvision_create_feature_extractor(name, x):
+    expected = stages(name, x)
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    names = [f'layer{i + 1}' for i in range(len(expected))]
+    assert_same(create_feature_extractor(model, names)(x).values(), expected)
+
+
+def test_segmentation_models_pytorch(x):
+    smp = pytest.importorskip('segmentation_models_pytorch')
+    model = smp.Unet('tu-wrn18_1_5', encoder_weights=None, classes=3).eval()
+    assert model.encoder.out_channels == [3, 64, 96, 192, 384, 768] and model(x).shape == (1, 3, 64, 64)
+    # the 6N + 4 family has the scales 1, 2 and 4, which that library calls a depth of 2
+    torch.manual_seed(0)
+    small = smp.Unet('tu-wrn16_2', encoder_weights=None, encoder_depth=2, decoder_channels=(64, 32), classes=3).eval()
+    assert small(x).shape == (1, 3, 64, 64)
+    assert_same(small.encoder(x), stages('wrn16_2', x))
+
+
+def test_transformers_backbone(x):
+    transformers = pytest.importorskip('transformers')
+    for name, indices in (('wrn16_2', (0, 1, 2)), ('wrn18_1_5', (1, 2, 3, 4))):
+        expected = stages(name, x)
+        config = transformers.TimmBackboneConfig(backbone=name, use_pretrained_backbone=False, out_indices=indices)
+        torch.manual_seed(0)
+        own = timm.create_model(name, features_only=True, out_indices=indices)
+        for backbone in (transformers.TimmBackbone(config), transformers.AutoBackbone.from_config(config)):
+            backbone._backbone.load_state_dict(own.state_dict())
+            assert backbone.channels == [e.shape[1] for e in expected]
+            assert_same(backbone.eval()(x).feature_maps, expected)
+
+
+def test_anomalib_feature_extractor(x):
+    extractors = pytest.importorskip('anomalib.models.components.feature_extractors')
+    for name in ('wrn16_2', 'wrn18_1_5'):
+        extractor = extractors.TimmFeatureExtractor(name, layers=['layer1', 'layer2', 'layer3'], pre_trained=False)
+        features = extractor.eval()(x)
+        assert list(features) == ['layer1', 'layer2', 'layer3']
+        assert [tuple(f.shape) for f in features.values()] == [tuple(s.shape) for s in stages(name, x)[:3]]
+    from anomalib.models.image.patchcore.torch_model import PatchcoreModel
+    patchcore = PatchcoreModel(layers=['layer2', 'layer3'], backbone='wrn16_2', pre_trained=False)
+    assert patchcore.train()(x).shape[-1] == 64 + 128
+
+
+SECTION = re.search(r'## Use it as a backbone\n(.*?)\n## ', (ROOT / 'README.md').read_text(), flags=re.S)[1]
+RECIPES = dict(re.findall(r'\*\*([\w ]+)\*\*[^`]*?(?:`[^`\n]*`[^`]*?)*?```python\n(.*?)```', SECTION, flags=re.S))
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_readme_recipe_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ran = {}
+    exec(RECIPES[name], ran)
+    if name == 'Detection':
+        assert all(loss.isfinite() for loss in ran['losses'].values())
+        assert set(ran['found']) == {'boxes', 'labels', 'scores'}
+    elif name == 'Export':
+        assert ran['logits'].shape == (5, 10)
+
+
+def test_readme_has_five_recipes():
+    assert list(RECIPES) == ['Detection', 'Segmentation', 'Features by name', 'Fast inference', 'Export']
+    assert SECTION.count('```python') == len(RECIPES)

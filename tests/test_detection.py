@@ -1,0 +1,235 @@
+"""Detectors: against torchvision's own on the same network, and the whole way on photographs of blood cells."""
+import json
+import shutil
+from pathlib import Path
+
+import detect as detect_script
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.retinanet import _default_anchorgen
+from torchvision.ops import FrozenBatchNorm2d
+
+import wrn_timm  # noqa: F401
+from wrn_timm.data.voc import read_voc
+from wrn_timm.detection import faster_rcnn, fpn_backbone, retinanet
+from wrn_timm.train.detect import evaluate_detector, load_detector
+
+BCCD = Path(__file__).parent / 'data' / 'bccd_sample'
+TARGET = {'boxes': torch.tensor([[10., 10, 60, 70]]), 'labels': torch.tensor([1])}
+
+
+def test_wrn50_2_detects_as_torchvisions_faster_rcnn_on_its_own_network():
+    size = dict(min_size=96, max_size=128, box_score_thresh=0.)
+    theirs = FasterRCNN(
+        resnet_fpn_backbone(backbone_name='wide_resnet50_2', weights=None, norm_layer=nn.BatchNorm2d), 4, **size).eval()
+    ours = faster_rcnn('wrn50_2', 3, detector_kwargs=size).eval()
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if '.fc.' not in k})
+    image = torch.rand(3, 90, 120)
+    with torch.no_grad():
+        a, b = ours([image])[0], theirs([image])[0]
+    assert len(b['boxes']) > 10
+    for key in ('boxes', 'scores', 'labels'):
+        torch.testing.assert_close(a[key], b[key], atol=1e-3, rtol=1e-4)
+
+
+def test_anchors_of_retinanet_are_torchvisions_at_its_strides():
+    detector = retinanet('wrn18_1_5', 3)
+    assert detector.backbone.strides == (8, 16, 32)
+    assert detector.anchor_generator.sizes == _default_anchorgen().sizes
+
+
+@pytest.mark.parametrize('make,kwargs,strides,levels', [
+    (faster_rcnn, {}, (4, 8, 16), [4, 8, 16, 32]),
+    (faster_rcnn, dict(stem='cifar', out_indices=(1, 2)), (2, 4), [2, 4, 8]),
+    (retinanet, dict(out_indices=(-1,)), (16,), [16, 32, 64]),
+])
+def test_levels_and_anchors_follow_the_strides(make, kwargs, strides, levels):
+    detector = make('wrn16_2', 3, out_channels=32, detector_kwargs=dict(min_size=64, max_size=64), **kwargs)
+    assert detector.backbone.strides == strides
+    shapes = [f.shape[1:] for f in detector.backbone(torch.randn(1, 3, 64, 64)).values()]
+    assert shapes == [(32, 64 // s, 64 // s) for s in levels]
+    generator = detector.rpn.anchor_generator if make is faster_rcnn else detector.anchor_generator
+    assert [sizes[0] for sizes in generator.sizes] == [(8 if make is faster_rcnn else 4) * s for s in levels]
+    losses = detector([torch.rand(3, 80, 100)] * 2, [TARGET] * 2)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None for p in detector.backbone.body.conv1.parameters())
+
+
+def test_levels_are_the_features_of_the_network():
+    backbone = fpn_backbone('wrn16_2', out_channels=32).eval()
+    whole = timm.create_model('wrn16_2', stem='imagenet', features_only=True).eval()
+    whole.load_state_dict(backbone.body.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    for a, b in zip(backbone.body(x).values(), whole(x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_frozen_stages_and_norms():
+    detector = faster_rcnn('wrn16_2', 3, out_channels=32, frozen_stages=2,
+                           detector_kwargs=dict(min_size=64, max_size=64))
+    body = detector.backbone.body
+    before = {k: v.clone() for k, v in body.state_dict().items()}
+    optimizer = torch.optim.SGD((p for p in detector.parameters() if p.requires_grad), lr=0.1)
+    sum(detector([torch.rand(3, 80, 100)] * 2, [TARGET] * 2).values()).backward()
+    optimizer.step()
+    changed = {k.split('.')[0] for k, v in body.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {'layer3'}
+    frozen = fpn_backbone('wrn16_2', frozen_norm=True)
+    assert sum(isinstance(m, FrozenBatchNorm2d) for m in frozen.modules()) == 12
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
+    assert any(isinstance(m, nn.BatchNorm2d) for m in fpn_backbone('wrn16_2').modules())
+
+
+def test_backbone_errors():
+    with pytest.raises(ValueError, match="^resnet18 is none of this package's networks"):
+        fpn_backbone('resnet18')
+    with pytest.raises(ValueError, match=r'out_indices \(0, 3\) of wrn16_1: its levels are 0 to 2'):
+        fpn_backbone('wrn16_1', out_indices=(0, 3))
+    with pytest.raises(ValueError, match='frozen_stages is 4; wrn16_1 has 3 stages'):
+        fpn_backbone('wrn16_1', frozen_stages=4)
+
+
+def test_boxes_of_the_sample():
+    images, bad = read_voc(BCCD, 'trainval')
+    written = sum((BCCD / 'Annotations' / f'{Path(p).stem}.xml').read_text().count('<object>') for p in images.paths)
+    assert sum(map(len, images.boxes)) == written - 1 and images.classes == ('Platelets', 'RBC', 'WBC')
+    assert len(bad) == 1 and bad[0].endswith(
+        'BloodImage_00338.xml, object 13 (RBC): box 504, 337, 504, 337 has no area')
+    with pytest.raises(ValueError, match='1 boxes or files of .* are bad: .*BloodImage_00338.xml, object 13'):
+        read_voc(BCCD, 'trainval', on_bad='fail')
+    image, target = images.as_dataset(lambda *pair: pair)[0]
+    assert target['boxes'].canvas_size == (480, 640) == image.size[::-1] and set(target['labels'].tolist()) <= {1, 2, 3}
+
+
+def voc(folder, boxes, name='cat', size=(40, 30)):
+    """A data set of one image."""
+    for part in ('Annotations', 'JPEGImages', 'ImageSets/Main'):
+        (folder / part).mkdir(parents=True)
+    (folder / 'ImageSets/Main/train.txt').write_text('a  1\n')
+    Image.new('RGB', size).save(folder / 'JPEGImages/a.jpg')
+    keys = ('xmin', 'ymin', 'xmax', 'ymax')
+    (folder / 'Annotations/a.xml').write_text('<annotation>' + ''.join(
+        f'<object><name>{name}</name><bndbox>' + ''.join(f'<{k}>{v}</{k}>' for k, v in zip(keys, box, strict=False))
+        + '</bndbox></object>' for box in boxes) + '</annotation>')
+    return folder
+
+
+def test_bad_boxes_and_files_are_named(tmp_path):
+    good, cases = (1, 2, 40, 30), {
+        (5, 5, 5, 9): 'box 5, 5, 5, 9 has no area', (9, 5, 5, 9): 'has no area', ('nan', 1, 5, 9): 'has no area',
+        (-1, 0, 5, 5): 'box -1, 0, 5, 5 is not within the image of 40 x 30', (0, 0, 41, 5): 'is not within the image',
+        (1, 2, 3): 'the name or a coordinate is missing', (1, 2, 'x', 4): 'the name or a coordinate is missing'}
+    images, bad = read_voc(voc(tmp_path / 'boxes', [good, *cases]), 'train')
+    assert images.boxes[0].tolist() == [list(good)]
+    assert all(expected in reason for expected, reason in zip(cases.values(), bad, strict=True))
+    with pytest.raises(ValueError, match="class 'cat' is none of dog"):
+        read_voc(tmp_path / 'boxes', 'train', classes=('dog',))
+    with pytest.raises(FileNotFoundError, match='no list of images at .*val.txt'):
+        read_voc(tmp_path / 'boxes', 'val')
+    (tmp_path / 'boxes/JPEGImages/a.jpg').write_text('no')
+    with pytest.raises(ValueError, match='lists 1 images, none with a good box: .*a.jpg is not an image'):
+        read_voc(tmp_path / 'boxes', 'train')
+    broken = voc(tmp_path / 'broken', [good])
+    (broken / 'Annotations/a.xml').write_text('<annotation>')
+    with pytest.raises(ValueError, match='1 boxes or files of .*a.xml: no element found'):
+        read_voc(broken, 'train', on_bad='fail')
+
+
+class Finds(nn.Module):
+    """Gives the boxes it is told to."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def forward(self, images):
+        return [{'scores': torch.full((len(f['labels']),), .9), **f} for f in self.found]
+
+
+def test_average_precision_of_known_detections():
+    boxes = torch.tensor([[0., 0, 10, 10], [20, 20, 30, 30]])
+    target = {'boxes': boxes, 'labels': torch.tensor([1, 1])}
+    # of two objects one, exactly: precision 1 up to recall 0.5, which is 51 of COCO's 101 points
+    batch = [torch.rand(3, 30, 30)], [target]
+    half = evaluate_detector(Finds([{'boxes': boxes[:1], 'labels': torch.tensor([1])}]), [batch], ('a', 'b'))
+    assert half['map'] == half['map_50'] == pytest.approx(100 * 51 / 101, abs=0.01)
+    assert half['map_per_class'] == {'a': half['map'], 'b': None}
+    # overlap 0.61: enough at the thresholds 0.5, 0.55 and 0.6 of the ten
+    narrow = boxes - torch.tensor([0., 0, 3.9, 0])
+    loose = evaluate_detector(Finds([{'boxes': narrow, 'labels': torch.tensor([1, 1])}]), [batch], ('a',))
+    assert loose['map_50'] == 100 and loose['map_75'] == 0 and loose['map'] == pytest.approx(30, abs=0.01)
+
+
+SMALL = ['--model', 'wrn16_1', '--out-channels', '16', '--rois', '16', '--image-size', '96', '--batch-size', '2',
+         '--anchor-scale', '4', '--device', 'cpu']
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp('runs') / 'run'
+    assert detect_script.main(['--data', f'bccd:{BCCD}', '--out', str(out), '--epochs', '2', *SMALL]) == 0
+    return out
+
+
+def test_run_directory(run):
+    metrics = json.loads((run / 'metrics.json').read_text())
+    assert metrics['images'] == 2 and set(metrics['map_per_class']) == {'Platelets', 'RBC', 'WBC'}
+    assert metrics['left_out'][0].endswith('has no area') and metrics['split'] == 'test'
+    assert len((run / 'history.csv').read_text().splitlines()) == 3
+    for name in ('BloodImage_00007', 'BloodImage_00011'):
+        with Image.open(run / 'drawn' / f'{name}.png') as drawing:
+            assert drawing.size == (640, 480)
+
+
+def test_stopped_and_resumed_gives_the_same_detector(run, tmp_path, capsys):
+    args = ['--data', f'bccd:{BCCD}', '--out', str(tmp_path / 'run'), '--epochs', '2', *SMALL]
+    assert detect_script.main([*args, '--time-budget', '0']) == 0
+    assert not (tmp_path / 'run' / 'weights').exists()
+    assert detect_script.main(['--out', str(tmp_path / 'run'), '--draw', 'x.jpg']) == 1
+    assert 'holds no detector' in capsys.readouterr().err
+    assert detect_script.main([*args, '--resume']) == 0
+    a, b = ((r / 'weights' / 'model.safetensors').read_bytes() for r in (run, tmp_path / 'run'))
+    assert a == b
+
+
+def test_draw_by_a_finished_run(run, tmp_path, capsys):
+    detector, classes = load_detector(run)
+    assert classes == ('Platelets', 'RBC', 'WBC') and not detector.training
+    photograph = tmp_path / 'photograph.jpg'
+    shutil.copy(BCCD / 'JPEGImages' / 'BloodImage_00007.jpg', photograph)
+    args = ['--out', str(run), '--draw', str(photograph), '--threshold', '0', '--device', 'cpu']
+    assert detect_script.main(args) == 0
+    result, = json.loads(capsys.readouterr().out)
+    with torch.no_grad():
+        expected = detector([torch.from_numpy(np.array(Image.open(photograph))).permute(2, 0, 1) / 255])
+    assert len(result['objects']) == len(expected[0]['boxes']) > 0
+    assert result['objects'][0]['box'] == pytest.approx(expected[0]['boxes'][0].tolist(), abs=0.1)
+    with Image.open(photograph) as before, Image.open(result['drawing']) as after:
+        assert before.size == after.size and before.tobytes() != after.tobytes()
+
+
+def test_script_errors(run, tmp_path, capsys):
+    sample, new = ['--data', f'voc:{BCCD}'], ['--out', str(tmp_path / 'a')]
+    for args, expected in (
+            (['--data', 'coco:x', *new], '--data coco:x is not bccd:DIR or voc:DIR'),
+            ([*sample, *new, '--epochs', '0'], 'epochs is 0; it must be at least 1'),
+            ([*sample, *new, '--detector', 'yolo'], "detector 'yolo' is unknown; choose of faster_rcnn, retinanet"),
+    ):
+        with pytest.raises(SystemExit):
+            detect_script.main(args)
+        assert expected in ' '.join(capsys.readouterr().err.split())
+    for args, expected in (
+            (['--data', f'voc:{tmp_path}', *new], 'no list of images at'),
+            ([*sample, '--out', str(run), *SMALL], 'already holds a run'),
+            ([*sample, *new, '--on-bad', 'fail'], 'has no area'),
+            ([*sample, *new, '--model', 'resnet50'], "is none of this package's networks"),
+    ):
+        assert detect_script.main(args) == 1
+        assert expected in capsys.readouterr().err
+    assert not (tmp_path / 'a').exists()

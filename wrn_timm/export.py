@@ -1,0 +1,260 @@
+"""Fast inference and export: BatchNorm folded, the fastest form measured; ONNX, `torch.export` and TorchScript files.
+
+    fast = optimize(model, images)             # images: a batch of the size that will be fed
+    to_onnx(model, 'wrn.onnx')                 # any batch, any image size
+"""
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx
+from timm.data import resolve_model_data_config
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._pytree import tree_map
+
+from .train.rundir import atomic_write
+
+__all__ = [
+    'EXPORTERS', 'OptimizedModel', 'alternate', 'fold_batchnorm', 'inference_forms', 'optimize', 'run_exported',
+    'to_exported_program', 'to_onnx', 'to_torchscript',
+]
+
+_logger = logging.getLogger(__name__)
+
+
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, each BatchNorm folded into the convolution before it and replaced by `nn.Identity`.
+
+    Folded is what nothing else reads: in the 6N + 4 family `bn2` of every block, and `bn1` of the first where its
+    shortcut is a convolution (CIFAR stem); in the ImageNet family every one. The copy is still the model's class, with
+    `forward_features`, `pretrained_cfg` and the rest.
+
+    Raises:
+        ValueError: `torch.fx` cannot trace the model; its reason is given.
+    """
+    model = copy.deepcopy(model).eval()
+    try:
+        graph = torch.fx.Tracer().trace(model)
+    except Exception as e:  # tracing runs the model's own code, which raises what it likes on proxies
+        raise ValueError(f'torch.fx cannot trace {type(model).__name__}: {e}') from e
+    modules = dict(model.named_modules())
+    calls = [node for node in graph.nodes if node.op == 'call_module']
+    called = [node.target for node in calls]
+
+    def only_input(node: torch.fx.Node) -> torch.fx.Node | None:
+        """The module call whose output this one alone reads, whatever does nothing in between left out."""
+        source = node.args[0]
+        if source.op != 'call_module' or len(source.users) > 1 or called.count(source.target) > 1:
+            return None
+        return only_input(source) if type(modules[source.target]) is nn.Identity else source
+
+    for node in calls:
+        norm = modules[node.target]
+        if type(norm) is not nn.BatchNorm2d or not norm.track_running_stats or called.count(node.target) > 1:
+            continue
+        source = only_input(node)
+        if source and type(modules[source.target]) is nn.Conv2d:
+            modules[source.target] = fuse_conv_bn_eval(modules[source.target], norm)
+            model.set_submodule(source.target, modules[source.target])
+            model.set_submodule(node.target, nn.Identity())
+    return model
+
+
+def alternate(candidates: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds a call; the candidates take turns, so that a busy machine slows each alike."""
+    sync = torch.cuda.synchronize if device == 'cuda' else lambda: None
+    times = {name: [] for name in candidates}
+    for i in range(rounds + 1):
+        for name, call in candidates.items():
+            sync()
+            started = time.perf_counter()
+            call()
+            sync()
+            if i:  # the first round warms up
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+class OptimizedModel(nn.Module):
+    """A network in the form that was measured fastest; made by `optimize`. For inference only: no gradients.
+
+    Attributes:
+        form: The form chosen, a key of `images_per_second`.
+        images_per_second: What each form reached on the batch given to `optimize`; 'plain' is the model as it came.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format):
+        super().__init__()
+        self.model, self.dtype, self.memory_format = model, dtype, memory_format
+        self.form, self.images_per_second = 'plain', {}
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> Any:
+        """Images (B, C, H, W) of any type and layout to what the network gives, in the type of the images."""
+        out = self.model(x.to(dtype=self.dtype, memory_format=self.memory_format))
+        return tree_map(lambda o: o.to(x.dtype), out)
+
+
+def inference_forms(
+        model: nn.Module,
+        images: torch.Tensor,
+        dtypes: Sequence[torch.dtype] = (torch.float32,),
+        compile: bool = True,
+) -> dict[str, OptimizedModel]:
+    """The forms that `optimize` chooses from, by name, each run once; see there."""
+    if unknown := set(dtypes) - {torch.float32, torch.bfloat16, torch.float16}:
+        raise ValueError(f'dtypes has {unknown.pop()}; choose of torch.float32, torch.bfloat16 and torch.float16')
+    forms = {'plain': OptimizedModel(copy.deepcopy(model).eval(), images.dtype, torch.preserve_format)}
+    folded = fold_batchnorm(model).requires_grad_(False)
+    for dtype in dtypes:
+        name = str(dtype).removeprefix('torch.')
+        network = copy.deepcopy(folded).to(dtype, memory_format=torch.channels_last)
+        forms[name] = OptimizedModel(network, dtype, torch.channels_last)
+        if not compile:
+            continue
+        compiled = OptimizedModel(torch.compile(network, options={'freezing': True}), dtype, torch.channels_last)
+        try:
+            compiled(images)
+        except Exception as e:  # the compiler's errors are of no one type
+            _logger.warning('torch.compile failed (%s); going on without', ' '.join(str(e).split()[:40]))
+            compile = False
+        else:
+            forms[f'{name} compiled'] = compiled
+    return forms
+
+
+def optimize(
+        model: nn.Module,
+        images: torch.Tensor,
+        dtypes: Sequence[torch.dtype] = (torch.float32,),
+        compile: bool = True,
+        rounds: int = 7,
+) -> OptimizedModel:
+    """The network in the form that runs fastest here, by measurement on `images`; it is not changed itself.
+
+    The forms are the model as it is and, with BatchNorm folded and in channels_last, for each of `dtypes`, run eagerly
+    and compiled with frozen weights. As the model as it is takes part, the result is never slower.
+
+    Logits of the float32 forms are those of the model within 1e-5 of the largest; bfloat16 keeps 8 bits, within 3e-2.
+
+    Args:
+        model: Any network that `torch.fx` can trace, classifier or `features_only`.
+        images: A batch (B, C, H, W) on the model's device, as large as those to come: another size gives the same
+            logits, but is compiled anew.
+        dtypes: Types to compute in that you accept; add `torch.bfloat16` where its rounding does no harm.
+        compile: Try `torch.compile` (seconds, once). Where it fails (it needs a C++ compiler) a warning says so.
+        rounds: Measurements of each form.
+
+    Raises:
+        ValueError: `torch.fx` cannot trace the model, or a type is none of float32, bfloat16 and float16.
+    """
+    forms = inference_forms(model, images, dtypes, compile)
+    calls = {name: lambda form=form: form(images) for name, form in forms.items()}
+    seconds = alternate(calls, rounds, images.device.type)
+    chosen = min(seconds, key=seconds.get)
+    best = forms[chosen]
+    best.form, best.images_per_second = chosen, {name: len(images) / s for name, s in seconds.items()}
+    return best
+
+
+_DYNAMIC = {0: 'batch', 2: 'height', 3: 'width'}
+
+
+def _prepared(model: nn.Module) -> tuple[nn.Module, torch.Tensor, str]:
+    """The model folded, on the CPU, with a batch to trace it by and its preprocessing and class names as JSON."""
+    model = fold_batchnorm(model).cpu().float().requires_grad_(False)
+    config = resolve_model_data_config(model)
+    config['label_names'] = getattr(model, 'pretrained_cfg', {}).get('label_names')
+    # sides that differ, and not of the configuration, so that a tracer takes none of them for a constant
+    _, height, width = config['input_size']
+    return model, torch.randn(2, getattr(model, 'in_chans', 3), height + 16, width + 32), json.dumps(config)
+
+
+def to_onnx(model: nn.Module, path: str | Path) -> None:
+    """Write an ONNX file of one input `images` (batch, C, height, width) and one output `logits`, all sizes dynamic.
+
+    BatchNorm is folded. The preprocessing and class names are JSON in the file's metadata, under `config`.
+
+    Raises:
+        ImportError: The extra `export` is not installed.
+        ValueError: `torch.fx` cannot trace the model.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as e:
+        raise ImportError(f"ONNX export needs the extra: pip install 'wrn_timm[export]' ({e})") from e
+    model, images, config = _prepared(model)
+    if torch.__version__ >= (2, 9):  # a TorchVersion, which compares with tuples
+        options = dict(dynamo=True, dynamic_shapes=(_DYNAMIC,), external_data=False)
+    else:  # its exporter by torch.export fails on BatchNorm
+        options = dict(dynamo=False, dynamic_axes={'images': _DYNAMIC, 'logits': {0: 'batch'}})
+
+    def write(beside: Path) -> None:
+        torch.onnx.export(
+            model, (images,), str(beside), verbose=False, input_names=['images'], output_names=['logits'], **options)
+        written = onnx.load(beside)
+        onnx.helper.set_model_props(written, {'config': config})
+        onnx.checker.check_model(written, full_check=True)
+        onnx.save(written, beside)
+
+    atomic_write(Path(path), write)
+
+
+def to_exported_program(model: nn.Module, path: str | Path) -> None:
+    """Write what `torch.export.load(path).module()` runs: any batch, any image from twice the last reduction a side.
+
+    That is 8 pixels in the 6N + 4 family, 64 in the ImageNet family: maps of one pixel would be another program.
+    BatchNorm is folded. The preprocessing and class names are JSON in the file's extra `config.json`.
+
+    Raises:
+        RuntimeError: torch 2.6 cannot export the max pool of an ImageNet stem for every size.
+        ValueError: `torch.fx` cannot trace the model.
+    """
+    model, images, config = _prepared(model)
+    smallest = 2 * model.feature_info[-1]['reduction']
+    sizes = {i: torch.export.Dim(name, min=smallest if i else None) for i, name in _DYNAMIC.items()}
+    program = torch.export.export(model, (images,), dynamic_shapes=(sizes,), strict=False)
+    atomic_write(Path(path), lambda p: torch.export.save(program, p, extra_files={'config.json': config}))
+
+
+def to_torchscript(model: nn.Module, path: str | Path) -> None:
+    """Write what `torch.jit.load(path)` runs, without this package too: any batch, any image size.
+
+    BatchNorm is folded. The preprocessing and class names are JSON in the file's extra `config.json`.
+
+    Raises:
+        ValueError: `torch.fx` cannot trace the model.
+    """
+    model, _, config = _prepared(model)
+    script = torch.jit.freeze(torch.jit.script(model))
+    atomic_write(Path(path), lambda p: torch.jit.save(script, p, _extra_files={'config.json': config}))
+
+
+EXPORTERS = {'onnx': to_onnx, 'pt2': to_exported_program, 'ts': to_torchscript}
+
+
+def run_exported(path: str | Path, images: torch.Tensor) -> torch.Tensor:
+    """Logits of images (B, C, H, W) by an exported file: `.onnx` (by onnxruntime), `.pt2` or `.ts`.
+
+    Raises:
+        ValueError: The file's name ends otherwise.
+    """
+    path = Path(path)
+    if path.suffix == '.onnx':
+        import onnxruntime
+        return torch.from_numpy(onnxruntime.InferenceSession(path).run(None, {'images': images.numpy()})[0])
+    if path.suffix == '.pt2':
+        return torch.export.load(path).module()(images)
+    if path.suffix == '.ts':
+        return torch.jit.load(path)(images)
+    raise ValueError(f'{path} is not a file of this kind; its name ends in .{", .".join(EXPORTERS)}')

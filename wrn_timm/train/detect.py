@@ -1,0 +1,295 @@
+"""Training a detector on photographs with boxes, and measuring it as COCO does."""
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.transforms import v2
+from torchvision.utils import draw_bounding_boxes, save_image
+from tqdm import tqdm
+
+from ..data.folders import read_rgb
+from ..data.voc import BoxedImages, read_voc
+from ..detection import DETECTORS
+from .rundir import RunDir, atomic_write, environment
+
+__all__ = ['DetectConfig', 'detect', 'draw', 'evaluate_detector', 'load_detector']
+
+_logger = logging.getLogger(__name__)
+
+Target = dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectConfig:
+    """How a detector is trained: a cosine from a short warm-up, photographs mirrored and their colours changed."""
+
+    model: str = 'wrn50_2'
+    """timm name of a WRN."""
+    detector: str = 'faster_rcnn'
+    """'faster_rcnn' or 'retinanet'."""
+    pretrained: bool = False
+    """Start from the tag's weights, BatchNorm frozen."""
+    frozen_stages: int = 0
+    """Stages not trained, with the stem."""
+    out_channels: int = 256
+    """Channels of the feature pyramid."""
+    anchor_scale: float = 8.
+    """Side of a level's anchors, in strides of the level."""
+    rois: int = 512
+    """Regions an image that the second stage of Faster R-CNN learns from."""
+    image_size: int = 640
+    """Longer side that photographs are resized to, in pixels."""
+    epochs: int = 40
+    """Passes over the training images."""
+    batch_size: int = 8
+    """Images a step."""
+    opt: str = 'adamw'
+    """timm name of the optimiser."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """Decay of the weights, not of norms and biases."""
+    warmup_steps: int = 100
+    """Linear rise from lr / 100."""
+    train_split: str = 'trainval'
+    """List of the images to train on."""
+    test_split: str = 'test'
+    """List of the images measured once, at the end."""
+    seed: int = 0
+    """Of the weights, the order and the augmentation."""
+
+    def __post_init__(self):
+        if self.detector not in DETECTORS:
+            raise ValueError(f'detector {self.detector!r} is unknown; choose of {", ".join(DETECTORS)}')
+        for name, low in (('epochs', 1), ('batch_size', 1), ('rois', 4), ('image_size', 32), ('out_channels', 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f'{name} is {getattr(self, name)}; it must be at least {low}')
+
+
+def _build(config: DetectConfig, num_classes: int, pretrained: bool) -> nn.Module:
+    # with the shorter side's bound as high as the longer's, the longer one decides
+    detector_kwargs = dict(min_size=config.image_size, max_size=config.image_size)
+    if config.detector == 'faster_rcnn':
+        detector_kwargs |= dict(box_batch_size_per_image=config.rois)
+    return DETECTORS[config.detector](
+        config.model, num_classes, anchor_scale=config.anchor_scale, out_channels=config.out_channels,
+        pretrained=pretrained, frozen_norm=config.pretrained, frozen_stages=config.frozen_stages,
+        detector_kwargs=detector_kwargs)
+
+
+def _loader(images: BoxedImages, transform: Any, config: DetectConfig, workers: int, epoch: int | None) -> DataLoader:
+    generator = None if epoch is None else torch.Generator().manual_seed(config.seed * 100_003 + epoch)
+    return DataLoader(
+        images.as_dataset(transform), config.batch_size, shuffle=epoch is not None, generator=generator,
+        drop_last=epoch is not None and len(images) >= config.batch_size, num_workers=workers,
+        collate_fn=_columns)
+
+
+def _columns(rows: list[tuple[torch.Tensor, Target]]) -> tuple[list[torch.Tensor], list[Target]]:
+    images, targets = zip(*rows, strict=True)
+    return list(images), [{k: v.as_subclass(torch.Tensor) for k, v in t.items()} for t in targets]
+
+
+_AS_TENSOR = (v2.ToImage(), v2.ToDtype(torch.float32, scale=True))
+
+
+@torch.inference_mode()
+def evaluate_detector(
+        detector: nn.Module,
+        loader: Iterable[tuple[list[torch.Tensor], list[Target]]],
+        classes: tuple[str, ...],
+        device: torch.device | str = 'cpu',
+) -> dict[str, Any]:
+    """Mean average precision as COCO defines it, in %, by torchmetrics on pycocotools.
+
+    Returns:
+        `images`, `map` (mean over the overlaps 0.5 to 0.95), `map_50`, `map_75`, and `map_per_class` by name.
+    """
+    detector.eval()
+    metric = MeanAveragePrecision(class_metrics=True)
+    n = 0
+    for images, targets in loader:
+        found = detector([image.to(device) for image in images])
+        metric.update([{k: v.cpu() for k, v in f.items()} for f in found], targets)
+        n += len(images)
+    result = metric.compute()
+    per_class = dict(zip(result['classes'].reshape(-1).tolist(), result['map_per_class'].reshape(-1).tolist(),
+                         strict=True))
+    return {
+        'images': n, **{k: round(100 * result[k].item(), 2) for k in ('map', 'map_50', 'map_75')},
+        'map_per_class': {c: round(100 * per_class[i], 2) if i in per_class else None
+                          for i, c in enumerate(classes, start=1)}}
+
+
+def detect(
+        config: DetectConfig,
+        data: str | Path,
+        out: str | Path,
+        device: str = 'cpu',
+        workers: int = 0,
+        on_bad: str = 'skip',
+        time_budget: float = math.inf,
+        resume: bool = False,
+) -> dict[str, Any] | None:
+    """Train on `data` and leave a run directory with weights, metrics and photographs with the boxes found.
+
+    Args:
+        config: How.
+        data: Folder as `read_voc` reads it.
+        out: Run directory.
+        device: 'cpu' or 'cuda'; on CUDA the network computes in bfloat16 while it trains.
+        workers: Processes that read photographs.
+        on_bad: 'skip' leaves bad boxes and files out and names them, 'fail' stops.
+        time_budget: Seconds after which the run stops at the end of an epoch, to be resumed.
+        resume: Go on with the run in `out`, after its last whole epoch: bit for bit on a CPU.
+
+    Returns:
+        The metrics on the test split, as written to `metrics.json`, or None if the budget stopped the run.
+
+    Raises:
+        FloatingPointError: The loss is no longer finite.
+        What `read_voc`, `fpn_backbone` and `RunDir` raise.
+    """
+    started = time.monotonic()
+    train, bad = read_voc(data, config.train_split, on_bad=on_bad)
+    test, bad_test = read_voc(data, config.test_split, train.classes, on_bad)
+    for reason in bad + bad_test:
+        _logger.warning('left out: %s', reason)
+    torch.manual_seed(config.seed)
+    detector = _build(config, len(train.classes), config.pretrained).to(device)
+    optimizer = create_optimizer_v2(detector, config.opt, lr=config.lr, weight_decay=config.weight_decay)
+    augment = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2), *_AS_TENSOR])
+    steps = len(_loader(train, augment, config, 0, epoch=0))
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=config.epochs * steps, t_in_epochs=False, warmup_t=config.warmup_steps,
+        warmup_lr_init=config.lr / 100)
+    _logger.info('%d classes, %d images to train on, %d to test; %s on %s at %d px on %s', len(train.classes),
+                 len(train), len(test), config.detector, config.model, config.image_size, device)
+
+    name = Path(data).resolve().name
+    run = RunDir(out, {'detect': dataclasses.asdict(config), 'data': name, 'classes': train.classes}, resume)
+    history, seconds = [], 0.
+    if resume and (saved := run.load_checkpoint(torch.device(device))):
+        detector.load_state_dict(saved['model'])
+        optimizer.load_state_dict(saved['optimizer'])
+        torch.set_rng_state(saved['rng'].cpu())
+        history = saved['history']
+        seconds = history[-1]['seconds']
+    for epoch in range(len(history), config.epochs):
+        detector.train()
+        began, total = time.monotonic(), 0.
+        loader = _loader(train, augment, config, workers, epoch)
+        batches = tqdm(loader, desc=f'epoch {epoch + 1}/{config.epochs}', unit='batch', leave=False, disable=None)
+        for step, (images, targets) in enumerate(batches, start=epoch * steps):
+            scheduler.step_update(step)
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != 'cpu'):
+                losses = detector([image.to(device) for image in images],
+                                  [{k: v.to(device) for k, v in t.items()} for t in targets])
+            loss = sum(losses.values())
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(detector.parameters(), 10.)
+            optimizer.step()
+            total += loss.item()
+            batches.set_postfix(loss=f'{total / (step - epoch * steps + 1):.3f}')
+        if not math.isfinite(total):
+            raise FloatingPointError(f'loss is {total / steps} in epoch {epoch + 1}; try a smaller learning rate')
+        seconds += time.monotonic() - began
+        history.append({'epoch': epoch + 1, 'lr': optimizer.param_groups[0]['lr'], 'train_loss': total / steps,
+                        'seconds': round(seconds, 1)})
+        run.save({'epoch': epoch + 1, 'step': 0, 'model': detector.state_dict(), 'optimizer': optimizer.state_dict(),
+                  'rng': torch.get_rng_state(), 'history': history}, history)
+        _logger.info('epoch %2d/%d  loss %.3f  %4.0f s', epoch + 1, config.epochs, total / steps, seconds)
+        if time.monotonic() - started > time_budget and epoch + 1 < config.epochs:
+            _logger.info('stopped by the time budget after epoch %d; go on with --resume', epoch + 1)
+            return None
+
+    _export(detector, run)
+    metrics = evaluate_detector(
+        detector, _loader(test, v2.Compose(_AS_TENSOR), config, workers, epoch=None), test.classes, device)
+    metrics |= {'dataset': name, 'split': config.test_split, 'left_out': bad + bad_test, 'environment': environment()}
+    atomic_write(run.path / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
+    draw(detector, test.classes, test.paths[:4], run.path / 'drawn', device)
+    return metrics
+
+
+def _export(detector: nn.Module, run: RunDir) -> None:
+    folder = run.path / 'weights'
+    folder.mkdir(exist_ok=True)
+    tensors = {k: v.contiguous() for k, v in detector.state_dict().items()}
+    atomic_write(folder / 'model.safetensors', lambda p: save_file(tensors, p))
+    atomic_write(folder / 'detector.json', run.recipe_file.read_text())
+
+
+def load_detector(run: str | Path, device: str = 'cpu') -> tuple[nn.Module, tuple[str, ...]]:
+    """The detector of a finished run, in evaluation mode, and the names of its classes (label 1 is the first).
+
+    Raises:
+        FileNotFoundError: There is no run that has ended.
+    """
+    folder = Path(run) / 'weights'
+    if not (folder / 'detector.json').is_file():
+        raise FileNotFoundError(f'{run} holds no detector; train one with --out {run}')
+    settings = json.loads((folder / 'detector.json').read_text())
+    detector = _build(DetectConfig(**settings['detect']), len(settings['classes']), pretrained=False)
+    detector.load_state_dict(load_file(folder / 'model.safetensors'))
+    return detector.to(device).eval(), tuple(settings['classes'])
+
+
+@torch.inference_mode()
+def draw(
+        detector: nn.Module,
+        classes: tuple[str, ...],
+        photographs: Iterable[str | Path],
+        folder: Path,
+        device: str = 'cpu',
+        threshold: float = 0.5,
+) -> list[dict[str, Any]]:
+    """Write each photograph to `folder` as PNG with the boxes found on it.
+
+    Args:
+        detector: In evaluation mode.
+        classes: Names of its classes.
+        photographs: Files.
+        folder: Made if it is not there.
+        device: Where the detector is.
+        threshold: Lowest score of a box that counts.
+
+    Returns:
+        For each the path of the `drawing`, and `objects` with `label`, `score` and `box` (xmin, ymin, xmax, ymax in
+        pixels of the photograph).
+
+    Raises:
+        ValueError: A file is no image; it is named.
+    """
+    colours = ('red', 'blue', 'green', 'purple', 'orange', 'teal', 'brown', 'magenta')
+    folder.mkdir(parents=True, exist_ok=True)
+    results = []
+    for path in photographs:
+        image = v2.Compose(_AS_TENSOR)(read_rgb(path)).as_subclass(torch.Tensor)
+        found = {k: v.cpu() for k, v in detector([image.to(device)])[0].items()}
+        keep = found['scores'] >= threshold
+        boxes, scores, index = found['boxes'][keep], found['scores'][keep].tolist(), found['labels'][keep].tolist()
+        drawing = draw_bounding_boxes(
+            image, boxes, [f'{classes[i - 1]} {100 * s:.0f}' for i, s in zip(index, scores, strict=True)],
+            [colours[i % len(colours)] for i in index], width=2) if len(boxes) else image
+        target = folder / f'{Path(path).stem}.png'
+        atomic_write(target, lambda p, drawing=drawing: save_image(drawing, p))
+        results.append({'image': str(path), 'drawing': str(target), 'objects': [
+            {'label': classes[i - 1], 'score': round(s, 4), 'box': [round(v, 1) for v in box]}
+            for i, s, box in zip(index, scores, boxes.tolist(), strict=True)]})
+    return results
