@@ -19,7 +19,8 @@ from timm.utils import random_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..data.folders import ImageFiles, read_rgb, scan_folder, split_files
+from ..data.folders import ImageFiles, read_rgb, scan_folder
+from ..data.splits import split_files
 from .metrics import classification_metrics, predict_logits
 from .rundir import RunDir, atomic_write, environment, export_weights
 from .validate import open_model
