@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, default_collate
 
 __all__ = [
     'EXAMINED_AT_MOST', 'FolderScan', 'ImageFiles', 'ReadableOnly', 'collate_readable', 'examine', 'list_csv',
-    'list_folder', 'read_rgb', 'scan_folder']
+    'list_folder', 'read_rgb', 'scan_folder', 'walk_files']
 
 _PARTS = {'train': ('train', 'training'), 'test': ('test',), 'val': ('val', 'valid', 'validation')}
 
@@ -303,6 +303,11 @@ def _walk(top: str, bad: list[str], above: frozenset[tuple[int, int]] = frozense
             else:
                 yield folder, entry.path
         stack += reversed(below)
+
+
+def walk_files(folder: str | Path) -> Iterator[str]:
+    """Every file of a folder and below, in the order of names; hidden ones and links that loop are passed by."""
+    return (path for _, path in _walk(str(folder), []))
 
 
 def _inode(path: str | Path) -> tuple[int, int]:

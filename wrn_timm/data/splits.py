@@ -13,13 +13,18 @@ from pathlib import Path
 
 from .folders import FolderScan, ImageFiles, list_csv, list_folder, some
 
-__all__ = ['Split', 'check_protocol', 'list_source', 'make_split', 'read_split', 'source_root', 'split_files',
-           'write_split']
+__all__ = ['Split', 'check_protocol', 'data_name', 'list_source', 'make_split', 'read_split', 'source_root',
+           'split_files', 'write_split']
 
 CALTECH101 = 'caltech101:'
 CALTECH101_BACKGROUND = 'BACKGROUND_Google'  # what others leave out too: 101 classes, 8,677 files
 _COLUMNS = ['part', 'label', 'path']
 _PROTOCOL = re.compile(r'(?P<which>first|random)(?P<count>[1-9]\d*)|(?P<train>\d+)-(?P<test>\d+)')
+
+
+def data_name(source: str) -> str:
+    """What a source is called: 'caltech101', or the name of the folder or CSV file."""
+    return CALTECH101.rstrip(':') if source.startswith(CALTECH101) else Path(source).resolve().stem
 
 
 def source_root(source: str, download: bool = False) -> Path:
