@@ -259,8 +259,8 @@ def test_probe_scores(weights, photographs, tmp_path, capsys):
     shutil.copytree(ROOT / 'weights' / 'wrn16_1.cifar10', own / 'wrn16_1.cifar10')
     weights = str(own / 'wrn16_1.test')
     assert finetune_script.main([
-        '--data', str(photographs), '--out', str(tmp_path / 'run'), '--device', 'cpu', '--split', 'random6', '--seeds', '2',
-        '--probe', weights, str(own / 'wrn16_1.cifar10'), '--record']) == 0
+        '--data', str(photographs), '--out', str(tmp_path / 'run'), '--device', 'cpu', '--split', 'random6', '--seeds',
+        '2', '--probe', weights, str(own / 'wrn16_1.cifar10'), '--record']) == 0
     shown = capsys.readouterr().out
     rows = json.loads((tmp_path / 'run' / 'probe.json').read_text())
     assert [(r['weights'], r['way']) for r in rows] == [

@@ -174,8 +174,7 @@ def finetune(
     started = time.monotonic()
     accelerator = _accelerator(config, device)
     name = data_name(str(data))
-    random_seed(config.seed)  # the new classifier's weights
-
+    model = _build(config)
     split, found = None, {}
     if accelerator.is_main_process:
         split, found = prepare_split(config, data, on_bad, download, Path(out) if resume else None)
@@ -188,7 +187,9 @@ def finetune(
     split = split or read_split(run.path / 'split.csv', source_root(str(data)))
     classes = split.train.classes
 
-    model = _build(config, len(classes)).to(accelerator.device, memory_format=torch.channels_last)
+    random_seed(config.seed)
+    model.reset_classifier(len(classes))
+    model.to(accelerator.device, memory_format=torch.channels_last)
     transforms, cfg = _preprocessing(config, model, name, classes)
     if config.batch_size == 'auto':
         config = dataclasses.replace(config, batch_size=_find_batch_size(model, cfg['input_size'], accelerator))
@@ -288,12 +289,12 @@ def prepare_split(
                    'summary': summary}
 
 
-def _build(config: FinetuneConfig, classes: int) -> torch.nn.Module:
+def _build(config: FinetuneConfig) -> torch.nn.Module:
     kwargs = {'stem': config.stem} if config.stem else {}
     if config.pretrained:
-        return open_model(config.model, num_classes=classes, **kwargs)
-    name = f'local-dir:{config.model}' if Path(config.model).is_dir() else config.model
-    return timm.create_model(name, num_classes=classes, **kwargs)
+        return open_model(config.model, **kwargs)
+    random_seed(config.seed)
+    return timm.create_model(f'local-dir:{config.model}' if Path(config.model).is_dir() else config.model, **kwargs)
 
 
 def _preprocessing(

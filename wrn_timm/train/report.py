@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ..data.folders import ImageFiles, read_rgb
@@ -56,10 +56,19 @@ def _grid(count: int, columns: int = 6) -> tuple[Figure, list]:
     return figure, axes
 
 
-def _small(path: str) -> Image.Image:
-    image = read_rgb(path)
+def _save(figure: Figure, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing from font')  # a class name in another script
+        atomic_write(path, lambda p: figure.savefig(p, dpi=80))
+
+
+def _show(axis: Any, path: str) -> None:
+    try:
+        image = read_rgb(path)
+    except ValueError:  # it went away since it was measured
+        return
     image.thumbnail((320, 320))
-    return image
+    axis.imshow(image)
 
 
 def _title(axis: Any, text: str, colour: str) -> None:
@@ -73,12 +82,12 @@ def draw_predictions(files: ImageFiles, result: Predictions, path: Path, most: i
     chosen = torch.linspace(0, len(result.index) - 1, count).round().int().tolist()
     for axis, row in zip(axes, chosen, strict=False):
         predicted, true = int(result.logits[row].argmax()), int(result.labels[row])
-        axis.imshow(_small(files.paths[int(result.index[row])]))
+        _show(axis, files.paths[int(result.index[row])])
         share = 100 * result.logits[row].softmax(0)[predicted].item()
         right = predicted == true
         _title(axis, f'{files.classes[predicted]} {share:.0f} %' + ('' if right else f'\nis {files.classes[true]}'),
                'green' if right else 'firebrick')
-    atomic_write(path, lambda p: figure.savefig(p, dpi=80))
+    _save(figure, path)
 
 
 def draw_wrong(
@@ -97,27 +106,31 @@ def draw_wrong(
     confidence, predicted = result.logits.softmax(1).max(1)
     wrong = (predicted != result.labels).nonzero()[:, 0]
     wrong = wrong[confidence[wrong].argsort(descending=True)][:most]
-    rows, pictures = [], []
+    rows, pictures, answers = [], [], []
     for i in wrong.tolist():
         file = files.paths[int(result.index[i])]
+        try:
+            pictures.append(transform(read_rgb(file)))
+        except ValueError:  # as in `_show`
+            continue
+        answers.append(predicted[i])
         rows.append({'file': file, 'predicted': files.classes[predicted[i]], 'true': files.classes[result.labels[i]],
                      'confidence': round(100 * confidence[i].item(), 1)})
-        pictures.append(transform(read_rgb(file)))
     figure, axes = _grid(2 * len(rows))
     if rows:
         device = next(model.parameters()).device
         images = torch.stack(pictures)
-        maps = grad_cam(model, images.to(device), predicted[wrong].to(device))
+        maps = grad_cam(model, images.to(device), torch.stack(answers).to(device))
         low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
         seen = ((images - low) / (high - low).clamp(min=1e-6)).permute(0, 2, 3, 1)
         for k, row in enumerate(rows):
-            axes[2 * k].imshow(_small(row['file']))
+            _show(axes[2 * k], row['file'])
             _title(axes[2 * k], f"{row['predicted']} {row['confidence']:.0f} %\nis {row['true']}", 'firebrick')
             axes[2 * k + 1].imshow(seen[k].numpy())
             if maps is not None:
                 axes[2 * k + 1].imshow(maps[k].cpu().numpy(), cmap='jet', alpha=0.45, vmin=0, vmax=1)
                 _title(axes[2 * k + 1], f"where it saw\n{row['predicted']}", 'black')
-    atomic_write(path, lambda p: figure.savefig(p, dpi=80))
+    _save(figure, path)
     return rows
 
 
@@ -142,7 +155,7 @@ def draw_confusion(result: Predictions, classes: tuple[str, ...], path: Path) ->
                 if value:
                     axes.text(j, i, f'{value:.0f}', ha='center', va='center', fontsize=8,
                               color='white' if value > 60 else 'black')
-    atomic_write(path, lambda p: figure.savefig(p, dpi=80))
+    _save(figure, path)
 
 
 def write_report(

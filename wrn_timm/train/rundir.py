@@ -143,7 +143,12 @@ class RunDir:
             self.write_history(history, draw)
         self.checkpoints.mkdir(exist_ok=True)
         newest = self.checkpoints / f"epoch-{state['epoch']:04d}-step-{state['step']:06d}.pt"
-        atomic_write(newest, lambda p: torch.save(state, p))
+        try:
+            atomic_write(newest, lambda p: torch.save(state, p))
+        except (OSError, RuntimeError) as e:  # torch's writer raises either
+            free = shutil.disk_usage(self.checkpoints).free / 1e6
+            raise OSError(f'{newest} cannot be written ({str(e).splitlines()[0]}); {free:.0f} MB are free there. What '
+                          f'was written before is whole: make room and go on with --resume') from e
         held_out = [row['holdout_accuracy'] for row in history if 'holdout_accuracy' in row]
         if held_out and state['step'] == 0 and held_out[-1] >= max(held_out):
             atomic_write(self.checkpoints / 'best.pt', lambda p: shutil.copyfile(newest, p))
