@@ -17,6 +17,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from wrn_timm.train.transfer import read_transfer
 from wrn_timm.wrn import VARIANTS
 from wrn_timm.wrn_imagenet import default_cfgs as imagenet_cfgs
 
@@ -57,12 +58,15 @@ def models_table() -> str:
     return table(['model', 'parameters', 'GMACs', 'input', 'reductions'], rows)
 
 
+def _weights_folders() -> list[Path]:
+    folders = (p for p in (ROOT / 'weights').iterdir() if p.is_dir())
+    return sorted(folders, key=lambda p: timm.models._registry._natural_key(p.name))
+
+
 def weights_table() -> str:
     """Test error of each released folder beside what is published."""
     rows = []
-    for folder in sorted((ROOT / 'weights').iterdir(), key=lambda p: timm.models._registry._natural_key(p.name)):
-        if not folder.is_dir():
-            continue
+    for folder in _weights_folders():
         metrics, run, config = (
             json.loads((folder / f'{n}.json').read_text()) for n in ('metrics', 'recipe', 'config'))
         published = [f'{t[folder.name]:.2f}' if folder.name in t else '-' for t in (PAPER, DOWNLOADABLE)]
@@ -73,7 +77,23 @@ def weights_table() -> str:
     return table(['weights', 'ours', 'paper', 'best downloadable', 'ECE', 'file', 'training', 'sha256'], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {'models': models_table, 'weights': weights_table}
+def transfer_table() -> str:
+    """What each released folder's `transfer.json` says of other data sets."""
+    rows = []
+    for folder in _weights_folders():
+        for result in read_transfer(folder):
+            score = result['mean_per_class']
+            rows.append([
+                f'`{folder.name}`', result['way'], str(result['input_size']), str(result.get('epochs', '-')),
+                f"{result['dataset']}, {result['protocol']}", str(result['seeds']),
+                f"{score['mean']:.1f}" + (f" ± {score['std']:.1f}" if result['seeds'] > 1 else ''),
+                f"{result['top1']['mean']:.1f}"])
+    header = ['weights', 'way', 'px', 'epochs', 'data, protocol', 'seeds', 'mean of the classes, %', 'all files, %']
+    return table(header, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    'models': models_table, 'weights': weights_table, 'transfer': transfer_table}
 
 
 def rewritten(text: str) -> str:

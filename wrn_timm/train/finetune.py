@@ -200,6 +200,7 @@ def finetune(
                   on_epoch=on_epoch, class_weights=_balance(split.train) if config.class_weights else None)
     config = dataclasses.replace(config, lr=config.lr or (1. if config.cached else 0.05))
     bad: list[str] = []
+    fit_began = time.monotonic()
     if config.cached:
         cached = {part: _cache(model, getattr(split, part), transforms['test'], accelerator, workers, bad, progress)
                   for part in ('train', 'holdout')}
@@ -217,6 +218,7 @@ def finetune(
         _logger.info('stopped by %s after epoch %d; it can go on with --resume', fitted.stopped,
                      fitted.history[-1]['epoch'])
     bad += fitted.bad
+    train_seconds = time.monotonic() - fit_began
 
     if accelerator.is_main_process:
         _export(model, network, fitted, run, cfg)
@@ -230,7 +232,8 @@ def finetune(
         'best_epoch': fitted.best_epoch(), 'epochs': len(fitted.history), 'stopped': fitted.stopped,
         'train_files': len(split.train), 'holdout_files': len(split.holdout or ()),
         'leaks': found.get('leaks', []), 'skipped': [*found.get('bad', []), *bad, *result.bad],
-        'seconds': round(time.monotonic() - started, 1), 'environment': environment()}
+        'train_seconds': round(train_seconds, 1), 'seconds': round(time.monotonic() - started, 1),
+        'environment': environment()}
     if accelerator.is_main_process:
         _finish(run, metrics, best, split.test, result, transform, found)
     accelerator.wait_for_everyone()
