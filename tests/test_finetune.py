@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import finetune as finetune_script
@@ -355,3 +356,46 @@ def test_the_largest_batch_that_fits():
     assert largest_batch(step, 256) == 16 and tried == [256, 128, 64, 32, 16]
     with pytest.raises(RuntimeError, match='shapes'):
         largest_batch(lambda n: torch.randn(2, 3) @ torch.randn(2, 3), 4)
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Photographs in `train/` and `val/`."""
+    for part, numbers in (('train', range(8)), ('val', range(8, 12))):
+        for name in CLASSES:
+            (tmp_path / 'data' / part / name).mkdir(parents=True)
+            for p in [sorted((SAMPLE / name).iterdir())[i] for i in numbers]:
+                shutil.copy(p, tmp_path / 'data' / part / name)
+    return tmp_path / 'data'
+
+
+def test_data_sets_that_timm_knows_by_name(weights, parts, tmp_path):
+    """torchvision's ImageFolder by its timm name gives the run that the folder itself gives."""
+    options = ('--epochs', '2', '--holdout', '0')
+    source = f'torch/image_folder:{parts}'
+    assert tune(source, weights, tmp_path / 'named', *options, '--parts', 'train', 'val') == 0
+    assert tune(parts, weights, tmp_path / 'folder', *options) == 0
+    named, folder = (json.loads((tmp_path / n / 'metrics.json').read_text()) for n in ('named', 'folder'))
+    assert named['per_class'] == folder['per_class'] and named['images'] == 12
+    assert weights_of(tmp_path / 'named') == weights_of(tmp_path / 'folder')
+    assert tune(source, weights, tmp_path / 'three', *options, '--parts', 'train', 'val', 'val') == 0
+    assert 'holdout_accuracy' in (tmp_path / 'three' / 'history.csv').read_text()
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # webdataset leaves its files open
+def test_streamed_data_sets(weights, parts, tmp_path):
+    pytest.importorskip('webdataset')
+    info = {'num_classes': 3, 'splits': {}}
+    for part in ('train', 'val'):
+        with tarfile.open(tmp_path / f'{part}.tar', 'w') as tar:
+            for i, p in enumerate(sorted((parts / part).rglob('*.jpg'))):
+                (tmp_path / 'cls').write_text(str(CLASSES.index(p.parent.name)))
+                tar.add(p, f'{i:03d}.jpg')
+                tar.add(tmp_path / 'cls', f'{i:03d}.cls')
+        count = i + 1
+        info['splits'][part] = {
+            'name': part, 'num_samples': count, 'filenames': [f'{part}.tar'], 'shard_lengths': [count]}
+    (tmp_path / '_info.json').write_text(json.dumps(info))
+    assert tune(f'wds/shards:{tmp_path}', weights, tmp_path / 'run', '--epochs', '2', '--parts', 'train', 'val') == 0
+    metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
+    assert metrics['images'] == 12 and set(metrics['per_class']) == {'0', '1', '2'}

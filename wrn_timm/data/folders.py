@@ -120,6 +120,14 @@ class ImageFiles:
         """The files of `index`, in its order."""
         return ImageFiles((self.paths[i] for i in index), [self.labels[i] for i in index], self.classes)
 
+    def name(self, i: int) -> str:
+        """What an image is called: its path."""
+        return self.paths[i]
+
+    def read(self, i: int) -> Image.Image:
+        """An image, as `read_rgb` gives it."""
+        return read_rgb(self.paths[i])
+
     def as_dataset(self, transform: Any) -> Dataset:
         """A data set of (transform(RGB image), label)."""
         return _FileDataset(self, transform)

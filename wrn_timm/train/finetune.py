@@ -21,6 +21,7 @@ from timm.utils import random_seed
 from torch.utils.data import Dataset
 
 from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine, some
+from ..data.named import NamedImages, is_named
 from ..data.splits import (
     Split,
     check_protocol,
@@ -62,6 +63,11 @@ class FinetuneConfig:
     split.csv of another run."""
     holdout: float = 0.1
     """Share of the training files that the epoch is chosen by; 0 trains on all and takes the last epoch."""
+    parts: tuple[str, ...] = ('train', 'validation')
+    """What timm's named data sets call the parts to train on, to choose the epoch by (if there are three) and to test
+    on."""
+    num_classes: int = 0
+    """Of a named data set that does not say it."""
     nested: bool = False
     """Every folder that holds files is a class, named by its path."""
     input_size: int = 0
@@ -126,6 +132,8 @@ class FinetuneConfig:
                 raise ValueError(f'{field} is {getattr(self, field)}; it must be from {low} to {high}')
         if self.patience and not self.holdout:
             raise ValueError('patience needs held-out files to look at; give a holdout above 0')
+        if len(self.parts) not in (2, 3):
+            raise ValueError(f'parts are {", ".join(self.parts)}; two or three are wanted')
         if not self.split.endswith('.csv'):
             check_protocol(self.split)
 
@@ -176,11 +184,14 @@ def finetune(
     name = data_name(str(data))
     model = _build(config)
     split, found = None, {}
-    if accelerator.is_main_process:
+    named = is_named(str(data))
+    if named:
+        split, found = _named_split(config, str(data), download)
+    elif accelerator.is_main_process:
         split, found = prepare_split(config, data, on_bad, download, Path(out) if resume else None)
     run = RunDir(out, {'finetune': dataclasses.asdict(config), 'data': name}, resume,
                  write=accelerator.is_main_process)
-    if split:
+    if accelerator.is_main_process and not named:
         atomic_write(run.path / 'split.csv', write_split(split, source_root(str(data))))
         atomic_write(run.path / 'scan.json', json.dumps(found, indent=2) + '\n')
     accelerator.wait_for_everyone()
@@ -290,6 +301,17 @@ def prepare_split(
         _logger.info('%s', line)
     return split, {'split': 'given' if scan.test else config.split, 'bad': list(scan.bad), 'leaks': leaks,
                    'summary': summary}
+
+
+def _named_split(config: FinetuneConfig, data: str, download: bool) -> tuple[Split, dict[str, Any]]:
+    if config.class_weights:
+        raise ValueError('class_weights needs the labels beforehand, which a named data set does not give')
+    classes = tuple(map(str, range(config.num_classes))) or None
+    train, *choose, test = (
+        NamedImages(data, part, part == config.parts[0], download, classes) for part in config.parts)
+    if len({part.classes for part in (train, *choose, test)}) > 1:
+        raise ValueError(f'{data}: the parts {", ".join(config.parts)} have different classes')
+    return Split(train, choose[0] if choose else None, test), {'split': ', '.join(config.parts)}
 
 
 def _build(config: FinetuneConfig) -> torch.nn.Module:

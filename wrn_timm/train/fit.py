@@ -18,7 +18,7 @@ from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, random_seed
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -55,7 +55,15 @@ def _loader(dataset: Dataset, batch_size: int, workers: int, **kwargs: Any) -> D
     inner = dataset.dataset if isinstance(dataset, Subset) else dataset
     if isinstance(inner, Features):
         return DataLoader(dataset, batch_size, collate_fn=_as_it_is, **kwargs)
+    if isinstance(inner, IterableDataset):
+        if inner is not dataset:
+            raise ValueError('a data set that is streamed runs in one process')
+        return DataLoader(dataset, batch_size, collate_fn=_with_none_unread, drop_last=kwargs.get('drop_last', False))
     return DataLoader(ReadableOnly(dataset), batch_size, num_workers=workers, collate_fn=collate_readable, **kwargs)
+
+
+def _with_none_unread(batch: Any) -> Any:
+    return *default_collate(batch), []
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -254,7 +262,7 @@ def fit(
     if resume and (saved := run.load_checkpoint(accelerator.device)):
         state.load_dict(saved)
     model, optimizer, loader = accelerator.prepare(network, optimizer, loader)
-    steps = len(loader)
+    steps = len(train) // batch_size  # a stream's loader knows it less well
     scheduler, _ = create_scheduler_v2(
         state.optimizer, config.schedule, config.epochs, warmup_epochs=config.warmup_epochs, warmup_lr=config.lr / 100,
         decay_epochs=config.epochs / 3, step_on_epochs=False, updates_per_epoch=steps)
@@ -273,6 +281,8 @@ def fit(
                 break
             random_seed((config.seed * 100_003 + state.epoch) % 2 ** 32, accelerator.process_index)
             order.manual_seed(config.seed * 100_003 + state.epoch)
+            if isinstance(train, IterableDataset):
+                train.set_epoch(state.epoch)
             unfreezing.train(state.epoch)
             epoch_began = time.monotonic()
             total, seen = torch.zeros((), device=accelerator.device), 0

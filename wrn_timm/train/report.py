@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from ..data.folders import ImageFiles, read_rgb
+from ..data.folders import ImageFiles
+from ..data.named import NamedImages
 from .fit import Predictions
 from .rundir import atomic_write
 
@@ -62,9 +63,9 @@ def _save(figure: Figure, path: Path) -> None:
         atomic_write(path, lambda p: figure.savefig(p, dpi=80))
 
 
-def _show(axis: Any, path: str) -> None:
+def _show(axis: Any, files: ImageFiles | NamedImages, i: int) -> None:
     try:
-        image = read_rgb(path)
+        image = files.read(i)
     except ValueError:  # it went away since it was measured
         return
     image.thumbnail((320, 320))
@@ -75,14 +76,14 @@ def _title(axis: Any, text: str, colour: str) -> None:
     axis.set_title(text, parse_math=False, fontsize=9, color=colour)
 
 
-def draw_predictions(files: ImageFiles, result: Predictions, path: Path, most: int = 24) -> None:
+def draw_predictions(files: ImageFiles | NamedImages, result: Predictions, path: Path, most: int = 24) -> None:
     """Draw test photographs, spread over the classes, with predicted and true label."""
     count = min(most, len(result.index))
     figure, axes = _grid(count)
     chosen = torch.linspace(0, len(result.index) - 1, count).round().int().tolist()
     for axis, row in zip(axes, chosen, strict=False):
         predicted, true = int(result.logits[row].argmax()), int(result.labels[row])
-        _show(axis, files.paths[int(result.index[row])])
+        _show(axis, files, int(result.index[row]))
         share = 100 * result.logits[row].softmax(0)[predicted].item()
         right = predicted == true
         _title(axis, f'{files.classes[predicted]} {share:.0f} %' + ('' if right else f'\nis {files.classes[true]}'),
@@ -92,7 +93,7 @@ def draw_predictions(files: ImageFiles, result: Predictions, path: Path, most: i
 
 def draw_wrong(
         model: torch.nn.Module,
-        files: ImageFiles,
+        files: ImageFiles | NamedImages,
         result: Predictions,
         transform: Any,
         path: Path,
@@ -106,16 +107,17 @@ def draw_wrong(
     confidence, predicted = result.logits.softmax(1).max(1)
     wrong = (predicted != result.labels).nonzero()[:, 0]
     wrong = wrong[confidence[wrong].argsort(descending=True)][:most]
-    rows, pictures, answers = [], [], []
+    rows, pictures, answers, places = [], [], [], []
     for i in wrong.tolist():
-        file = files.paths[int(result.index[i])]
+        place = int(result.index[i])
         try:
-            pictures.append(transform(read_rgb(file)))
+            pictures.append(transform(files.read(place)))
         except ValueError:  # as in `_show`
             continue
         answers.append(predicted[i])
-        rows.append({'file': file, 'predicted': files.classes[predicted[i]], 'true': files.classes[result.labels[i]],
-                     'confidence': round(100 * confidence[i].item(), 1)})
+        places.append(place)
+        rows.append({'file': files.name(place), 'predicted': files.classes[predicted[i]],
+                     'confidence': round(100 * confidence[i].item(), 1), 'true': files.classes[result.labels[i]]})
     figure, axes = _grid(2 * len(rows))
     if rows:
         device = next(model.parameters()).device
@@ -124,7 +126,7 @@ def draw_wrong(
         low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
         seen = ((images - low) / (high - low).clamp(min=1e-6)).permute(0, 2, 3, 1)
         for k, row in enumerate(rows):
-            _show(axes[2 * k], row['file'])
+            _show(axes[2 * k], files, places[k])
             _title(axes[2 * k], f"{row['predicted']} {row['confidence']:.0f} %\nis {row['true']}", 'firebrick')
             axes[2 * k + 1].imshow(seen[k].numpy())
             if maps is not None:
@@ -162,7 +164,7 @@ def write_report(
         folder: Path,
         metrics: dict[str, Any],
         model: torch.nn.Module,
-        files: ImageFiles,
+        files: ImageFiles | NamedImages,
         result: Predictions,
         transform: Any,
         summary: Sequence[str] = (),
