@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -27,8 +26,6 @@ from .metrics import predict_logits
 from .rundir import RunDir
 
 __all__ = ['Features', 'Fitted', 'Predictions', 'fit', 'largest_batch', 'predict']
-
-_logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_DRAWINGS = 30
 
@@ -337,8 +334,8 @@ def fit(
             run.save(state.to_dict(), state.history, draw)
             if main:
                 accuracy = f"  held-out accuracy {row['holdout_accuracy']:5.1f} %" if holdout is not None else ''
-                _logger.info('epoch %2d/%d  loss %.3f%s  %.0f images/s  %.0f s', state.epoch, config.epochs, mean_loss,
-                             accuracy, row['images_per_second'], state.seconds)
+                run.log('epoch %2d/%d  loss %.3f%s  %.0f images/s  %.0f s', state.epoch, config.epochs, mean_loss,
+                        accuracy, row['images_per_second'], state.seconds)
                 if on_epoch:
                     on_epoch(state.history[-1])
     if main:

@@ -28,7 +28,7 @@ def record_transfer(weights: str, rows: list[dict[str, Any]]) -> Path:
     folder = Path(weights) if Path(weights).is_dir() else find(weights)
     if not folder:
         raise FileNotFoundError(f'{weights} has no weights folder on this machine to record results in')
-    made_with = {k: v for k, v in environment().items() if k in ('commit', 'torch', 'timm', 'hardware')}
+    made_with = {k: v for k, v in environment().items() if k in ('torch', 'timm', 'hardware')}
     results = {tuple(row[k] for k in _KEY): row for row in [
         *read_transfer(folder), *({**row, 'environment': made_with} for row in rows)]}
     atomic_write(folder / TRANSFER_FILE, json.dumps(list(results.values()), indent=2) + '\n')
