@@ -14,7 +14,7 @@ from conftest import ROOT, SAMPLE
 from PIL import Image
 
 from wrn_timm import WideResNet
-from wrn_timm.train.finetune import FinetuneConfig, finetune
+from wrn_timm.train.finetune import FinetuneConfig, finetune, prepare_split
 from wrn_timm.train.rundir import export_weights
 from wrn_timm.train.validate import open_model
 
@@ -146,21 +146,35 @@ def link_to_itself(data):
 
 
 def odd_names(data):
-    for name in ('a b', 'comma, "quote"', "l'été 鳥", '<b>$x$</b>'):
+    for name in ('a b', 'comma, "quote"', "l'été 鳥", '<b>$x$'):
         shutil.copytree(SAMPLE / 'watch', data / name)
-        (data / name / f'{name.replace("/", "")}.txt').write_text('no image')
+        (data / name / f'{name}.txt').write_text('no image')
     return '.txt is not an image'
 
 
-@pytest.mark.parametrize('prepare', [zero_bytes, cut_off, too_large, looping_link, link_to_itself, odd_names])
-def test_what_is_left_out_and_named(data, weights, tmp_path, prepare):
+LEFT_OUT = [zero_bytes, cut_off, too_large, looping_link, link_to_itself, odd_names]
+
+
+@pytest.mark.parametrize('prepare', LEFT_OUT)
+def test_what_is_left_out_and_named(data, prepare):
     message = prepare(data)
+    _, found = prepare_split(FinetuneConfig(), data)
+    assert any(message in reason for reason in found['bad'])
+    assert any(line.startswith('left out, ') and message in line for line in found['summary'])
+    if prepare != looping_link:
+        with pytest.raises(ValueError, match='not whole images'):
+            prepare_split(FinetuneConfig(), data, on_bad='fail')
+
+
+def test_a_run_with_all_of_these(data, weights, tmp_path):
+    messages = [prepare(data) for prepare in LEFT_OUT]
     assert tune(data, weights, tmp_path / 'run') == 0
     metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
-    assert any(message in reason for reason in metrics['skipped'])
+    for message in messages:
+        assert any(message in reason for reason in metrics['skipped'])
+    assert len(metrics['per_class']) == 6
     assert open_model(str(tmp_path / 'run' / 'best')).pretrained_cfg['label_names'] == sorted(metrics['per_class'])
-    if prepare != looping_link:
-        assert tune(data, weights, tmp_path / 'other', '--on-bad', 'fail') == 1
+    assert '&lt;b&gt;$x$' in (tmp_path / 'run' / 'report.html').read_text()
 
 
 def test_a_run_that_is_there_is_left_as_it_is(data, weights, tmp_path, capsys):

@@ -50,8 +50,9 @@ def grad_cam(model: torch.nn.Module, images: torch.Tensor, classes: torch.Tensor
 def _grid(count: int, columns: int = 6) -> tuple[Figure, list]:
     columns = max(1, min(columns, count))
     rows = max(1, math.ceil(count / columns))
-    figure = Figure(figsize=(2 * columns, 2.4 * rows), layout='constrained')
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure = Figure(figsize=(2 * columns, 2.5 * rows))
+    axes = list(figure.subplots(rows, columns, squeeze=False, gridspec_kw=dict(
+        left=0.01, right=0.99, bottom=0.01, top=1 - 0.2 / rows, hspace=0.25, wspace=0.05)).flat)
     for axis in axes:
         axis.axis('off')
     return figure, axes
