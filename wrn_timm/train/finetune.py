@@ -181,59 +181,34 @@ def finetune(
     """
     started = time.monotonic()
     accelerator = _accelerator(config, device)
-    name = data_name(str(data))
+    main = accelerator.is_main_process
     model = _build(config)
-    split, found = None, {}
-    named = is_named(str(data))
-    if named:
-        split, found = _named_split(config, str(data), download)
-    elif accelerator.is_main_process:
-        split, found = prepare_split(config, data, on_bad, download, Path(out) if resume else None)
-    run = RunDir(out, {'finetune': dataclasses.asdict(config), 'data': name}, resume,
-                 write=accelerator.is_main_process)
-    if accelerator.is_main_process and not named:
-        atomic_write(run.path / 'split.csv', write_split(split, source_root(str(data))))
-        atomic_write(run.path / 'scan.json', json.dumps(found, indent=2) + '\n')
-    accelerator.wait_for_everyone()
-    split = split or read_split(run.path / 'split.csv', source_root(str(data)))
-    classes = split.train.classes
+    run, split, found = _open_run(config, str(data), Path(out), accelerator, on_bad, resume, download)
+    name, classes = data_name(str(data)), split.train.classes
 
-    random_seed(config.seed)
+    random_seed(config.seed)  # whatever was drawn before
     model.reset_classifier(len(classes))
     model.to(accelerator.device, memory_format=torch.channels_last)
     transforms, cfg = _preprocessing(config, model, name, classes)
     if config.batch_size == 'auto':
         config = dataclasses.replace(config, batch_size=_find_batch_size(model, cfg['input_size'], accelerator))
+    config = dataclasses.replace(config, lr=config.lr or (1. if config.cached else 0.05))
     _logger.info('%d classes, %d files to train on, %d to choose the epoch by, %d to test on; %s at %d px on %s',
                  len(classes), len(split.train), len(split.holdout or ()), len(split.test), config.model,
                  cfg['input_size'][-1], accelerator.device)
-    common = dict(workers=workers, on_bad=on_bad, resume=resume, deadline=started + time_budget, progress=progress,
-                  on_epoch=on_epoch, class_weights=_balance(split.train) if config.class_weights else None)
-    config = dataclasses.replace(config, lr=config.lr or (1. if config.cached else 0.05))
-    bad: list[str] = []
-    fit_began = time.monotonic()
-    if config.cached:
-        cached = {part: _cache(model, getattr(split, part), transforms['test'], accelerator, workers, bad, progress)
-                  for part in ('train', 'holdout')}
-        network = model.get_classifier()
-        fitted = fit(network, cached['train'], cached['holdout'], config, run, accelerator, **common)
-    else:
-        network = model
-        mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=len(classes)) \
-            if config.mixup or config.cutmix else None
-        fitted = fit(
-            model, split.train.as_dataset(transforms['train']),
-            split.holdout.as_dataset(transforms['test']) if split.holdout else None, config, run, accelerator,
-            way=config.train, mix=mix, **common)
+
+    train_began = time.monotonic()
+    network, fitted = _train(
+        config, model, split, transforms, run, accelerator, workers=workers, on_bad=on_bad, resume=resume,
+        deadline=started + time_budget, progress=progress, on_epoch=on_epoch)
+    train_seconds = time.monotonic() - train_began
     if fitted.stopped:
         _logger.info('stopped by %s after epoch %d; it can go on with --resume', fitted.stopped,
                      fitted.history[-1]['epoch'])
-    bad += fitted.bad
-    train_seconds = time.monotonic() - fit_began
-
-    if accelerator.is_main_process:
+    if main:
         _export(model, network, fitted, run, cfg)
     accelerator.wait_for_everyone()
+
     best = open_model(str(run.path / 'best')).to(accelerator.device, memory_format=torch.channels_last)
     transform = eval_transform(best)
     result = predict(best, split.test.as_dataset(transform), accelerator, workers=workers, title='testing',
@@ -242,13 +217,63 @@ def finetune(
         'dataset': name, 'split': found.get('split'), 'input_size': cfg['input_size'][-1],
         'best_epoch': fitted.best_epoch(), 'epochs': len(fitted.history), 'stopped': fitted.stopped,
         'train_files': len(split.train), 'holdout_files': len(split.holdout or ()),
-        'leaks': found.get('leaks', []), 'skipped': [*found.get('bad', []), *bad, *result.bad],
+        'leaks': found.get('leaks', []), 'skipped': [*found.get('bad', []), *fitted.bad, *result.bad],
         'train_seconds': round(train_seconds, 1), 'seconds': round(time.monotonic() - started, 1),
         'environment': environment()}
-    if accelerator.is_main_process:
+    if main:
         _finish(run, metrics, best, split.test, result, transform, found)
     accelerator.wait_for_everyone()
     return metrics
+
+
+def _open_run(
+        config: FinetuneConfig,
+        data: str,
+        out: Path,
+        accelerator: Accelerator,
+        on_bad: str,
+        resume: bool,
+        download: bool,
+) -> tuple[RunDir, Split, dict[str, Any]]:
+    """The run directory, with the split in it, that the first process makes and the others read."""
+    main, named = accelerator.is_main_process, is_named(data)
+    split, found = None, {}
+    if named:
+        split, found = _named_split(config, data, download)
+    elif main:
+        split, found = prepare_split(config, data, on_bad, download, out if resume else None)
+    run = RunDir(out, {'finetune': dataclasses.asdict(config), 'data': data_name(data)}, resume, write=main)
+    if main and not named:
+        atomic_write(run.path / 'split.csv', write_split(split, source_root(data)))
+        atomic_write(run.path / 'scan.json', json.dumps(found, indent=2) + '\n')
+    accelerator.wait_for_everyone()
+    return run, split or read_split(run.path / 'split.csv', source_root(data)), found
+
+
+def _train(
+        config: FinetuneConfig,
+        model: torch.nn.Module,
+        split: Split,
+        transforms: dict[str, Any],
+        run: RunDir,
+        accelerator: Accelerator,
+        **kwargs: Any,
+) -> tuple[torch.nn.Module, Fitted]:
+    """What was fitted, the model or its classifier, and the result."""
+    weights = _balance(split.train) if config.class_weights else None
+    if config.cached:
+        bad: list[str] = []
+        train, holdout = (
+            _cache(model, files, transforms['test'], accelerator, kwargs['workers'], bad, kwargs['progress'])
+            for files in (split.train, split.holdout))
+        network = model.get_classifier()
+        fitted = fit(network, train, holdout, config, run, accelerator, class_weights=weights, **kwargs)
+        return network, dataclasses.replace(fitted, bad=[*bad, *fitted.bad])
+    mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
+                num_classes=len(split.train.classes)) if config.mixup or config.cutmix else None
+    holdout = split.holdout.as_dataset(transforms['test']) if split.holdout else None
+    return model, fit(model, split.train.as_dataset(transforms['train']), holdout, config, run, accelerator,
+                      way=config.train, class_weights=weights, mix=mix, **kwargs)
 
 
 def _accelerator(config: FinetuneConfig, device: str) -> Accelerator:
