@@ -15,6 +15,19 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope='session')
+def weights(tmp_path_factory):
+    """Untrained weights, for tests of the path and not of the accuracy."""
+    import timm
+
+    import wrn_timm  # noqa: F401
+    from wrn_timm.train.rundir import export_weights
+    folder = tmp_path_factory.mktemp('weights') / 'wrn16_1.test'
+    torch.manual_seed(0)
+    export_weights(timm.create_model('wrn16_1'), folder, {'tag': 'test'})
+    return str(folder)
+
+
 @pytest.fixture
 def no_weights(monkeypatch, tmp_path):
     """A machine with no weights folder and no Hub account; returns an empty $WRN_TIMM_WEIGHTS."""

@@ -8,23 +8,13 @@ import sys
 
 import finetune as finetune_script
 import pytest
-import timm
 import torch
 from conftest import ROOT, SAMPLE
 from PIL import Image
 
 from wrn_timm import WideResNet
 from wrn_timm.train.finetune import FinetuneConfig, finetune, prepare_split
-from wrn_timm.train.rundir import export_weights
 from wrn_timm.train.validate import open_model
-
-
-@pytest.fixture(scope='module')
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('weights') / 'wrn16_1.test'
-    torch.manual_seed(0)
-    export_weights(timm.create_model('wrn16_1'), folder, {'tag': 'test'})
-    return str(folder)
 
 
 @pytest.fixture

@@ -28,19 +28,9 @@ from wrn_timm.train import finetune as ft
 from wrn_timm.train.fit import Features, _Unfreezing, largest_batch, predict
 from wrn_timm.train.probe import extract_features, knn, linear_probe
 from wrn_timm.train.report import grad_cam
-from wrn_timm.train.rundir import export_weights
 from wrn_timm.train.validate import eval_transform, open_model
 
 CLASSES = ('ketch', 'pizza', 'sunflower')
-
-
-@pytest.fixture(scope='module')
-def weights(tmp_path_factory):
-    """Untrained weights: these tests are of the path, not of the accuracy."""
-    folder = tmp_path_factory.mktemp('weights') / 'wrn16_1.test'
-    torch.manual_seed(0)
-    export_weights(timm.create_model('wrn16_1'), folder, {'tag': 'test'})
-    return str(folder)
 
 
 @pytest.fixture(scope='module')
