@@ -84,7 +84,7 @@ def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
     common |= dict(resume=command.resume, time_budget=command.time_budget, on_epoch=emit)
     result = finetune_seeds(config, command.data, command.out, command.seeds, **common)
     if command.record:
-        record_transfer(config.model, [result])
+        record_transfer(config.model, [{k: v for k, v in result.items() if k != 'runs'}])
     return result if command.seeds > 1 else result['runs'][0]
 
 

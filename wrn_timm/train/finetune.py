@@ -452,8 +452,9 @@ def finetune_seeds(
     Several runs leave `out/metrics.json` with the same as is returned, but `runs`.
 
     Returns:
-        `way`, `dataset`, `protocol`, `input_size`, `epochs`, `seeds`, `seconds` of all, `runs` (their metrics), and of
-        `top1`, `mean_per_class` and `ece` the `mean`, the sample standard deviation `std` and the `values`.
+        `way`, `dataset`, `protocol`, `input_size`, `epochs`, `seeds`, `seconds` of all, `settings` (the fields of
+        `config` that are not the default), `runs` (their metrics), and of `top1`, `mean_per_class` and `ece` the
+        `mean`, the sample standard deviation `std` and the `values`.
 
     Raises:
         What `finetune` raises; the runs that ended are kept. With `resume` they are passed by.
@@ -469,6 +470,8 @@ def finetune_seeds(
         'way': config.train if config.pretrained else 'from scratch', 'dataset': runs[0]['dataset'],
         'protocol': runs[0]['split'], 'input_size': runs[0]['input_size'], 'epochs': config.epochs, 'seeds': seeds,
         'seconds': round(sum(run['seconds'] for run in runs), 1),
+        'settings': {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
+                     if f.name != 'model' and getattr(config, f.name) != f.default},
         **{key: summarise([run[key] for run in runs]) for key in ('top1', 'mean_per_class', 'ece')}}
     if seeds > 1:
         atomic_write(Path(out) / 'metrics.json', json.dumps(summary, indent=2) + '\n')
