@@ -26,6 +26,7 @@ import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.data.augment import AutoAugment, RandAugment, TrivialAugment
 from wrn_timm.data.datasets import ImageArrays
 from wrn_timm.data.device import DeviceLoader
+from wrn_timm.export import alternate
 from wrn_timm.train.loop import Learner, create_model
 from wrn_timm.train.recipes import Recipe
 from wrn_timm.train.rundir import environment
@@ -43,21 +44,6 @@ def waiter(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize if device == 'cuda' else lambda: None
 
 
-def alternate(candidates: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds a call; the candidates take turns, so that a busy machine slows each alike."""
-    sync = waiter(device)
-    times = {name: [] for name in candidates}
-    for i in range(rounds + 1):
-        for name, call in candidates.items():
-            sync()
-            started = time.perf_counter()
-            call()
-            sync()
-            if i:  # the first round warms up
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 def rival(name: str) -> torch.nn.Module | None:
     """pytorchcv's network of the same shape, where it has one."""
     try:
@@ -71,7 +57,7 @@ def matmul_ceiling(device: str) -> float:
     """FLOP/s of a large matrix product: 8192 cubed in bfloat16 on CUDA, 2048 cubed in float32 on a CPU."""
     size, dtype = (8192, torch.bfloat16) if device == 'cuda' else (2048, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size ** 3 / alternate({'matmul': lambda: a @ b}, 10, device)['matmul']
+    return 2 * size ** 3 / alternate({'matmul': lambda: a @ b}, 10, waiter(device))['matmul']
 
 
 def training_flops(name: str) -> int:
@@ -137,7 +123,7 @@ def compare_training(name: str, device: str, batch: int, rounds: int) -> dict[st
         if device == 'cuda':
             memory[kind] = (torch.cuda.max_memory_allocated() - before) / 1e9
         steps[kind] = step
-    rates = {k: batch / t for k, t in alternate(steps, rounds, device).items()}
+    rates = {k: batch / t for k, t in alternate(steps, rounds, waiter(device)).items()}
     ceiling, flops = matmul_ceiling(device), training_flops(name)
     out = {
         'ratios': {f'over {k}': round(rates['trainer'] / v, 3) for k, v in rates.items() if k != 'trainer'},
@@ -164,7 +150,7 @@ def compare_inference(name: str, device: str, batch: int, rounds: int) -> dict[s
         'plain': call(timm.create_model(name).to(device).eval(), images)}
     if other := rival(name):
         candidates['pytorchcv'] = call(other.to(device).eval(), images)
-    rates = {k: batch / t for k, t in alternate(candidates, rounds, device).items()}
+    rates = {k: batch / t for k, t in alternate(candidates, rounds, waiter(device)).items()}
     ours = rates['channels_last']
     return {'ratios': {f'over {k}': round(ours / v, 3) for k, v in rates.items() if k != 'channels_last'},
             'images_per_second': {k: round(v, 1) for k, v in rates.items()}}
@@ -194,7 +180,7 @@ def compare_augmentation(device: str, batch: int, rounds: int) -> dict[str, Any]
     for name, (ours, theirs) in policies.items():
         candidates[f'{name}: loader'] = on_device(ours)
         candidates[f'{name}: torchvision'] = image_by_image(theirs)
-    rates = {k: batch / t for k, t in alternate(candidates, rounds, device).items()}
+    rates = {k: batch / t for k, t in alternate(candidates, rounds, waiter(device)).items()}
     return {'ratios': {f'{name} over torchvision': round(rates[f'{name}: loader'] / rates[f'{name}: torchvision'], 2)
                        for name in policies},
             'images_per_second': {k: round(v) for k, v in rates.items()}}

@@ -1,48 +1,140 @@
 #!/usr/bin/env python3
-"""Fine-tune pretrained weights on a folder of photographs, one folder a class.
+"""Fine-tune pretrained weights on photographs: a folder a class, a CSV of path and label, or Caltech 101.
 
     python scripts/finetune.py                          # the bundled sample of Caltech 101, two minutes on a laptop
     python scripts/finetune.py --data DIR --out RUN
+    python scripts/finetune.py --data caltech101:DIR --download --split random30 --train head --out RUN
+    python scripts/finetune.py --data DIR --probe all   # score every weight at hand, training none
+    torchrun --nproc-per-node 8 scripts/finetune.py --data DIR --out RUN
 """
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import json
 import logging
+import math
+import os
 import sys
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.hub import finish_weights_folder
-from wrn_timm.train.finetune import FinetuneConfig, finetune
+from wrn_timm.train.finetune import FinetuneConfig, finetune_seeds
+from wrn_timm.train.probe import probe
+from wrn_timm.train.rundir import atomic_write
+from wrn_timm.train.transfer import record_transfer
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
 
 
+@dataclasses.dataclass(frozen=True)
+class Command:
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name='')] = dataclasses.field(default_factory=FinetuneConfig)
+    data: str = str(SAMPLE)
+    """Folder of class folders, FILE.csv (path, label) or caltech101:DIR; by default the bundled sample."""
+    out: str = 'runs/finetune'
+    """Run directory."""
+    device: str = 'cuda' if torch.cuda.is_available() else 'cpu'
+    """'cpu' or 'cuda'."""
+    workers: int = 0
+    """Processes that read photographs."""
+    on_bad: Literal['skip', 'fail'] = 'skip'
+    """What to do with unreadable files: leave them out and name them, or stop."""
+    download: bool = False
+    """Fetch Caltech 101 if it is missing."""
+    resume: bool = False
+    """Go on with the run in --out."""
+    time_budget: float = math.inf
+    """Seconds after which no epoch is begun that would not end within them."""
+    seeds: int = 1
+    """Runs, each with its own seed; their mean and standard deviation are written too."""
+    probe: tuple[str, ...] = ()
+    """Train nothing; score the features of these weights ('all': of every weight at hand) by nearest neighbours and a
+    linear classifier, and write RUN/probe.json."""
+    record: bool = False
+    """Keep the figures in the folder of the weights too (transfer.json), for the table of README."""
+    messages: Literal['text', 'json', 'quiet'] = 'text'
+    """What is printed: lines and a progress bar, a JSON object a line, or errors alone."""
+    traceback: bool = False
+    """Show where an error arose."""
+
+
+def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
+    """Do what the command says, and return its figures."""
+    config, text = command.config, command.messages == 'text'
+    common = dict(device=command.device, workers=command.workers, on_bad=command.on_bad, download=command.download,
+                  progress=None if text else False)
+
+    def emit(row: dict[str, Any]) -> None:
+        if command.messages == 'json':
+            print(json.dumps(row), flush=True)
+
+    if command.probe:
+        rows = probe(
+            command.probe, command.data, config.split, range(config.seed, config.seed + command.seeds),
+            config.input_size, config.holdout, config.nested, on_row=emit, **common)
+        Path(command.out).mkdir(parents=True, exist_ok=True)
+        atomic_write(Path(command.out) / 'probe.json', json.dumps(rows, indent=2) + '\n')
+        for row in rows if command.record else ():
+            record_transfer(row['weights'], [row])
+        return rows
+    common |= dict(resume=command.resume, time_budget=command.time_budget, on_epoch=emit)
+    result = finetune_seeds(config, command.data, command.out, command.seeds, **common)
+    if os.environ.get('RANK', '0') == '0':
+        for folder in sorted(Path(command.out).glob('seed-*/best' if command.seeds > 1 else 'best')):
+            metrics = json.loads((folder / 'metrics.json').read_text())
+            for private in ('skipped', 'leaks'):  # paths of this machine; the folder may be published
+                metrics.pop(private, None)
+            finish_weights_folder(folder, metrics, SAMPLE)
+    if command.record:
+        record_transfer(config.model, [{k: v for k, v in result.items() if k != 'runs'}])
+    return result if command.seeds > 1 else result['runs'][0]
+
+
+def show(result: dict[str, Any] | list[dict[str, Any]], out: str) -> None:
+    """Print the figures for people."""
+    if isinstance(result, list):
+        print('weights                         px  way            mean per-class accuracy, %  seconds')
+        for row in result:
+            score = row['mean_per_class']
+            print(f"{row['weights']:30} {row['input_size']:>3}  {row['way']:13} "
+                  f"{score['mean']:20.2f} ± {score['std']:.2f} {row['seconds']:8.0f}")
+    elif 'runs' in result:
+        for key in ('top1', 'mean_per_class', 'ece'):
+            print(f"{key:15} {result[key]['mean']:.2f} ± {result[key]['std']:.2f} %, {result['seeds']} seeds")
+    else:
+        print(f"accuracy {result['top1']:.1f} % on {result['images']} test photographs, mean of the classes "
+              f"{result['mean_per_class']:.1f} %; see {out}/report.html")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', default=str(SAMPLE), help='folder of class folders (default: the bundled sample)')
-    parser.add_argument('--out', default='runs/finetune', help='run directory (default: %(default)s)')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--workers', type=int, default=0, help='processes that read photographs')
-    parser.add_argument('--on-bad', choices=('skip', 'fail'), default='skip', help='what to do with unreadable files')
-    for field in dataclasses.fields(FinetuneConfig):
-        kind = str if field.name == 'model' else int if isinstance(field.default, int) else float
-        parser.add_argument(f'--{field.name.replace("_", "-")}', type=kind, default=field.default,
-                            help='default: %(default)s')
-    args = vars(parser.parse_args(argv))
-    logging.basicConfig(level=logging.INFO, format='%(message)s')
-    logging.getLogger('timm').setLevel(logging.WARNING)
+    main_process = os.environ.get('RANK', '0') == '0'
     try:
-        config = FinetuneConfig(**{f.name: args.pop(f.name) for f in dataclasses.fields(FinetuneConfig)})
-        metrics = finetune(config, **args)
-        finish_weights_folder(Path(args['out']) / 'weights', metrics, SAMPLE)
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
+        command = tyro.cli(Command, args=argv, prog='finetune.py', description=__doc__)
+        logging.basicConfig(format='%(message)s', force=True, level=logging.INFO)
+        logging.getLogger().setLevel(logging.INFO if command.messages == 'text' and main_process else logging.ERROR)
+        logging.getLogger('timm').setLevel(logging.WARNING)
+    except ValueError as e:
         print(f'error: {e}', file=sys.stderr)
         return 1
-    print(f"held-out accuracy {metrics['top1']:.1f} % on {metrics['images']} photographs; all in {args['out']}")
+    try:
+        result = run(command)
+    except KeyboardInterrupt:
+        print(f'stopped; go on with --resume if {command.out} holds an epoch', file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
+        if command.traceback:
+            raise
+        print(f'error: {e}', file=sys.stderr)
+        return 1
+    if main_process and command.messages == 'json' and isinstance(result, dict):
+        print(json.dumps(result), flush=True)
+    if main_process and command.messages == 'text':
+        show(result, command.out)
     return 0
 
 

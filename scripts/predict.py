@@ -1,61 +1,75 @@
 #!/usr/bin/env python3
 """Name what photographs show.
 
-    python scripts/predict.py --model wrn16_1.cifar10 photo.jpg [...]
-    python scripts/predict.py --model RUN/weights --json photo.jpg
+    python scripts/predict.py --model wrn16_1.cifar10 photo.jpg FOLDER [...]
+    find . -name '*.jpg' | python scripts/predict.py --model RUN/best --csv -
 """
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 import wrn_timm  # noqa: F401  (registers the models)
-from wrn_timm.data.folders import read_rgb
-from wrn_timm.train.validate import eval_transform, open_model
+from wrn_timm.train.predict import find_images, predict_files
+
+
+def named(arguments: list[str]) -> Iterator[str]:
+    """The arguments, with '-' replaced by the lines of standard input."""
+    for argument in arguments:
+        if argument == '-':
+            yield from (line.rstrip('\n') for line in sys.stdin if line.strip())
+        else:
+            yield argument
+
+
+def print_text(result: dict[str, Any]) -> None:
+    print(result['image'])
+    for row in result.get('top5', ()):
+        print(f"  {100 * row['probability']:5.1f} %  {row['label']}")
+    if 'error' in result:
+        print(f"  error: {result['error']}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('images', nargs='+', metavar='IMAGE')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='file, folder, or - for a list on standard input')
     parser.add_argument('--model', default='wrn16_1.cifar10', help='timm name or weights folder (default: %(default)s)')
-    parser.add_argument('--json', action='store_true', help='print one JSON list')
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument('--json', action='store_true', help='print one JSON list')
+    form.add_argument('--csv', action='store_true', help='print a line a file: image, label, probability, error')
+    parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error(f'--batch-size is {args.batch_size}; it must be at least 1')
+    failed = 0
+    results = predict_files(args.model, find_images(named(args.images)), args.device, args.batch_size)
+    table = csv.writer(sys.stdout, lineterminator='\n')
     try:
-        model = open_model(args.model).to(args.device)
+        if args.json:
+            results = list(results)
+            print(json.dumps(results, indent=2))
+        if args.csv:
+            table.writerow(['image', 'label', 'probability', 'error'])
+        for result in results:
+            failed += 'error' in result
+            if args.csv:
+                best = result.get('top5', [{'label': '', 'probability': ''}])[0]
+                table.writerow([result['image'], best['label'], best['probability'], result.get('error', '')])
+            elif not args.json:
+                print_text(result)
     except (OSError, RuntimeError, ValueError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 1
-    transform = eval_transform(model)
-    names = model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)]
-
-    results = []
-    for path in args.images:
-        try:
-            image = transform(read_rgb(path))
-        except ValueError as e:
-            results.append({'image': path, 'error': str(e)})
-            continue
-        with torch.inference_mode():
-            probabilities = model(image[None].to(args.device))[0].softmax(0)
-        top = probabilities.topk(min(5, len(probabilities)))
-        results.append({'image': path, 'top5': [
-            {'label': names[i], 'probability': round(p, 6)}
-            for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]})
-
-    if args.json:
-        print(json.dumps(results, indent=2))
-    else:
-        for r in results:
-            print(r['image'])
-            for row in r.get('top5', ()):
-                print(f"  {100 * row['probability']:5.1f} %  {row['label']}")
-            if 'error' in r:
-                print(f"  error: {r['error']}")
-    return 1 if any('error' in r for r in results) else 0
+    if failed:
+        print(f'{failed} files could not be read', file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == '__main__':

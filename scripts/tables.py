@@ -20,6 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from wrn_timm.hub import PAPER_ERROR
+from wrn_timm.train.transfer import read_transfer
 from wrn_timm.weights import WEIGHTS_FILE
 from wrn_timm.wrn import VARIANTS
 from wrn_timm.wrn_imagenet import default_cfgs as imagenet_cfgs
@@ -72,6 +73,21 @@ def weights_table() -> str:
     return table(['weights', 'ours', 'paper', 'best downloadable', 'ECE', 'file', 'training', 'sha256'], rows)
 
 
+def transfer_table() -> str:
+    """What each released folder's `transfer.json` says of other data sets."""
+    rows = []
+    for folder, *_ in weights_folders():
+        for result in read_transfer(folder):
+            score = result['mean_per_class']
+            rows.append([
+                f'`{folder.name}`', result['way'], str(result['input_size']), str(result.get('epochs', '-')),
+                f"{result['dataset']}, {result['protocol']}", str(result['seeds']),
+                f"{score['mean']:.1f}" + (f" ± {score['std']:.1f}" if result['seeds'] > 1 else ''),
+                f"{result['top1']['mean']:.1f}"])
+    header = ['weights', 'way', 'px', 'epochs', 'data, protocol', 'seeds', 'mean of the classes, %', 'all files, %']
+    return table(header, rows)
+
+
 def released() -> str:
     """`wrn_timm/released.json`."""
     return json.dumps({
@@ -81,7 +97,8 @@ def released() -> str:
         for folder, metrics, _, config in weights_folders()}, indent=2) + '\n'
 
 
-TABLES: dict[str, Callable[[], str]] = {'models': models_table, 'weights': weights_table}
+TABLES: dict[str, Callable[[], str]] = {
+    'models': models_table, 'weights': weights_table, 'transfer': transfer_table}
 
 
 def rewritten(text: str) -> str:

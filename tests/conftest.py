@@ -1,3 +1,4 @@
+import logging
 import os
 import sys
 import tempfile
@@ -22,8 +23,23 @@ sys.path.insert(0, str(ROOT / 'scripts'))
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _as_if_first():
+    """The state that seeds and scripts of earlier tests have changed."""
     torch.manual_seed(0)
+    logging.getLogger().setLevel(logging.WARNING)
+
+
+@pytest.fixture(scope='session')
+def weights(tmp_path_factory):
+    """Untrained weights, for tests of the path and not of the accuracy."""
+    import timm
+
+    import wrn_timm  # noqa: F401
+    from wrn_timm.train.rundir import export_weights
+    folder = tmp_path_factory.mktemp('weights') / 'wrn16_1.test'
+    torch.manual_seed(0)
+    export_weights(timm.create_model('wrn16_1'), folder, {'tag': 'test'})
+    return str(folder)
 
 
 @pytest.fixture

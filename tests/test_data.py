@@ -1,6 +1,9 @@
 """Images as they are read, split, held on the device and augmented."""
+import csv
 import math
+import os
 import shutil
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -15,7 +18,8 @@ from torchvision.transforms import v2
 from wrn_timm.data import datasets
 from wrn_timm.data.corrupt import corrupt
 from wrn_timm.data.device import DeviceLoader
-from wrn_timm.data.folders import read_rgb, scan_folder, split_files
+from wrn_timm.data.folders import ReadableOnly, collate_readable, examine, list_csv, list_folder, read_rgb, scan_folder
+from wrn_timm.data.splits import list_source, make_split, read_split, source_root, split_files, write_split
 
 
 def arrays(n=64, size=32):
@@ -160,7 +164,7 @@ def test_bad_files_are_skipped_and_named_or_refused(folder):
         scan_folder(folder, on_bad='fail')
 
 
-def test_given_split_is_kept(folder):
+def test_given_split_is_kept_and_the_classes_must_agree(folder):
     (folder / 'train').mkdir()
     (folder / 'val').mkdir()
     with pytest.raises(ValueError, match='beside them ketch, pizza'):
@@ -177,6 +181,19 @@ def test_given_split_is_kept(folder):
     (folder / 'val' / 'watch').mkdir()
     with pytest.raises(ValueError, match='classes without images in .*val: watch'):
         scan_folder(folder)
+    shutil.copy(folder / 'val' / 'pizza' / 'image_0001.jpg', folder / 'val' / 'watch')
+    with pytest.raises(ValueError, match='classes in test and not in train: watch; add images'):
+        scan_folder(folder)
+    shutil.move(folder / 'val' / 'watch', folder / 'train' / 'watch')
+    scan = scan_folder(folder)
+    assert scan.test.classes == scan.train.classes == ('ketch', 'pizza', 'watch') and set(scan.test.labels) == {0, 1}
+    assert 'not in the test part: watch' in scan.summary()
+    shutil.copytree(folder / 'val', folder / 'test')
+    scan = scan_folder(folder)
+    assert (len(scan.train), len(scan.val), len(scan.test)) == (5, 2, 2)
+    split = make_split(scan, holdout=0.5)  # what is given is not split again
+    assert split.holdout == scan.val and split.train == scan.train
+    assert len(split.leaks(scan.twins)) == 2
 
 
 def test_folders_that_cannot_be_trained_on(tmp_path, folder):
@@ -213,3 +230,157 @@ def test_corruptions_are_what_they_say():
     assert (picture.float() - theirs.float()).abs().mean() > 2
     with pytest.raises(ValueError, match="corruption 'fog' is unknown; choose one of noise, blur, jpeg"):
         corrupt(image, 'fog', 1.)
+
+
+def test_links_are_followed_but_where_they_loop(folder):
+    (folder / 'linked').symlink_to(SAMPLE / 'watch', target_is_directory=True)
+    (folder / 'pizza' / 'up').symlink_to(folder, target_is_directory=True)
+    (folder / 'loop').symlink_to(folder, target_is_directory=True)
+    (folder / 'ketch' / 'self.jpg').symlink_to(folder / 'ketch' / 'self.jpg')
+    scan = scan_folder(folder)
+    assert scan.train.classes == ('ketch', 'linked', 'pizza')
+    assert [scan.train.labels.count(i) for i in range(3)] == [3, 30, 3]
+    assert len(scan.bad) == 3 and 'self.jpg cannot be read' in scan.bad[2]
+    assert sum('links to a folder that holds it' in b for b in scan.bad) == 2
+
+
+def test_nested_folders_are_of_the_class_above_or_classes_of_their_own(tmp_path):
+    names = ('land/sun flower', 'land/pizza', 'sea/ketch')
+    for name, source in zip(names, ('sunflower', 'pizza', 'ketch'), strict=True):
+        shutil.copytree(SAMPLE / source, tmp_path / name)
+    assert list_folder(tmp_path).train.classes == ('land', 'sea')
+    files = list_folder(tmp_path, nested=True).train
+    assert files.classes == ('land/pizza', 'land/sun flower', 'sea/ketch') and len(files) == 90
+    assert all(files.classes[i] in p for i, p in zip(files.labels, files.paths, strict=True))
+
+
+def test_csv_of_any_names(tmp_path):
+    source = (SAMPLE / 'pizza' / 'image_0001.jpg').read_bytes()
+    names = ['a b.jpg', 'comma, "quote".jpg', "l'été 鳥.jpg", 'x\ny.jpg']
+    for name in names:
+        (tmp_path / name).write_bytes(source + name.encode())  # bytes after the end of a JPEG are not read
+    with open(tmp_path / 'list.csv', 'w', newline='', encoding='utf-8-sig') as f:
+        writer = csv.writer(f)
+        writer.writerow(['label', 'path'])
+        writer.writerows([f'class {i % 2}, "q"', name] for i, name in enumerate([*names, 'gone.jpg']))
+    scan = examine(list_source(str(tmp_path / 'list.csv')))
+    assert list(scan.train.paths) == [str(tmp_path / n) for n in names]
+    assert scan.train.classes == ('class 0, "q"', 'class 1, "q"') and scan.train.labels == (0, 1, 0, 1)
+    assert scan.bad == (f'{tmp_path}/gone.jpg is not there',)
+    split = make_split(scan, '50-50')
+    (tmp_path / 'split.csv').write_text(write_split(split, tmp_path))
+    assert read_split(tmp_path / 'split.csv', tmp_path) == split
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('path,name\na.jpg,x\n', 'has no column label; its first line must name'),
+    ('path,label\na.jpg\n', r"line 2: path, label and split .* found path='a.jpg', label=None"),
+    ('path,label,split\na.jpg,x,valley\n', "split='valley'"),
+    ('path,label\n', 'names no files'),
+    ('path,label\na.jpg,x\nb.jpg,x\n', r'holds one class only \(x\)'),
+    ('path,label,split\na.jpg,x,train\nb.jpg,y,train\nc.jpg,z,test\n', 'classes in test and not in train: z'),
+])
+def test_csv_that_cannot_be_used(tmp_path, text, message):
+    (tmp_path / 'x.csv').write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list_csv(tmp_path / 'x.csv')
+
+
+def test_same_content_is_found_within_and_across_parts(folder):
+    shutil.copy(folder / 'pizza' / 'image_0001.jpg', folder / 'pizza' / 'again.jpg')
+    shutil.copy(folder / 'pizza' / 'image_0001.jpg', folder / 'ketch' / 'wrong.jpg')
+    scan = scan_folder(folder)
+    assert [{os.path.basename(p) for p in g} for g in scan.twins] == [{'again.jpg', 'image_0001.jpg', 'wrong.jpg'}]
+    assert any(line.startswith('same content in several classes, 1: ') for line in scan.summary())
+    for seed in range(5):
+        split = make_split(scan, '50-50', seed=seed)
+        known, test = ({p for p in part.paths if p in scan.twins[0]} for part in (split.train, split.test))
+        leaks = split.leaks(scan.twins)
+        assert {path for _, path in leaks} == (test if known else set())
+        assert all(source in known for source, _ in leaks)
+
+
+@pytest.mark.parametrize(('protocol', 'train', 'test'), [
+    ('first20', 160, 80), ('random20', 160, 80), ('80-20', 192, 48), ('70-30', 168, 72)])
+def test_protocols(protocol, train, test):
+    scan = list_folder(SAMPLE)
+    split = make_split(scan, protocol, seed=1)
+    assert (len(split.train), len(split.test), split.holdout) == (train, test, None)
+    assert {*split.train.paths, *split.test.paths} == set(scan.train.paths)
+    assert {split.train.labels.count(i) for i in range(8)} == {train // 8}
+    by_name = [sorted(p.name for p in (SAMPLE / c).iterdir())[:20] for c in scan.train.classes]
+    first = [os.path.basename(p) for p in split.train.paths] == [n for names in by_name for n in names]
+    assert first == (protocol == 'first20')
+    assert (make_split(scan, protocol, seed=2) == split) == first
+    smaller = make_split(scan, protocol, holdout=0.1, seed=1)
+    assert smaller.test == split.test and {smaller.holdout.labels.count(i) for i in range(8)} == {2}
+    assert {*smaller.train.paths, *smaller.holdout.paths} == set(split.train.paths)
+    assert len(smaller.train) + len(smaller.holdout) == train
+
+
+def test_protocols_that_cannot_be():
+    scan = list_folder(SAMPLE)
+    for bad in ('first', 'random0', '80-30', '100-0', 'first30.csv'):
+        with pytest.raises(ValueError, match=f"split '{bad}' is unknown; choose first30 or random30"):
+            make_split(scan, bad)
+    with pytest.raises(ValueError, match=r'need 31; fewer are in airplanes \(30\), .* and 3 more'):
+        make_split(scan, 'random30')
+
+
+def test_caltech101_is_found_where_torchvision_puts_it_and_has_no_background(tmp_path):
+    categories = tmp_path / 'caltech101' / '101_ObjectCategories'
+    for name, source in (('accordion', 'pizza'), ('ant', 'watch'), ('BACKGROUND_Google', 'ketch')):
+        shutil.copytree(SAMPLE / source, categories / name)
+    (categories / 'BACKGROUND_Google' / 'tmp').write_text('')
+    for root in (tmp_path, tmp_path / 'caltech101', categories):
+        assert source_root(f'caltech101:{root}') == categories
+        scan = examine(list_source(f'caltech101:{root}'), 'fail')
+        assert scan.train.classes == ('accordion', 'ant') and len(scan.train) == 60
+        assert scan.summary()[0] == 'BACKGROUND_Google is left out (31 files): it is no object category'
+    with pytest.raises(FileNotFoundError, match='no 101_ObjectCategories .* or add --download'):
+        list_source(f'caltech101:{tmp_path / "nowhere"}')
+
+
+def test_a_split_of_other_data(tmp_path):
+    (tmp_path / 'x.csv').write_text('path,label\na,b\n')
+    with pytest.raises(ValueError, match='is not the split.csv of a run'):
+        read_split(tmp_path / 'x.csv', tmp_path)
+    split = make_split(list_folder(SAMPLE), holdout=0.2)
+    (tmp_path / 'split.csv').write_text(write_split(split, SAMPLE))
+    assert read_split(tmp_path / 'split.csv', SAMPLE) == split
+    assert 'train,pizza,pizza/image_' in (tmp_path / 'split.csv').read_text()
+    with pytest.raises(FileNotFoundError, match='which is not there; give the --data that it was made of'):
+        read_split(tmp_path / 'split.csv', tmp_path)
+
+
+def test_a_file_that_goes_away_is_named_and_its_batch_goes_on(folder):
+    files = list_folder(folder).train
+    data = ReadableOnly(files.as_dataset(lambda image: torch.zeros(3)))
+    os.remove(files.paths[1])
+    images, labels, index, reasons = collate_readable([data[i] for i in range(3)])
+    assert images.shape == (2, 3) and labels.tolist() == [0, 0] and index.tolist() == [0, 2]
+    assert reasons == [f'{files.paths[1]} is not there']
+    assert collate_readable([data[1]]) == (None, None, None, reasons)
+
+
+def test_an_image_too_large_to_decode_safely(tmp_path):
+    Image.new('1', (20_000, 20_000)).save(tmp_path / 'x.png')
+    with pytest.raises(ValueError, match='x.png cannot be read: Image size .400000000 pixels. exceeds limit'):
+        read_rgb(tmp_path / 'x.png')
+
+
+def test_many_files_are_listed_in_little_memory(tmp_path):
+    """A million files fit in memory where each takes little more than its own name."""
+    (tmp_path / 'file').write_text('')
+    for c in range(5):
+        (tmp_path / 'data' / f'class{c}').mkdir(parents=True)
+        for i in range(1000):
+            os.link(tmp_path / 'file', tmp_path / 'data' / f'class{c}' / f'{i:07d}.jpg')
+    tracemalloc.start()
+    files = list_folder(tmp_path / 'data').train
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    length = len(files.paths[0])
+    assert len(files) == 5000 and files.paths[4321].endswith('class4/0000321.jpg')
+    assert held / 5000 < length + 30  # as strings: length + 57
+    assert examine(list_folder(tmp_path / 'data'), at_most=4999).examined is False

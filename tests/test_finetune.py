@@ -1,6 +1,17 @@
 """The main job on real photographs, small: fine-tune, look, predict."""
+import csv
+import dataclasses
+import html.parser
 import io
 import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
 
 import finetune as finetune_script
 import predict as predict_script
@@ -8,55 +19,113 @@ import publish as publish_script
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+import tyro
 import validate as validate_script
-from conftest import SAMPLE
+from accelerate import Accelerator
+from conftest import ROOT, SAMPLE
 from PIL import Image
 
+from wrn_timm.data.folders import list_folder
 from wrn_timm.hub import check_golden
-from wrn_timm.train.rundir import export_weights
+from wrn_timm.train import finetune as ft
+from wrn_timm.train.fit import Features, _Unfreezing, largest_batch, predict
+from wrn_timm.train.probe import extract_features, knn, linear_probe
+from wrn_timm.train.report import grad_cam
+from wrn_timm.train.validate import eval_transform, open_model
 
-
-@pytest.fixture(scope='module')
-def weights(tmp_path_factory):
-    """Untrained weights: these tests are of the path, not of the accuracy."""
-    folder = tmp_path_factory.mktemp('weights') / 'wrn16_1.test'
-    torch.manual_seed(0)
-    export_weights(timm.create_model('wrn16_1'), folder, {'tag': 'test'})
-    return str(folder)
+CLASSES = ('ketch', 'pizza', 'sunflower')
 
 
 @pytest.fixture(scope='module')
 def photographs(tmp_path_factory):
     """Three classes of twelve photographs."""
     root = tmp_path_factory.mktemp('photographs')
-    for name in ('ketch', 'pizza', 'sunflower'):
+    for name in CLASSES:
         (root / name).mkdir()
         for p in sorted((SAMPLE / name).iterdir())[:12]:
             (root / name / p.name).write_bytes(p.read_bytes())
     return root
 
 
+def tune(data, model, out, *argv):
+    return finetune_script.main([
+        '--data', str(data), '--model', str(model), '--out', str(out), '--device', 'cpu', '--input-size', '32',
+        '--messages', 'quiet', *argv])
+
+
+def weights_of(run, folder='last'):
+    return (run / folder / 'model.safetensors').read_bytes()
+
+
 @pytest.fixture(scope='module')
 def run(weights, photographs, tmp_path_factory):
     out = tmp_path_factory.mktemp('runs') / 'run'
-    assert finetune_script.main([
-        '--data', str(photographs), '--model', weights, '--out', str(out), '--device', 'cpu', '--input-size', '32',
-        '--epochs', '12', '--batch-size', '8']) == 0
+    assert tune(photographs, weights, out, '--epochs', '10', '--batch-size', '8', '--holdout', '0.2') == 0
     return out
 
 
 def test_run_directory(run):
     metrics = json.loads((run / 'metrics.json').read_text())
-    assert metrics['images'] == 12 and set(metrics['per_class']) == {'ketch', 'pizza', 'sunflower'}
+    assert metrics['images'] == 12 and set(metrics['per_class']) == set(CLASSES)
     assert metrics['top1'] > 50  # chance is 33
-    assert len((run / 'history.csv').read_text().splitlines()) == 13
-    for name in ('curves.png', 'predictions.png'):
+    with open(run / 'history.csv') as f:
+        history = list(csv.DictReader(f))
+    assert len(history) == 10
+    best = max(history, key=lambda row: (float(row['holdout_accuracy']), int(row['epoch'])))
+    assert metrics['best_epoch'] == int(best['epoch'])
+    for name in ('curves.png', 'confusion.png', 'wrong.png', 'predictions.png'):
         with Image.open(run / name) as picture:
-            assert min(picture.size) > 200
+            assert min(picture.size) > 100
+    with open(run / 'split.csv') as f:
+        parts = [row['part'] for row in csv.DictReader(f)]
+    assert {p: parts.count(p) for p in set(parts)} == {'train': 18, 'holdout': 6, 'test': 12}
 
 
-def test_card_of_a_fine_tuned_run(run, photographs):
-    folder = run / 'weights'
+def test_figures_are_those_of_the_best_weights_on_the_test_files(run, photographs):
+    with open(run / 'split.csv') as f:
+        test = [row for row in csv.DictReader(f) if row['part'] == 'test']
+    model = timm.create_model(f'local-dir:{run / "best"}', pretrained=True).eval()
+    assert tuple(model.pretrained_cfg['input_size']) == (3, 32, 32)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    names = model.pretrained_cfg['label_names']
+    right = 0
+    for row in test:
+        with torch.no_grad():
+            answer = model(transform(Image.open(photographs / row['path']).convert('RGB'))[None])[0].argmax()
+        right += names[answer] == row['label']
+    assert json.loads((run / 'metrics.json').read_text())['top1'] == pytest.approx(100 * right / len(test), abs=1e-3)
+
+
+class _Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.sources, self.text = [], [], ''
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ('meta', 'img', 'br', 'link'):
+            self.open.append(tag)
+        self.sources += [value for key, value in attrs if key in ('src', 'href')]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_report_is_one_whole_file(run):
+    page = _Page((run / 'report.html').read_text())
+    assert not page.open and 3 <= len(page.sources) <= 4
+    assert all(source.startswith('data:image/png;base64,') for source in page.sources)
+    metrics = json.loads((run / 'metrics.json').read_text())
+    assert f"{metrics['top1']:.1f} % of 12 test files" in page.text and all(c in page.text for c in CLASSES)
+
+
+def test_card_of_a_fine_tuned_run(run, photographs, tmp_path):
+    folder = tmp_path / 'best'
+    shutil.copytree(run / 'best', folder)
     assert validate_script.main(['--model', str(folder), '--data', f'folder:{photographs}', '--write']) == 0
     assert json.loads((folder / 'metrics.json').read_text())['split'] == 'all files'
     assert 'python scripts/finetune.py --model' in (folder / 'README.md').read_text()
@@ -64,12 +133,14 @@ def test_card_of_a_fine_tuned_run(run, photographs):
 
 
 def test_published_and_loaded_by_the_same_command_as_ours(run, hub, tmp_path, capsys):
-    folder = run / 'weights'
+    folder = run / 'best'
     assert publish_script.main([str(folder), '--namespace', 'acme']) == 0
     name = f"acme/wrn16_1.{json.loads((folder / 'config.json').read_text())['pretrained_cfg']['tag']}"
     card = hub.repositories[name].commits[hub.repositories[name].resolve('main')]['README.md'].decode()
     assert f'create_model("hf-hub:{name}", pretrained=True)' in card
-    assert '--input-size 32 --epochs 12 --batch-size 8 --data DIR --out RUN' in card
+    flags = re.search('```\npython scripts/finetune.py (.*)\n```', card)[1]
+    config = dataclasses.asdict(tyro.cli(finetune_script.Command, args=shlex.split(flags)).config)
+    assert json.loads(json.dumps(config)) == json.loads((folder / 'recipe.json').read_text())['finetune']
     model = timm.create_model(f'hf-hub:{name}', pretrained=True, cache_dir=tmp_path).eval()
     local = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     x = torch.randn(1, 3, 32, 32)
@@ -77,54 +148,264 @@ def test_published_and_loaded_by_the_same_command_as_ours(run, hub, tmp_path, ca
     assert model.pretrained_cfg['label_names'] == ['ketch', 'pizza', 'sunflower']
 
 
-def test_weights_are_a_weights_folder(run):
-    model = timm.create_model(f'local-dir:{run / "weights"}', pretrained=True).eval()
-    assert model.pretrained_cfg['label_names'] == ['ketch', 'pizza', 'sunflower']
-    assert tuple(model.pretrained_cfg['input_size']) == (3, 32, 32) and model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
-
-
-def test_predict_text_json_and_a_file_that_is_no_image(run, capsys, tmp_path):
+def test_predict_files_folders_and_lists(run, capsys, tmp_path, monkeypatch):
     image = str(SAMPLE / 'pizza' / 'image_0020.jpg')
-    assert predict_script.main(['--model', str(run / 'weights'), '--device', 'cpu', image]) == 0
+    model = ['--model', str(run / 'best'), '--device', 'cpu']
+    assert predict_script.main([*model, image]) == 0
     assert '%  ' in capsys.readouterr().out
-    (tmp_path / 'x.jpg').write_text('no')
-    assert predict_script.main(['--model', str(run / 'weights'), '--json', image, str(tmp_path / 'x.jpg')]) == 1
-    good, bad = json.loads(capsys.readouterr().out)
-    assert sum(r['probability'] for r in good['top5']) == pytest.approx(1, abs=1e-4)
-    assert bad['error'].endswith('x.jpg is not an image')
+    (tmp_path / 'a, "b" é.jpg').write_text('no')
+    (tmp_path / 'deep').mkdir()
+    for i in range(5):
+        shutil.copy(SAMPLE / 'ketch' / f'image_{i + 1:04d}.jpg', tmp_path / 'deep' / f'{i}.jpg')
+    assert predict_script.main([*model, '--json', '--batch-size', '2', image, str(tmp_path), 'gone.jpg']) == 1
+    results = json.loads(capsys.readouterr().out)
+    assert [os.path.basename(r['image']) for r in results] == [
+        'image_0020.jpg', 'a, "b" é.jpg', '0.jpg', '1.jpg', '2.jpg', '3.jpg', '4.jpg', 'gone.jpg']
+    assert results[1]['error'].endswith('é.jpg is not an image') and results[-1]['error'] == 'gone.jpg is not there'
+    for result in results[2:-1]:
+        assert sum(r['probability'] for r in result['top5']) == pytest.approx(1, abs=1e-4)
+    monkeypatch.setattr('sys.stdin', io.StringIO(''.join(r['image'] + '\n' for r in results)))
+    assert predict_script.main([*model, '--csv', '-']) == 1
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [r['image'] for r in rows] == [r['image'] for r in results]
+    for row, result in zip(rows, results, strict=True):
+        if row['error']:
+            assert row['error'] == result['error'] and not row['label']
+        else:
+            assert row['label'] == result['top5'][0]['label']
+            assert float(row['probability']) == pytest.approx(result['top5'][0]['probability'], abs=1e-4)
 
 
-def test_the_same_seed_gives_the_same_run(weights, photographs, tmp_path):
-    for name in ('a', 'b'):
-        finetune_script.main(['--data', str(photographs), '--model', weights, '--out', str(tmp_path / name), '--device',
-                              'cpu', '--input-size', '32', '--epochs', '1'])
-    a, b = ((tmp_path / n / 'weights' / 'model.safetensors').read_bytes() for n in 'ab')
-    assert a == b
+def test_a_run_resumed_at_an_epoch_ends_as_one_that_was_not_stopped(weights, photographs, tmp_path):
+    options = ('--epochs', '3', '--ema-decay', '0.9', '--auto-augment', 'rand-m9-mstd0.5', '--mixup', '0.2', '--cutmix',
+               '1', '--random-erase', '0.25', '--class-weights', '--accumulate', '2', '--train', 'gradual')
+    assert tune(photographs, weights, tmp_path / 'whole', *options) == 0
+    assert tune(photographs, weights, tmp_path / 'parts', *options, '--time-budget', '0') == 0
+    assert json.loads((tmp_path / 'parts' / 'metrics.json').read_text())['stopped'] == 'the time budget'
+    assert len((tmp_path / 'parts' / 'history.csv').read_text().splitlines()) == 2
+    assert tune(photographs, weights, tmp_path / 'parts', *options, '--resume') == 0
+    assert weights_of(tmp_path / 'whole') == weights_of(tmp_path / 'parts')
+    assert weights_of(tmp_path / 'whole', 'best') == weights_of(tmp_path / 'parts', 'best')
+    split = tmp_path / 'whole' / 'split.csv'
+    assert split.read_text() == (tmp_path / 'parts' / 'split.csv').read_text()
+    # another run on the same files
+    assert tune(photographs, weights, tmp_path / 'same', '--epochs', '1', '--split', str(split), '--seed', '9') == 0
+    assert (tmp_path / 'same' / 'split.csv').read_text() == split.read_text()
 
 
-def test_clear_errors(run, weights, photographs, tmp_path, capsys):
-    def error(*argv):
-        assert finetune_script.main(['--device', 'cpu', *map(str, argv)]) == 1
-        return capsys.readouterr().err
-
-    for bad in ('--epochs=0', '--label-smoothing=1', '--test-fraction=2'):
-        assert 'it must be from' in error('--data', photographs, bad, '--out', tmp_path / 'run')
-    message = error('--data', photographs, '--model', weights, '--out', run)
-    assert 'already holds a run' in message and 'resume' not in message
-    assert 'no weights folder at' in error('--data', photographs, '--model', 'no/where', '--out', tmp_path / 'run')
-    assert 'already holds a run' in error('--data', photographs, '--model', weights, '--out', run)
-    assert 'no folder at' in error('--data', tmp_path / 'nowhere', '--out', tmp_path / 'run')
-    assert "wrn16_1 has no tag 'cifar'; nearest: cifar10" in error(
-        '--data', photographs, '--model', 'wrn16_1.cifar', '--out', tmp_path / 'run1')
-    assert not (tmp_path / 'run').exists()
+def test_the_classifier_on_cached_features_is_the_classifier_on_the_frozen_backbone(weights, photographs, tmp_path):
+    options = ('--train', 'head', '--epochs', '3', '--lr', '1')
+    assert tune(photographs, weights, tmp_path / 'cached', *options) == 0
+    assert tune(photographs, weights, tmp_path / 'each', *options, '--no-cache', '--no-augment') == 0
+    cached, each = (open_model(str(tmp_path / n / 'last')).state_dict() for n in ('cached', 'each'))
+    before = open_model(weights).state_dict()
+    for name, value in cached.items():
+        torch.testing.assert_close(value, each[name], atol=1e-4, rtol=1e-4)
+        if not name.startswith('fc.'):
+            assert torch.equal(value, before[name]) and torch.equal(each[name], before[name])
+    assert cached['fc.weight'].abs().max() > 0
 
 
-def test_grey_palette_and_cmyk_photographs_train(photographs, weights, tmp_path):
+def test_gradual_unfreezing_goes_from_the_classifier_to_the_stem():
+    model = timm.create_model('wrn16_1')
+    unfreezing = _Unfreezing(model, 'gradual', 8)
+
+    def free():
+        return {n.split('.')[0] for n, p in model.named_parameters() if p.requires_grad}
+
+    seen = []
+    for epoch in range(8):
+        unfreezing.train(epoch)
+        seen.append(free())
+        assert model.bn.training and model.layer1[0].bn1.training == ('layer1' in seen[-1])
+    assert seen[0] == {'bn', 'fc'} and seen[1] == seen[0] | {'layer3'} and seen[2] == seen[1] | {'layer2'}
+    assert seen[3] == seen[2] | {'layer1'} and seen[4] == seen[7] == seen[3] | {'conv1'}
+    _Unfreezing(model, 'head', 8).train(7)
+    assert free() == {'fc'}
+
+
+def test_layers_below_learn_more_slowly(weights, photographs, tmp_path):
+    """One small step of plain SGD moves each block by its own rate times its gradient."""
+    start = open_model(weights).state_dict()
+    moved = []
+    for decay in ('1', '0.5'):
+        assert tune(
+            photographs, weights, tmp_path / decay, '--epochs', '1', '--layer-decay', decay, '--no-augment', '--opt',
+            'momentum', '--momentum', '0', '--weight-decay', '0', '--batch-size', '64', '--holdout', '0') == 0
+        end = open_model(str(tmp_path / decay / 'last')).state_dict()
+        moved.append([(end[k] - start[k]).norm().item() for k in
+                      ('conv1.weight', 'layer1.0.conv1.weight', 'bn.bias')])
+    assert [b / a for a, b in zip(*moved, strict=True)] == pytest.approx([0.5 ** 7, 0.5 ** 6, 0.5], rel=0.02)
+
+
+def test_early_stop_and_the_mean_of_seeds(weights, photographs, tmp_path):
+    options = ('--train', 'head', '--lr', '1e-9', '--epochs', '20', '--patience', '3', '--seeds', '2')
+    assert tune(photographs, weights, tmp_path / 'run', *options) == 0
+    summary = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
+    runs = [json.loads((tmp_path / 'run' / f'seed-{i}' / 'metrics.json').read_text()) for i in (0, 1)]
+    assert all(r['epochs'] == 4 and r['stopped'].startswith('3 epochs without') for r in runs)
+    a, b = (r['top1'] for r in runs)
+    assert summary['top1']['values'] == [a, b] and summary['top1']['mean'] == pytest.approx((a + b) / 2, abs=1e-3)
+    assert summary['top1']['std'] == pytest.approx(abs(a - b) / 2 ** 0.5, abs=1e-3)
+    splits = [(tmp_path / 'run' / f'seed-{i}' / 'split.csv').read_text() for i in (0, 1)]
+    assert splits[0] != splits[1]
+
+
+def test_the_same_seed_gives_the_same_run_with_other_processes_reading(weights, photographs, tmp_path):
+    for name, workers in (('a', '0'), ('b', '0'), ('c', '2')):
+        assert tune(photographs, weights, tmp_path / name, '--epochs', '1', '--workers', workers) == 0
+    assert weights_of(tmp_path / 'a') == weights_of(tmp_path / 'b')
+    assert json.loads((tmp_path / 'c' / 'metrics.json').read_text())['images'] == 12
+
+
+def test_class_weights_are_inverse_to_the_counts():
+    files = dataclasses.replace(list_folder(SAMPLE).train.subset([0, 1, 2, 30]), classes=('a', 'b'))
+    weights = ft._balance(files)
+    assert weights.tolist() == pytest.approx([4 / (2 * 3), 4 / 2])
+
+
+def test_probe_scores(weights, photographs, tmp_path, capsys):
+    own = tmp_path / 'weights'  # what is recorded goes into the folder of the weights
+    shutil.copytree(weights, own / 'wrn16_1.test')
+    shutil.copytree(ROOT / 'weights' / 'wrn16_1.cifar10', own / 'wrn16_1.cifar10')
+    weights = str(own / 'wrn16_1.test')
+    assert finetune_script.main([
+        '--data', str(photographs), '--out', str(tmp_path / 'run'), '--device', 'cpu', '--split', 'random6', '--seeds',
+        '2', '--probe', weights, str(own / 'wrn16_1.cifar10'), '--record']) == 0
+    shown = capsys.readouterr().out
+    rows = json.loads((tmp_path / 'run' / 'probe.json').read_text())
+    assert [(r['weights'], r['way']) for r in rows] == [
+        (w, way) for w in (weights, str(own / 'wrn16_1.cifar10')) for way in ('linear probe', 'kNN')]
+    for row in rows:
+        assert row['weights'] in shown and row['train_files'] == 18 and row['test_files'] == 18
+        assert len(row['mean_per_class']['values']) == 2
+    assert min(row['mean_per_class']['mean'] for row in rows[2:]) > 60  # chance is 33
+    transfer = json.loads((Path(weights) / 'transfer.json').read_text())
+    assert [t['mean_per_class'] for t in transfer] == [r['mean_per_class'] for r in rows[:2]]
+
+
+def test_nearest_neighbours_are_those_of_a_plain_search():
+    g = torch.Generator().manual_seed(0)
+    features, queries = torch.randn(40, 8, generator=g), torch.randn(30, 8, generator=g)
+    labels = torch.arange(40) % 4
+    votes = knn(features, labels, queries, 4, neighbours=5)
+    for query, vote in zip(queries, votes, strict=True):
+        cosines = [(F.cosine_similarity(query, f, dim=0).item(), label.item())
+                   for f, label in zip(features, labels, strict=True)]
+        expected = torch.zeros(4)
+        for cosine, label in sorted(cosines, reverse=True)[:5]:
+            expected[label] += torch.tensor(cosine / 0.07).exp()
+        torch.testing.assert_close(vote, expected, rtol=1e-3, atol=1e-2)
+
+
+def test_linear_probe_is_at_the_minimum_of_its_loss():
+    g = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(60, 5, generator=g), torch.arange(60) % 3
+    weight = linear_probe(features, labels, 3, 0.1).requires_grad_()
+    w, b = weight[:, :-1], weight[:, -1]
+    loss = F.cross_entropy(features @ w.T + b, labels) + 0.05 * (w ** 2).sum()
+    gradient, = torch.autograd.grad(loss, weight)
+    assert gradient.abs().max() < 1e-3
+
+
+def test_features_are_what_the_classifier_is_given(weights, photographs):
+    model, files = open_model(weights), list_folder(photographs).train
+    data, accelerator = files.as_dataset(eval_transform(model)), Accelerator(cpu=True)
+    features, logits = (f(model, data, accelerator).logits for f in (extract_features, predict))
+    torch.testing.assert_close(model.fc(features), logits)
+    again = predict(model.fc, Features(features, torch.tensor(files.labels)), accelerator)
+    torch.testing.assert_close(again.logits, logits)
+    assert again.index.tolist() == list(range(36))
+
+
+def test_grad_cam_of_a_pooled_classifier_is_its_class_activation_map():
+    """With mean pooling and a linear classifier both are the same map (arXiv:1610.02391, section 3)."""
+    model = timm.create_model('wrn16_1').eval()
+    images = torch.randn(2, 3, 32, 32)
+    maps = grad_cam(model, images, torch.tensor([3, 7]))
+    with torch.no_grad():
+        features = model.forward_features(images)
+        plain = torch.einsum('bchw,bc->bhw', features, model.fc.weight[[3, 7]])
+    plain = F.interpolate(plain.relu()[:, None], (32, 32), mode='bilinear', align_corners=False)[:, 0]
+    plain = plain / plain.amax((1, 2), keepdim=True)
+    torch.testing.assert_close(maps, plain.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_two_processes_share_a_run(weights, photographs, tmp_path):
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+         str(ROOT / 'scripts' / 'finetune.py'), '--data', str(photographs), '--model', weights, '--out',
+         str(tmp_path / 'run'), '--device', 'cpu', '--input-size', '32', '--epochs', '2', '--train', 'gradual',
+         '--messages', 'json'],
+        capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+    assert [line.get('epoch') for line in lines] == [1, 2, None] and lines[-1]['images'] == 12
+    assert len((tmp_path / 'run' / 'split.csv').read_text().splitlines()) == 37
+    open_model(str(tmp_path / 'run' / 'best'))
+
+
+def test_grey_palette_and_cmyk_photographs_train(weights, tmp_path):
     for i, mode in enumerate(('L', 'P', 'CMYK', 'RGBA')):
         for name, colour in (('red', (250, 0, 0)), ('blue', (0, 0, 250))):
             (tmp_path / 'data' / name).mkdir(parents=True, exist_ok=True)
             buffer = io.BytesIO()
             Image.new('RGB', (40, 30), colour).convert(mode).save(buffer, 'JPEG' if mode in ('L', 'CMYK') else 'PNG')
             (tmp_path / 'data' / name / f'{i}').write_bytes(buffer.getvalue())
-    assert finetune_script.main(['--data', str(tmp_path / 'data'), '--model', weights, '--out', str(tmp_path / 'run'),
-                                 '--device', 'cpu', '--input-size', '32', '--epochs', '1']) == 0
+    assert tune(tmp_path / 'data', weights, tmp_path / 'run', '--epochs', '1') == 0
+
+
+def test_the_largest_batch_that_fits():
+    tried = []
+
+    def step(n):
+        tried.append(n)
+        if n > 20:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.')
+
+    assert largest_batch(step, 256) == 16 and tried == [256, 128, 64, 32, 16]
+    with pytest.raises(RuntimeError, match='shapes'):
+        largest_batch(lambda n: torch.randn(2, 3) @ torch.randn(2, 3), 4)
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Photographs in `train/` and `val/`."""
+    for part, numbers in (('train', range(8)), ('val', range(8, 12))):
+        for name in CLASSES:
+            (tmp_path / 'data' / part / name).mkdir(parents=True)
+            for p in [sorted((SAMPLE / name).iterdir())[i] for i in numbers]:
+                shutil.copy(p, tmp_path / 'data' / part / name)
+    return tmp_path / 'data'
+
+
+def test_data_sets_that_timm_knows_by_name(weights, parts, tmp_path):
+    """torchvision's ImageFolder by its timm name gives the run that the folder itself gives."""
+    options = ('--epochs', '2', '--holdout', '0')
+    source = f'torch/image_folder:{parts}'
+    assert tune(source, weights, tmp_path / 'named', *options, '--parts', 'train', 'val') == 0
+    assert tune(parts, weights, tmp_path / 'folder', *options) == 0
+    named, folder = (json.loads((tmp_path / n / 'metrics.json').read_text()) for n in ('named', 'folder'))
+    assert named['per_class'] == folder['per_class'] and named['images'] == 12
+    assert weights_of(tmp_path / 'named') == weights_of(tmp_path / 'folder')
+    assert tune(source, weights, tmp_path / 'three', *options, '--parts', 'train', 'val', 'val') == 0
+    assert 'holdout_accuracy' in (tmp_path / 'three' / 'history.csv').read_text()
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # webdataset leaves its files open
+def test_streamed_data_sets(weights, parts, tmp_path):
+    pytest.importorskip('webdataset')
+    info = {'num_classes': 3, 'splits': {}}
+    for part in ('train', 'val'):
+        with tarfile.open(tmp_path / f'{part}.tar', 'w') as tar:
+            for i, p in enumerate(sorted((parts / part).rglob('*.jpg'))):
+                (tmp_path / 'cls').write_text(str(CLASSES.index(p.parent.name)))
+                tar.add(p, f'{i:03d}.jpg')
+                tar.add(tmp_path / 'cls', f'{i:03d}.cls')
+        count = i + 1
+        info['splits'][part] = {
+            'name': part, 'num_samples': count, 'filenames': [f'{part}.tar'], 'shard_lengths': [count]}
+    (tmp_path / '_info.json').write_text(json.dumps(info))
+    assert tune(f'wds/shards:{tmp_path}', weights, tmp_path / 'run', '--epochs', '2', '--parts', 'train', 'val') == 0
+    metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
+    assert metrics['images'] == 12 and set(metrics['per_class']) == {'0', '1', '2'}

@@ -24,6 +24,7 @@ from .download import hub_fault
 from .train.finetune import FinetuneConfig
 from .train.recipes import RECIPES
 from .train.rundir import atomic_write
+from .train.transfer import TRANSFER_FILE
 from .train.validate import normalised, open_model
 from .weights import WEIGHTS_FILE, verify, version_tag
 
@@ -34,6 +35,7 @@ GOLDEN_FILE = 'golden.npz'  # a second .safetensors in the folder confuses timm 
 GOLDEN_TOLERANCE = 1e-3  # of a logit; another CPU or GPU adds in another order
 FILES = (
     WEIGHTS_FILE, 'config.json', 'README.md', 'metrics.json', 'recipe.json', 'history.csv', 'curves.png', GOLDEN_FILE)
+OPTIONAL_FILES = (TRANSFER_FILE,)
 SIZE_LIMIT = 5_000_000  # bytes of any file but the weights
 
 # Test error in %: arXiv 1605.07146 v4, table 5 where it has the network (mean/std preprocessing), else table 4.
@@ -77,7 +79,8 @@ def _flags(settings: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
 def _command(run: dict[str, Any]) -> str:
     """The command that repeats a training run."""
     if 'finetune' in run:
-        flags = _flags(run['finetune'], {**dataclasses.asdict(FinetuneConfig()), 'model': ''})
+        defaults = json.loads(json.dumps(dataclasses.asdict(FinetuneConfig())))
+        flags = _flags(run['finetune'], {**defaults, 'model': ''})
         return ' '.join(['python scripts/finetune.py', *flags, '--data DIR --out RUN'])
     recipes = {name: json.loads(json.dumps(dataclasses.asdict(recipe))) for name, recipe in RECIPES.items()}
     candidates = {name: _flags(run['recipe'], recipe) for name, recipe in recipes.items()}
@@ -233,7 +236,7 @@ def check_golden(folder: str | Path) -> float:
 def _file_faults(folder: Path) -> Iterator[str]:
     """What is there that should not be, and the other way round."""
     for path in sorted(folder.iterdir()):
-        if path.name not in FILES:
+        if path.name not in FILES + OPTIONAL_FILES:
             yield f'{path.name} is no part of a weights folder: move it away'
         elif path.is_symlink() or not path.is_file():
             yield f'{path.name} is a link or a folder: put the file itself there'
@@ -306,7 +309,7 @@ def _repository(folder: str | Path, namespace: str) -> tuple[str, dict[str, byte
     """Name and files of a folder's repository. The card there loads the model from there, whatever the account."""
     repo_id = f'{namespace}/{check_folder(folder)}'
     validate_repo_id(repo_id)
-    files = {name: (Path(folder) / name).read_bytes() for name in FILES}
+    files = {name: path.read_bytes() for name in FILES + OPTIONAL_FILES if (path := Path(folder) / name).is_file()}
     usage = f'create_model("hf-hub:{repo_id}"'.encode()
     return repo_id, {**files, 'README.md': re.sub(rb'create_model\("[^"]*"', usage, files['README.md'], count=1)}
 

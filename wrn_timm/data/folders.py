@@ -1,24 +1,35 @@
-"""Folders of photographs, one folder a class: scanned before training, read as RGB."""
+"""Photographs in files: listed from folders or a CSV, examined before training, read as RGB."""
 from __future__ import annotations
 
+import csv
 import dataclasses
+import hashlib
+import io
+import itertools
 import os
-import random
-from collections import defaultdict
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
-__all__ = ['FolderScan', 'ImageFiles', 'read_rgb', 'scan_folder', 'split_files']
+__all__ = [
+    'EXAMINED_AT_MOST', 'FolderScan', 'ImageFiles', 'ReadableOnly', 'collate_readable', 'examine', 'list_csv',
+    'list_folder', 'read_rgb', 'scan_folder', 'walk_files']
 
-_TRAIN, _TEST = ('train',), ('test', 'val', 'valid', 'validation')
+_PARTS = {'train': ('train', 'training'), 'test': ('test',), 'val': ('val', 'valid', 'validation')}
+
+# Decoding a photograph takes a core about a millisecond: more files than this are read as training comes to them.
+EXAMINED_AT_MOST = 50_000
 
 
-def read_rgb(path: str | Path) -> Image.Image:
+def read_rgb(path: str | Path | io.BytesIO) -> Image.Image:
     """Read an image file as RGB, turned as its EXIF says.
 
     Grey (8 and 16 bits), palette and CMYK are converted; transparency is laid on white.
@@ -28,17 +39,26 @@ def read_rgb(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ('F', 'I', 'I;16', 'I;16L', 'I;16B', 'I;16N'):
-                return _from_deep_grey(np.asarray(image))
-            if 'transparency' in image.info or image.mode in ('RGBA', 'LA', 'PA'):
-                image = image.convert('RGBA')
-                white = Image.new('RGBA', image.size, 'white')
-                image = Image.alpha_composite(white, image)
-            return image.convert('RGB')
+            return _as_rgb(image)
     except Exception as e:  # the decoders of damaged files raise nearly anything
-        reason = 'is not an image' if isinstance(e, Image.UnidentifiedImageError) else f'cannot be read: {e}'
-        raise ValueError(f'{path} {reason}') from e
+        raise ValueError(_reason(path, e)) from e
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ('F', 'I', 'I;16', 'I;16L', 'I;16B', 'I;16N'):
+        return _from_deep_grey(np.asarray(image))
+    if 'transparency' in image.info or image.mode in ('RGBA', 'LA', 'PA'):
+        image = image.convert('RGBA')
+        white = Image.new('RGBA', image.size, 'white')
+        image = Image.alpha_composite(white, image)
+    return image.convert('RGB')
+
+
+def _reason(path: str | Path, error: Exception) -> str:
+    return f'{path} ' + (
+        'is not an image' if isinstance(error, Image.UnidentifiedImageError)
+        else 'is not there' if isinstance(error, FileNotFoundError) else f'cannot be read: {error}')
 
 
 def _from_deep_grey(pixels: np.ndarray) -> Image.Image:
@@ -48,21 +68,65 @@ def _from_deep_grey(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray((pixels.astype(np.int64) // 257).astype(np.uint8)).convert('RGB')
 
 
+class _PathTable(Sequence):
+    """Paths end to end in one array: a third of the memory of as many strings, and processes that read can share it."""
+
+    def __init__(self, paths: Iterable[str]):
+        text, ends = bytearray(), [0]
+        for path in paths:
+            text += os.fsencode(path)
+            ends.append(len(text))
+        self._text, self._ends = np.frombuffer(bytes(text), np.uint8), np.array(ends)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> str:
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
+        i %= len(self)
+        return os.fsdecode(self._text[self._ends[i]:self._ends[i + 1]].tobytes())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _PathTable) and np.array_equal(self._ends, other._ends) and \
+            np.array_equal(self._text, other._text)
+
+    __hash__ = None
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
     """Image files and their labels.
 
     Attributes:
-        paths: Files.
+        paths: Files; held in one array, whatever sequence they are given in.
         labels: Index into `classes`, one a file.
-        classes: Names of the class folders, sorted.
+        classes: Names of the classes, sorted.
     """
-    paths: tuple[str, ...]
-    labels: tuple[int, ...]
+    paths: Sequence[str]
+    labels: Sequence[int]
     classes: tuple[str, ...]
+
+    def __post_init__(self):
+        if not isinstance(self.paths, _PathTable):
+            object.__setattr__(self, 'paths', _PathTable(self.paths))
+        if not isinstance(self.labels, tuple):
+            object.__setattr__(self, 'labels', tuple(self.labels))
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def subset(self, index: Sequence[int]) -> ImageFiles:
+        """The files of `index`, in its order."""
+        return ImageFiles((self.paths[i] for i in index), [self.labels[i] for i in index], self.classes)
+
+    def name(self, i: int) -> str:
+        """What an image is called: its path."""
+        return self.paths[i]
+
+    def read(self, i: int) -> Image.Image:
+        """An image, as `read_rgb` gives it."""
+        return read_rgb(self.paths[i])
 
     def as_dataset(self, transform: Any) -> Dataset:
         """A data set of (transform(RGB image), label)."""
@@ -80,119 +144,324 @@ class _FileDataset(Dataset):
         return self.transform(read_rgb(self.files.paths[i])), self.files.labels[i]
 
 
+class ReadableOnly(Dataset):
+    """A data set whose unreadable images are named, not raised; wants `collate_readable`.
+
+    Args:
+        dataset: Raises ValueError for an image that cannot be read.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> tuple[Any, int, int] | str:
+        try:
+            return *self.dataset[i], i
+        except ValueError as e:
+            return str(e)
+
+
+def collate_readable(batch: list[tuple[torch.Tensor, int, int] | str]) -> tuple:
+    """Images, labels and indices of those that could be read (None for all three if none), and why the rest could not.
+    """
+    readable = [item for item in batch if not isinstance(item, str)]
+    reasons = [item for item in batch if isinstance(item, str)]
+    return *(default_collate(readable) if readable else (None, None, None)), reasons
+
+
 @dataclasses.dataclass(frozen=True)
 class FolderScan:
-    """What a folder holds.
+    """What a folder or a CSV holds.
 
     Attributes:
-        train: All files, or those of `train/` where the folder is split already.
-        test: Those of `test/` or `val/`; None where the folder is not split.
-        bad: Why each unreadable file was left out.
+        train: All files, or those of the training part where it is split already.
+        test: Those of `test/`, or of `val/` where there is no `test/`; None where it is not split.
+        val: Those of `val/` beside a `test/`; None where there is none.
+        bad: Why each unreadable file or looping link was left out.
+        twins: Groups of files with the same content.
+        sizes: Width and height in pixels, and how many files have them.
+        examined: Whether the files were read, or listed only.
+        notes: What else was left out, and why.
     """
     train: ImageFiles
-    test: ImageFiles | None
-    bad: tuple[str, ...]
+    test: ImageFiles | None = None
+    val: ImageFiles | None = None
+    bad: tuple[str, ...] = ()
+    twins: tuple[tuple[str, ...], ...] = ()
+    sizes: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
+    examined: bool = False
+    notes: tuple[str, ...] = ()
+
+    def parts(self) -> dict[str, ImageFiles]:
+        """The parts there are, by name."""
+        return {n: p for n in ('train', 'val', 'test') if (p := getattr(self, n)) is not None}
+
+    def summary(self) -> list[str]:
+        """What there is to know before an epoch is spent, a line a fact."""
+        lines = list(self.notes)
+        for name, part in self.parts().items():
+            counts = Counter(part.labels)
+            few, many = min(counts, key=counts.get), max(counts, key=counts.get)
+            each = f'{counts[few]} a class' if counts[few] == counts[many] else (
+                f'{counts[few]} ({part.classes[few]}) to {counts[many]} ({part.classes[many]}) a class, '
+                f'median {statistics.median(counts.values()):g}')
+            lines.append(f'{name if self.test else "found"}: {len(part):,} files of {len(counts)} classes; {each}')
+        if self.test and (absent := set(self.train.labels) - set(self.test.labels)):
+            lines.append(f'not in the test part: {some(sorted(self.train.classes[i] for i in absent))}')
+        if not self.examined:
+            lines.append(f'more than {EXAMINED_AT_MOST:,} files: they are read as training comes to them, and '
+                         f'duplicates were not looked for')
+        elif self.sizes:
+            width, height = (sorted(Counter(self._sides(axis)).items()) for axis in (0, 1))
+            lines.append(f'sizes: {width[0][0]} to {width[-1][0]} pixels wide, {height[0][0]} to {height[-1][0]} high')
+        if self.bad:
+            lines.append(f'left out, {len(self.bad)}: {some(self.bad, "; ")}')
+        label = {path: part.classes[i] for part in self.parts().values()
+                 for path, i in zip(part.paths, part.labels, strict=True)} if self.twins else {}
+        if torn := [group for group in self.twins if len({label[p] for p in group}) > 1]:
+            lines.append(f'same content in several classes, {len(torn)}: {some([" = ".join(g) for g in torn], "; ")}')
+        return lines
+
+    def _sides(self, axis: int) -> Iterator[int]:
+        return (size[axis] for size in self.sizes)
+
+
+def some(names: Sequence[str], separator: str = ', ') -> str:
+    """The first five names, and how many more there are."""
+    more = f'{separator if separator == "; " else " "}and {len(names) - 5} more' if len(names) > 5 else ''
+    return separator.join(names[:5]) + more
 
 
 def scan_folder(root: str | Path, on_bad: str = 'skip') -> FolderScan:
     """List `root/<class>/**`, or `root/train/<class>/**` and `root/test/<class>/**`, and read every file once.
 
+    Raises:
+        What `list_folder` and `examine` raise.
+    """
+    return examine(list_folder(root), on_bad)
+
+
+def list_folder(root: str | Path, nested: bool = False) -> FolderScan:
+    """List `root/<class>/**`, or `root/train/<class>/**` and `root/test/<class>/**` (and `val/`), reading no file.
+
     Args:
-        root: Folder of class folders. Hidden files and folders are passed by.
-        on_bad: What to do with a file that is no whole image: 'skip' leaves it out, 'fail' raises.
+        root: Folder of class folders. Hidden files and folders are passed by; links are followed but where they loop.
+        nested: Every folder that holds files is a class, named by its path ('animals/cat').
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ValueError: No class folders, one class only, a class without images, classes that differ between the parts,
-            or, with 'fail', unreadable files; each is named.
+        ValueError: No class folders, one class only, a class without files, or a class that is tested and not trained;
+            each is named.
     """
-    if on_bad not in ('skip', 'fail'):
-        raise ValueError(f"on_bad is {on_bad!r}; choose 'skip' or 'fail'")
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f'no folder at {root}')
     children = {p.name.lower(): p for p in _folders(root)}
-    train_dir = next((children[n] for n in _TRAIN if n in children), None)
-    test_dir = next((children[n] for n in _TEST if n in children), None)
-    if not (train_dir and test_dir):
-        train, bad = _scan_part(root if len(children) > 1 else train_dir or root, on_bad)
-        return FolderScan(train, None, bad)
-    if others := sorted(set(children) - set(_TRAIN) - set(_TEST)):
-        raise ValueError(f'{root} holds {train_dir.name}/ and {test_dir.name}/, and beside them {_some(others)}; '
-                         f'move these elsewhere')
-    (train, bad), (test, bad_test) = _scan_part(train_dir, on_bad), _scan_part(test_dir, on_bad)
-    if train.classes != test.classes:
-        differ = sorted(set(train.classes) ^ set(test.classes))
-        raise ValueError(f'{train_dir.name}/ and {test_dir.name}/ of {root} have different classes: {_some(differ)}')
-    return FolderScan(train, test, bad + bad_test)
+    given = {part: next((children[n] for n in names if n in children), None) for part, names in _PARTS.items()}
+    test_name = 'test' if given['test'] else 'val'
+    bad: list[str] = []
+    if not (given['train'] and given[test_name]):
+        whole = root if len(children) > 1 else given['train'] or root
+        return FolderScan(_list_part(whole, nested, bad), bad=tuple(bad))
+    if others := sorted(set(children) - set(itertools.chain(*_PARTS.values()))):
+        raise ValueError(f'{root} holds {given["train"].name}/ and {given[test_name].name}/, and beside them '
+                         f'{some(others)}; move these elsewhere')
+    parts = {'train': given['train'], 'test': given[test_name]}
+    if test_name == 'test' and given['val']:
+        parts['val'] = given['val']
+    listed = {part: _list_part(folder, nested, bad) for part, folder in parts.items()}
+    return FolderScan(**_same_classes(listed, str(root)), bad=tuple(bad))
+
+
+def _same_classes(parts: dict[str, ImageFiles], where: str) -> dict[str, ImageFiles]:
+    """The parts with the labels of the training part."""
+    classes = parts['train'].classes
+    number = {c: i for i, c in enumerate(classes)}
+    out = {}
+    for name, part in parts.items():
+        if unknown := sorted(set(part.classes) - set(classes)):
+            raise ValueError(f'{where}: classes in {name} and not in train: {some(unknown)}; '
+                             f'add images of them to train or take them out of {name}')
+        out[name] = ImageFiles(part.paths, [number[part.classes[i]] for i in part.labels], classes)
+    return out
 
 
 def _folders(root: Path) -> list[Path]:
     return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
 
 
-def _some(names: list[str]) -> str:
-    return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
+def _walk(top: str, bad: list[str], above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, str]]:
+    """(folder, path) of every file below, in the order of names; a link to a folder above it is named and passed."""
+    stack = [(top, above)]
+    while stack:
+        folder, ancestors = stack.pop()
+        key = _inode(folder)
+        if key in ancestors:
+            bad.append(f'{folder} links to a folder that holds it')
+            continue
+        below = []
+        with os.scandir(folder) as entries:
+            entries = sorted((e for e in entries if not e.name.startswith('.')), key=lambda e: e.name)
+        for entry in entries:
+            if _is_folder(entry):
+                below.append((entry.path, ancestors | {key}))
+            else:
+                yield folder, entry.path
+        stack += reversed(below)
 
 
-def _files(folder: Path) -> list[str]:
-    return sorted(
-        os.path.join(base, name) for base, _, names in os.walk(folder) for name in names if not name.startswith('.'))
+def walk_files(folder: str | Path) -> Iterator[str]:
+    """Every file of a folder and below, in the order of names; hidden ones and links that loop are passed by."""
+    return (path for _, path in _walk(str(folder), []))
 
 
-def _why_bad(path: str) -> str | None:
+def _inode(path: str | Path) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
     try:
-        read_rgb(path)
-    except ValueError as e:
-        return str(e)
-    return None
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
-def _scan_part(root: Path, on_bad: str) -> tuple[ImageFiles, tuple[str, ...]]:
-    folders = _folders(root)
-    classes = tuple(p.name for p in folders)
-    if not classes:
-        raise ValueError(f'{root} holds no class folders; one folder of images a class is expected')
-    if len(classes) == 1:
-        raise ValueError(f'{root} holds one class only ({classes[0]}); at least two are needed')
-    found = [(path, label) for label, folder in enumerate(folders) for path in _files(folder)]
-    with ThreadPoolExecutor() as pool:
-        reasons = list(pool.map(_why_bad, (path for path, _ in found)))
-    bad = tuple(r for r in reasons if r)
-    if bad and on_bad == 'fail':
-        raise ValueError(f'{len(bad)} files are not whole images: ' + '; '.join(bad[:5]))
-    good = [pair for pair, reason in zip(found, reasons, strict=True) if not reason]
-    filled = {label for _, label in good}
-    empty = [c for label, c in enumerate(classes) if label not in filled]
-    if empty:
-        unreadable = f' ({len(bad)} files are not whole images: {"; ".join(bad[:3])})' if bad else ''
+def _list_part(root: Path, nested: bool, bad: list[str]) -> ImageFiles:
+    above = frozenset([_inode(root)])
+    labels: list[int] = []
+    number: dict[str, int] = {}
+
+    def paths() -> Iterator[str]:
+        if nested:
+            for folder, path in _walk(str(root), bad):
+                if folder != str(root):
+                    labels.append(number.setdefault(os.path.relpath(folder, root), len(number)))
+                    yield path
+        else:
+            for folder in _folders(root):
+                if _inode(folder) not in above:  # the walk names it
+                    number[folder.name] = len(number)
+                for _, path in _walk(str(folder), bad, above):
+                    labels.append(number[folder.name])
+                    yield path
+
+    table = _PathTable(paths())
+    classes = tuple(sorted(number))
+    place = {number[c]: i for i, c in enumerate(classes)}
+    return _checked(ImageFiles(table, [place[i] for i in labels], classes), root)
+
+
+def _checked(files: ImageFiles, where: str | Path, bad: Sequence[str] = ()) -> ImageFiles:
+    """The files, once there are two classes at least and each has a file."""
+    if not files.classes:
+        raise ValueError(f'{where} holds no class folders; one folder of images a class is expected')
+    if len(files.classes) == 1:
+        raise ValueError(f'{where} holds one class only ({files.classes[0]}); at least two are needed')
+    filled = set(files.labels)
+    if empty := [c for i, c in enumerate(files.classes) if i not in filled]:
+        unreadable = f' ({len(bad)} files are not whole images: {some(bad, "; ")})' if bad else ''
         raise ValueError(
-            f'classes without images in {root}: {_some(empty)}; remove the folders or fill them{unreadable}')
-    paths, labels = zip(*good, strict=True)
-    return ImageFiles(paths, labels, classes), bad
+            f'classes without images in {where}: {some(empty)}; remove the folders or fill them{unreadable}')
+    return files
 
 
-def split_files(files: ImageFiles, test_fraction: float, seed: int) -> tuple[ImageFiles, ImageFiles]:
-    """Split at random within each class, at least one image of each on either side.
+def list_csv(file: str | Path) -> FolderScan:
+    """List the files that a CSV names.
+
+    Args:
+        file: UTF-8, with a header of `path` and `label`, and `split` ('train', 'val', 'test') where it is split
+            already. Paths are relative to the CSV's folder.
 
     Raises:
-        ValueError: A class has one image only; it is named.
+        FileNotFoundError: There is no such file.
+        ValueError: A column or a value is missing, or what `list_folder` raises; the line is named.
     """
-    members = defaultdict(list)
-    for i, label in enumerate(files.labels):
-        members[label].append(i)
-    lonely = [files.classes[label] for label, index in sorted(members.items()) if len(index) < 2]
-    if lonely:
-        raise ValueError(f'classes with a single image cannot be split: {_some(lonely)}')
-    rng = random.Random(seed)
-    test_index = set()
-    for _, index in sorted(members.items()):
-        n = len(index)
-        test_index.update(rng.sample(index, min(n - 1, max(1, round(n * test_fraction)))))
+    file = Path(file)
+    rows: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    with open(file, newline='', encoding='utf-8-sig', errors='surrogateescape') as f:
+        reader = csv.DictReader(f)
+        if missing := {'path', 'label'} - set(reader.fieldnames or ()):
+            raise ValueError(f'{file} has no column {" nor ".join(sorted(missing))}; its first line must name the '
+                             f'columns path and label (and split, if it is split)')
+        split = 'split' in reader.fieldnames
+        for row in reader:
+            part = next((p for p, names in _PARTS.items() if row['split'] in names), None) if split else 'train'
+            if not (row['path'] and row['label'] and part):
+                raise ValueError(f'{file}, line {reader.line_num}: path, label and split (train, val or test) are '
+                                 f'wanted; found {", ".join(f"{k}={v!r}" for k, v in row.items())}')
+            rows[part].append((os.path.join(file.parent, row['path']), row['label']))
+    if split and 'test' not in rows and 'val' in rows:
+        rows['test'] = rows.pop('val')
+    if 'train' not in rows or (split and 'test' not in rows):
+        raise ValueError(f'{file} names no files{" to train on, or none to test on" if split else ""}')
+    listed = {}
+    for part, pairs in rows.items():
+        classes = tuple(sorted({label for _, label in pairs}))
+        number = {c: i for i, c in enumerate(classes)}
+        listed[part] = ImageFiles((p for p, _ in pairs), [number[label] for _, label in pairs], classes)
+    _checked(listed['train'], file)
+    return FolderScan(**_same_classes(listed, str(file)))
 
-    def part(keep: bool) -> ImageFiles:
-        index = [i for i in range(len(files)) if (i in test_index) == keep]
-        return dataclasses.replace(
-            files, paths=tuple(files.paths[i] for i in index), labels=tuple(files.labels[i] for i in index))
 
-    return part(False), part(True)
+@dataclasses.dataclass(frozen=True)
+class _Examined:
+    reason: str | None = None
+    digest: bytes = b''
+    size: tuple[int, int] = (0, 0)
+
+
+def _examine_file(path: str) -> _Examined:
+    """Decode a file whole."""
+    try:
+        content = Path(path).read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            size = image.size
+            _as_rgb(image)
+    except Exception as e:  # as in `read_rgb`
+        return _Examined(_reason(path, e))
+    return _Examined(None, hashlib.blake2b(content, digest_size=16).digest(), size)
+
+
+def examine(scan: FolderScan, on_bad: str = 'skip', at_most: int | None = None) -> FolderScan:
+    """Read every listed file once: find those that are no whole images, and those that have the same content.
+
+    Args:
+        scan: From `list_folder` or `list_csv`.
+        on_bad: 'skip' leaves unreadable files out, 'fail' raises.
+        at_most: Where there are more files, none is read.
+
+    Raises:
+        ValueError: A class without readable images, or, with 'fail', unreadable files; each is named.
+    """
+    if on_bad not in ('skip', 'fail'):
+        raise ValueError(f"on_bad is {on_bad!r}; choose 'skip' or 'fail'")
+    if at_most is not None and sum(map(len, scan.parts().values())) > at_most:
+        return scan
+    bad, sizes, parts = list(scan.bad), Counter(), {}
+    content: dict[bytes, list[str]] = defaultdict(list)
+    for name, files in scan.parts().items():
+        with ThreadPoolExecutor() as pool:
+            results = list(pool.map(_examine_file, files.paths))
+        unread = [r.reason for r in results if r.reason]
+        bad += unread
+        if unread and on_bad == 'fail':
+            raise ValueError(f'{len(bad)} files are not whole images: {some(bad, "; ")}')
+        for path, result in zip(files.paths, results, strict=True):
+            if not result.reason:
+                sizes[result.size] += 1
+                content[result.digest].append(path)
+        parts[name] = files
+        if unread:
+            parts[name] = files.subset([i for i, r in enumerate(results) if not r.reason])
+        if name == 'train' or not len(parts[name]):
+            _checked(parts[name], _common(files), bad)
+    twins = tuple(tuple(paths) for paths in content.values() if len(paths) > 1)
+    return dataclasses.replace(scan, **parts, bad=tuple(bad), twins=twins, sizes=sizes, examined=True)
+
+
+def _common(files: ImageFiles) -> str:
+    return os.path.commonpath([os.path.dirname(files.paths[i]) for i in (0, len(files) - 1)])

@@ -1,6 +1,7 @@
-"""Fine-tuning pretrained weights on class folders of photographs."""
+"""Fine-tuning pretrained weights on photographs: from a folder to weights, figures and a report."""
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -8,62 +9,139 @@ import math
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import timm
 import torch
-from timm.data import create_transform, resolve_model_data_config
-from timm.loss import LabelSmoothingCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from timm.data import Mixup, create_transform, resolve_model_data_config
 from timm.utils import random_seed
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
-from ..data.folders import ImageFiles, read_rgb, scan_folder, split_files
-from .metrics import classification_metrics, predict_logits
+from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine, some
+from ..data.named import NamedImages, is_named
+from ..data.splits import (
+    Split,
+    check_protocol,
+    data_name,
+    list_source,
+    make_split,
+    read_split,
+    source_root,
+    write_split,
+)
+from .fit import Features, Fitted, Predictions, fit, largest_batch, predict
+from .metrics import classification_metrics
+from .probe import extract_features, summarise
+from .report import write_report
 from .rundir import RunDir, atomic_write, environment, export_weights
-from .validate import open_model
+from .validate import eval_transform, open_model
 
-__all__ = ['FinetuneConfig', 'finetune']
+__all__ = ['FinetuneConfig', 'finetune', 'finetune_seeds', 'prepare_split']
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """How weights are fine-tuned: all layers, SGD with Nesterov momentum, a cosine with a short warm-up.
+    """How weights are fine-tuned; by default all layers, by SGD with Nesterov momentum and a cosine."""
 
-    Attributes:
-        model: timm name with tag, or a weights folder.
-        input_size: Side of the square input, in pixels; 0 takes the weights' own, but 64 where that is less.
-        epochs: Passes over the training files.
-        batch_size: Files a step.
-        lr: Peak learning rate of the last layers.
-        layer_decay: Factor of the learning rate from each block to the one below it.
-        weight_decay: L2 penalty on weights; biases and BatchNorm are left out.
-        label_smoothing: Mass moved from the label to all classes.
-        min_scale: Least share of a photograph's area in a training crop.
-        test_fraction: Share held out of each class where the folder is not split already.
-        seed: Of the split, the order, the crops and the new classifier.
-    """
     model: str = 'wrn16_1.cifar10'
+    """timm name with tag, or a weights folder."""
+    pretrained: bool = True
+    """Start from the weights, not from random ones."""
+    stem: str = ''
+    """'imagenet' puts the 7x7 stem on a 6N + 4 network, for large photographs; the 3x3 stem's weights are dropped."""
+    train: Literal['all', 'gradual', 'head'] = 'all'
+    """All layers; gradually, from the classifier down, all from the middle on; or the classifier alone."""
+    cache: bool = True
+    """With 'head', run the backbone once over the photographs as they are, and train on its features."""
+    split: str = '70-30'
+    """Where the data is not split already: first30, random30 (files a class to train on), 70-30 (per cent), or the
+    split.csv of another run."""
+    holdout: float = 0.1
+    """Share of the training files that the epoch is chosen by; 0 trains on all and takes the last epoch."""
+    parts: tuple[str, ...] = ('train', 'validation')
+    """What timm's named data sets call the parts to train on, to choose the epoch by (if there are three) and to test
+    on."""
+    num_classes: int = 0
+    """Of a named data set that does not say it."""
+    nested: bool = False
+    """Every folder that holds files is a class, named by its path."""
     input_size: int = 0
+    """Side of the square input, in pixels; 0 takes the weights' own, but 64 where that is less."""
     epochs: int = 30
-    batch_size: int = 16
-    lr: float = 0.05
-    layer_decay: float = 0.9
+    """Passes over the training files."""
+    batch_size: int | Literal['auto'] = 16
+    """Files a step, over all processes; 'auto' takes the largest power of two up to 256 that fits."""
+    accumulate: int = 1
+    """Steps whose gradients are added up."""
+    opt: str = 'nesterov'
+    """timm's name of the optimiser."""
+    lr: float = 0.
+    """Peak learning rate of the last layers; 0 takes 0.05, and 1 for the classifier alone on cached features."""
+    momentum: float = 0.9
+    """Of the optimisers that have it."""
     weight_decay: float = 5e-4
+    """L2 penalty on weights; biases and BatchNorm are left out."""
+    layer_decay: float = 0.9
+    """Factor of the learning rate from each block to the one below it."""
+    schedule: Literal['cosine', 'step'] = 'cosine'
+    """Cosine to 0, or times 0.1 after each third."""
+    warmup_epochs: int = 1
+    """Linear rise from lr / 100."""
     label_smoothing: float = 0.1
+    """Mass moved from the label to all classes."""
+    class_weights: bool = False
+    """Weigh each class in the loss by the inverse of its count."""
+    ema_decay: float = 0.
+    """Decay a step of the averaged weights, which are then the ones exported; 0 exports the last."""
+    augment: bool = True
+    """Crop, mirror and colour at random."""
     min_scale: float = 0.5
-    test_fraction: float = 0.3
+    """Least share of a photograph's area in a training crop."""
+    color_jitter: float = 0.2
+    """Strength of the change of colours."""
+    auto_augment: str = ''
+    """timm's augmentation policy, in place of the change of colours: rand-m9-mstd0.5, augmix-m5, original..."""
+    random_erase: float = 0.
+    """Chance that a rectangle is set to the mean."""
+    mixup: float = 0.
+    """Alpha of mixup (arXiv:1710.09412); 0 for none."""
+    cutmix: float = 0.
+    """Alpha of CutMix (arXiv:1905.04899); with mixup too, each batch takes one of both."""
+    patience: int = 0
+    """Epochs without a better held-out accuracy after which the run ends; 0 for no such end."""
+    precision: Literal['auto', 'no', 'fp16', 'bf16'] = 'auto'
+    """Of the computation; 'auto' is bf16 on CUDA and float32 on a CPU."""
     seed: int = 0
+    """Of the split, the order, the crops and the new classifier."""
 
     def __post_init__(self):
-        for field, low, high in (('epochs', 1, math.inf), ('batch_size', 1, math.inf), ('label_smoothing', 0, 0.999),
-                                 ('test_fraction', 0.001, 0.999), ('min_scale', 0.001, 1), ('input_size', 0, 4096)):
+        limits = {
+            'epochs': (1, math.inf), 'accumulate': (1, math.inf), 'label_smoothing': (0, 0.999), 'holdout': (0, 0.9),
+            'min_scale': (0.001, 1), 'input_size': (0, 4096), 'ema_decay': (0, 0.99999), 'random_erase': (0, 1),
+            'warmup_epochs': (0, self.epochs), 'layer_decay': (0.001, 1), 'patience': (0, math.inf),
+            'lr': (0, math.inf), 'seed': (0, 40_000), 'mixup': (0, math.inf), 'cutmix': (0, math.inf)}
+        if self.batch_size != 'auto':
+            limits['batch_size'] = 1, math.inf
+        for field, (low, high) in limits.items():
             if not low <= getattr(self, field) <= high:
                 raise ValueError(f'{field} is {getattr(self, field)}; it must be from {low} to {high}')
+        if self.patience and not self.holdout:
+            raise ValueError('patience needs held-out files to look at; give a holdout above 0')
+        if len(self.parts) not in (2, 3):
+            raise ValueError(f'parts are {", ".join(self.parts)}; two or three are wanted')
+        if not self.split.endswith('.csv'):
+            check_protocol(self.split)
+
+    @property
+    def cached(self) -> bool:
+        """Whether the classifier is trained on features."""
+        return self.train == 'head' and self.cache
 
 
 def finetune(
@@ -73,116 +151,336 @@ def finetune(
         device: str = 'cpu',
         workers: int = 0,
         on_bad: str = 'skip',
+        resume: bool = False,
+        time_budget: float = math.inf,
+        download: bool = False,
+        progress: bool | None = None,
+        on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune on `data` and leave a run directory with weights, metrics and pictures.
+    """Fine-tune on `data` and leave a run directory with weights, metrics and a report.
+
+    Started by `torchrun` or `accelerate launch`, the processes share each batch, and the first one writes.
 
     Args:
         config: How.
-        data: Folder of class folders, with or without `train/` and `test/` (or `val/`).
+        data: Folder of class folders (split into `train/` and `test/`, or not), `FILE.csv` or `caltech101:DIR`.
         out: Run directory.
         device: 'cpu' or 'cuda'.
         workers: Processes that read photographs.
         on_bad: 'skip' leaves unreadable files out and names them, 'fail' stops.
+        resume: Go on with the run in `out`, from its last epoch; on a CPU it ends as if it had not been stopped.
+        time_budget: Seconds after which no epoch is begun that would not end within them. The first always runs.
+        download: Fetch Caltech 101 if it is missing.
+        progress: False shows no bar; None shows it in a terminal.
+        on_epoch: Called with each epoch's line of the history.
 
     Returns:
-        The metrics on the held-out files after the last epoch, as written to `metrics.json`.
+        The metrics of the best weights on the test files, as written to `metrics.json`.
 
     Raises:
-        FloatingPointError: The loss is no longer finite.
-        What `scan_folder`, `split_files` and `RunDir` raise.
+        What `prepare_split`, `RunDir` and `fit` raise.
     """
-    random_seed(config.seed)  # timm's transforms draw from Python's and NumPy's generators too
-    scan = scan_folder(data, on_bad)
-    for reason in scan.bad:
-        _logger.warning('left out: %s', reason)
-    train, test = (scan.train, scan.test) if scan.test else split_files(scan.train, config.test_fraction, config.seed)
-    batch_size = min(config.batch_size, len(train))
-    model = open_model(config.model, num_classes=len(train.classes)).to(device, memory_format=torch.channels_last)
-    data_config = resolve_model_data_config(model)
-    size = config.input_size or max(64, data_config['input_size'][-1])
-    data_config['input_size'] = (3, size, size)
-    data_config['crop_pct'] = 1.0
-    test_transform = create_transform(**data_config, is_training=False)
-    train_transform = create_transform(
-        **{k: v for k, v in data_config.items() if k not in ('crop_pct', 'crop_mode')},
-        is_training=True, scale=(config.min_scale, 1.), color_jitter=0.2)
-    generator = torch.Generator().manual_seed(config.seed)
-    train_loader = DataLoader(train.as_dataset(train_transform), batch_size, shuffle=True, drop_last=True,
-                              num_workers=workers, generator=generator, persistent_workers=workers > 0)
-    test_loader = DataLoader(test.as_dataset(test_transform), 64, num_workers=workers)
+    started = time.monotonic()
+    accelerator = _accelerator(config, device)
+    main = accelerator.is_main_process
+    model = _build(config)
+    run, split, found = _open_run(config, str(data), Path(out), accelerator, on_bad, resume, download)
+    name, classes = data_name(str(data)), split.train.classes
 
-    optimizer = create_optimizer_v2(
-        model, 'nesterov', lr=config.lr, weight_decay=config.weight_decay, momentum=0.9,
-        layer_decay=config.layer_decay)
-    steps = len(train_loader)
-    scheduler = CosineLRScheduler(
-        optimizer, t_initial=config.epochs * steps, t_in_epochs=False, warmup_t=steps, warmup_lr_init=config.lr / 100,
-        warmup_prefix=False)
-    criterion = LabelSmoothingCrossEntropy(config.label_smoothing)
-    _logger.info('%d classes, %d files to train on, %d held out; %s at %d px on %s', len(train.classes), len(train),
-                 len(test), config.model, data_config['input_size'][-1], device)
+    random_seed(config.seed)  # whatever was drawn before
+    model.reset_classifier(len(classes))
+    model.to(accelerator.device, memory_format=torch.channels_last)
+    transforms, cfg = _preprocessing(config, model, name, classes)
+    if config.batch_size == 'auto':
+        config = dataclasses.replace(config, batch_size=_find_batch_size(model, cfg['input_size'], accelerator))
+    config = dataclasses.replace(config, lr=config.lr or (1. if config.cached else 0.05))
+    _logger.info('%d classes, %d files to train on, %d to choose the epoch by, %d to test on; %s at %d px on %s',
+                 len(classes), len(split.train), len(split.holdout or ()), len(split.test), config.model,
+                 cfg['input_size'][-1], accelerator.device)
 
-    name = Path(data).resolve().name
-    run = RunDir(out, {'finetune': dataclasses.asdict(config), 'data': name}, resume=None)
-    history, started = [], time.monotonic()
-    for epoch in range(config.epochs):
-        model.train()
-        total = 0.
-        batches = tqdm(train_loader, desc=f'epoch {epoch + 1}/{config.epochs}', unit='batch', leave=False, disable=None)
-        for step, (images, labels) in enumerate(batches, start=epoch * steps):
-            scheduler.step_update(step)
-            logits = model(images.to(device, memory_format=torch.channels_last))
-            loss = criterion(logits, labels.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
-            batches.set_postfix(loss=f'{total / (step - epoch * steps + 1):.3f}')
-        if not math.isfinite(total):
-            raise FloatingPointError(f'loss is {total / steps} in epoch {epoch + 1}; try a smaller learning rate')
-        logits, labels = predict_logits(model, test_loader, device)
-        metrics = classification_metrics(logits, labels, train.classes)
-        history.append({
-            'epoch': epoch + 1, 'lr': optimizer.param_groups[-1]['lr'], 'train_loss': total / steps,
-            'held_out_accuracy': metrics['top1'], 'seconds': round(time.monotonic() - started, 1)})
-        run.write_history(history)
-        _logger.info('epoch %2d/%d  loss %.3f  held-out accuracy %5.1f %%  %4.0f s', epoch + 1, config.epochs,
-                     total / steps, metrics['top1'], history[-1]['seconds'])
+    train_began = time.monotonic()
+    network, fitted = _train(
+        config, model, split, transforms, run, accelerator, workers=workers, on_bad=on_bad, resume=resume,
+        deadline=started + time_budget, progress=progress, on_epoch=on_epoch)
+    train_seconds = time.monotonic() - train_began
+    if fitted.stopped:
+        _logger.info('stopped by %s after epoch %d; it can go on with --resume', fitted.stopped,
+                     fitted.history[-1]['epoch'])
+    if main:
+        _export(model, network, fitted, run, cfg, _model_args(config))
+    accelerator.wait_for_everyone()
 
-    metrics |= {'dataset': name, 'split': 'test' if scan.test else f'{config.test_fraction:g} held out',
-                'skipped': list(scan.bad), 'environment': environment(), 'measured_by': 'scripts/finetune.py'}
-    atomic_write(run.path / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
-    folder = run.path / 'weights'
-    tag = re.sub('[^A-Za-z0-9]+', '_', name).strip('_') or 'finetuned'  # part of a repository's name
-    export_weights(model, folder, {
-        **{k: data_config[k] for k in ('input_size', 'crop_pct')}, 'tag': tag,
-        'pool_size': _pool_size(model, data_config['input_size']), 'label_names': train.classes})
-    for file in ('recipe.json', 'history.csv', 'curves.png', 'metrics.json'):
-        shutil.copy(run.path / file, folder / file)
-    draw_predictions(test, logits, run.path / 'predictions.png')
+    best = open_model(str(run.path / 'best')).to(accelerator.device, memory_format=torch.channels_last)
+    transform = eval_transform(best)
+    result = predict(best, split.test.as_dataset(transform), accelerator, workers=workers, title='testing',
+                     progress=progress)
+    metrics = classification_metrics(result.logits, result.labels, classes) | {
+        'dataset': name, 'split': found.get('split'), 'input_size': cfg['input_size'][-1],
+        'best_epoch': fitted.best_epoch(), 'epochs': len(fitted.history), 'stopped': fitted.stopped,
+        'train_files': len(split.train), 'holdout_files': len(split.holdout or ()),
+        'leaks': found.get('leaks', []), 'skipped': [*found.get('bad', []), *fitted.bad, *result.bad],
+        'train_seconds': round(train_seconds, 1), 'seconds': round(time.monotonic() - started, 1),
+        'environment': environment(), 'measured_by': 'scripts/finetune.py'}
+    if main:
+        _finish(run, metrics, best, split.test, result, transform, found)
+    accelerator.wait_for_everyone()
     return metrics
 
 
-def _pool_size(model: torch.nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]:
+def _open_run(
+        config: FinetuneConfig,
+        data: str,
+        out: Path,
+        accelerator: Accelerator,
+        on_bad: str,
+        resume: bool,
+        download: bool,
+) -> tuple[RunDir, Split, dict[str, Any]]:
+    """The run directory, with the split in it, that the first process makes and the others read."""
+    main, named = accelerator.is_main_process, is_named(data)
+    split, found = None, {}
+    if named:
+        split, found = _named_split(config, data, download)
+    elif main:
+        split, found = prepare_split(config, data, on_bad, download, out if resume else None)
+    run = RunDir(out, {'finetune': dataclasses.asdict(config), 'data': data_name(data)}, resume, write=main)
+    if main and not named:
+        atomic_write(run.path / 'split.csv', write_split(split, source_root(data)))
+        atomic_write(run.path / 'scan.json', json.dumps(found, indent=2) + '\n')
+    accelerator.wait_for_everyone()
+    return run, split or read_split(run.path / 'split.csv', source_root(data)), found
+
+
+def _train(
+        config: FinetuneConfig,
+        model: torch.nn.Module,
+        split: Split,
+        transforms: dict[str, Any],
+        run: RunDir,
+        accelerator: Accelerator,
+        **kwargs: Any,
+) -> tuple[torch.nn.Module, Fitted]:
+    """What was fitted, the model or its classifier, and the result."""
+    weights = _balance(split.train) if config.class_weights else None
+    if config.cached:
+        bad: list[str] = []
+        train, holdout = (
+            _cache(model, files, transforms['test'], accelerator, kwargs['workers'], bad, kwargs['progress'])
+            for files in (split.train, split.holdout))
+        network = model.get_classifier()
+        fitted = fit(network, train, holdout, config, run, accelerator, class_weights=weights, **kwargs)
+        return network, dataclasses.replace(fitted, bad=[*bad, *fitted.bad])
+    mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
+                num_classes=len(split.train.classes)) if config.mixup or config.cutmix else None
+    holdout = split.holdout.as_dataset(transforms['test']) if split.holdout else None
+    return model, fit(model, split.train.as_dataset(transforms['train']), holdout, config, run, accelerator,
+                      way=config.train, class_weights=weights, mix=mix, **kwargs)
+
+
+def _accelerator(config: FinetuneConfig, device: str) -> Accelerator:
+    AcceleratorState._reset_state()  # another run of this process may have had another precision
+    precision = config.precision
+    if precision == 'auto':
+        precision = 'bf16' if device == 'cuda' and torch.cuda.is_bf16_supported() else 'no'
+    return Accelerator(
+        cpu=device == 'cpu', mixed_precision=precision, gradient_accumulation_steps=config.accumulate,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.train != 'all')])
+
+
+def prepare_split(
+        config: FinetuneConfig,
+        data: str | Path,
+        on_bad: str = 'skip',
+        download: bool = False,
+        run: Path | None = None,
+) -> tuple[Split, dict[str, Any]]:
+    """List and examine the files, say what was found, and split them.
+
+    Args:
+        config: Names the protocol.
+        data: As in `finetune`.
+        on_bad: As in `finetune`.
+        download: As in `finetune`.
+        run: Directory of a run to go on with: its split is taken as it is.
+
+    Returns:
+        The split, and what there is to report: `split`, `bad`, `leaks`, `summary`.
+
+    Raises:
+        What `list_source`, `examine`, `make_split` and `read_split` raise.
+    """
+    data = str(data)
+    if run and (run / 'scan.json').is_file():
+        return read_split(run / 'split.csv', source_root(data)), json.loads((run / 'scan.json').read_text())
+    if config.split.endswith('.csv'):
+        return read_split(config.split, source_root(data, download)), {
+            'split': config.split, 'bad': [], 'leaks': [], 'summary': [f'split by {config.split}']}
+    scan = examine(list_source(data, config.nested, download), on_bad, at_most=EXAMINED_AT_MOST)
+    split = make_split(scan, config.split, config.holdout, config.seed)
+    leaks = split.leaks(scan.twins)
+    summary = scan.summary()
+    if leaks:
+        summary.append(f'{len(leaks)} files to test on have the content of files to train on: '
+                       + some([f'{b} = {a}' for a, b in leaks], '; '))
+    for line in summary:
+        _logger.info('%s', line)
+    return split, {'split': 'given' if scan.test else config.split, 'bad': list(scan.bad), 'leaks': leaks,
+                   'summary': summary}
+
+
+def _named_split(config: FinetuneConfig, data: str, download: bool) -> tuple[Split, dict[str, Any]]:
+    if config.class_weights:
+        raise ValueError('class_weights needs the labels beforehand, which a named data set does not give')
+    classes = tuple(map(str, range(config.num_classes))) or None
+    train, *choose, test = (
+        NamedImages(data, part, part == config.parts[0], download, classes) for part in config.parts)
+    if len({part.classes for part in (train, *choose, test)}) > 1:
+        raise ValueError(f'{data}: the parts {", ".join(config.parts)} have different classes')
+    return Split(train, choose[0] if choose else None, test), {'split': ', '.join(config.parts)}
+
+
+def _build(config: FinetuneConfig) -> torch.nn.Module:
+    kwargs = _model_args(config)
+    if config.pretrained:
+        return open_model(config.model, **kwargs)
+    random_seed(config.seed)
+    return timm.create_model(f'local-dir:{config.model}' if Path(config.model).is_dir() else config.model, **kwargs)
+
+
+def _model_args(config: FinetuneConfig) -> dict[str, Any]:
+    """What the network's shape depends on beside its name."""
+    return {'stem': config.stem} if config.stem else {}
+
+
+def _preprocessing(
+        config: FinetuneConfig,
+        model: torch.nn.Module,
+        name: str,
+        classes: tuple[str, ...],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The transforms of the 'train' and 'test' files, and what the weights' configuration says of itself."""
+    data_config = resolve_model_data_config(model)
+    size = config.input_size or max(64, data_config['input_size'][-1])
+    data_config |= {'input_size': (3, size, size), 'crop_pct': 1.0}
+    test = create_transform(**data_config, is_training=False)
+    train = create_transform(
+        **{k: v for k, v in data_config.items() if k not in ('crop_pct', 'crop_mode')},
+        is_training=True, scale=(config.min_scale, 1.), color_jitter=config.color_jitter,
+        auto_augment=config.auto_augment or None, re_prob=config.random_erase) if config.augment else test
     reduction = model.feature_info[-1]['reduction']
-    return tuple(math.ceil(s / reduction) for s in input_size[1:])
+    tag = re.sub('[^A-Za-z0-9]+', '_', name).strip('_') or 'finetuned'  # part of a repository's name
+    cfg = {'input_size': (3, size, size), 'crop_pct': 1.0, 'tag': tag, 'label_names': classes,
+           'pool_size': (math.ceil(size / reduction),) * 2}
+    return {'train': train, 'test': test}, cfg
 
 
-def draw_predictions(files: ImageFiles, logits: torch.Tensor, path: Path, most: int = 24) -> None:
-    """Draw held-out photographs, spread over the classes, with predicted and true label."""
-    from matplotlib.figure import Figure
-    index = torch.linspace(0, len(files) - 1, min(most, len(files))).round().int().tolist()
-    columns = min(6, len(index))
-    rows = math.ceil(len(index) / columns)
-    figure = Figure(figsize=(2 * columns, 2.3 * rows), layout='constrained')
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis in axes:
-        axis.axis('off')
-    for axis, i in zip(figure.axes, index, strict=False):
-        predicted, true = int(logits[i].argmax()), files.labels[i]
-        axis.imshow(read_rgb(files.paths[i]))
-        share = 100 * logits[i].softmax(0)[predicted].item()
-        axis.set_title(f'{files.classes[predicted]} {share:.0f} %' + (
-            '' if predicted == true else f'\nis {files.classes[true]}'),
-            parse_math=False, fontsize=9, color='green' if predicted == true else 'firebrick')
-    atomic_write(path, lambda p: figure.savefig(p, dpi=80))
+def _find_batch_size(model: torch.nn.Module, size: tuple[int, int, int], accelerator: Accelerator) -> int:
+    before = copy.deepcopy(model.state_dict())  # the trial moves BatchNorm's statistics
+
+    def step(n: int) -> None:
+        images = torch.zeros(n, *size, device=accelerator.device).contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            loss = model.train()(images).float().sum()
+        loss.backward()
+
+    found = largest_batch(step, 256)
+    model.zero_grad(set_to_none=True)
+    model.load_state_dict(before)
+    if not found:
+        raise RuntimeError(f'not even one image of {size[-1]} px fits into the memory of {accelerator.device}; '
+                           f'choose a smaller --input-size or --model')
+    found = int(accelerator.gather(torch.tensor([found], device=accelerator.device)).min()) * accelerator.num_processes
+    _logger.info('batch size %d', found)
+    return found
+
+
+def _balance(files: ImageFiles) -> torch.Tensor:
+    counts = torch.bincount(torch.tensor(files.labels), minlength=len(files.classes)).float()
+    return counts.sum() / (len(counts) * counts)
+
+
+def _cache(
+        model: torch.nn.Module,
+        files: ImageFiles | None,
+        transform: Any,
+        accelerator: Accelerator,
+        workers: int,
+        bad: list[str],
+        progress: bool | None,
+) -> Dataset | None:
+    if files is None:
+        return None
+    found = extract_features(model, files.as_dataset(transform), accelerator, workers=workers, progress=progress)
+    bad += found.bad
+    return Features(found.logits, found.labels)
+
+
+def _export(
+        model: torch.nn.Module,
+        network: torch.nn.Module,
+        fitted: Fitted,
+        run: RunDir,
+        cfg: dict[str, Any],
+        model_args: dict[str, Any],
+) -> None:
+    """Write `last/` and `best/`. `network` is what was fitted: the model or its classifier."""
+    network.load_state_dict(fitted.network.state_dict())
+    export_weights(model, run.path / 'last', cfg, model_args=model_args)
+    if best := run.load_best(torch.device('cpu')):
+        network.load_state_dict(best['ema'] or best['model'])
+    export_weights(model, run.path / 'best', cfg, model_args=model_args)
+
+
+def _finish(
+        run: RunDir,
+        metrics: dict[str, Any],
+        model: torch.nn.Module,
+        files: ImageFiles,
+        result: Predictions,
+        transform: Any,
+        found: dict[str, Any],
+) -> None:
+    atomic_write(run.path / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
+    write_report(run.path, metrics, model, files, result, transform, found.get('summary', []))
+    for folder in (run.path / 'best', run.path / 'last'):
+        for file in ('recipe.json', 'history.csv', 'curves.png', *(['metrics.json'] * (folder.name == 'best'))):
+            shutil.copy(run.path / file, folder / file)
+
+
+def finetune_seeds(
+        config: FinetuneConfig,
+        data: str | Path,
+        out: str | Path,
+        seeds: int = 1,
+        **kwargs: Any,
+) -> dict[str, Any]:
+    """Fine-tune `seeds` times, from `config.seed` on: in `out` if it is once, else in `out/seed-N`.
+
+    Several runs leave `out/metrics.json` with the same as is returned, but `runs`.
+
+    Returns:
+        `way`, `dataset`, `protocol`, `input_size`, `epochs`, `seeds`, `seconds` of all, `settings` (the fields of
+        `config` that are not the default), `runs` (their metrics), and of `top1`, `mean_per_class` and `ece` the
+        `mean`, the sample standard deviation `std` and the `values`.
+
+    Raises:
+        What `finetune` raises; the runs that ended are kept. With `resume` they are passed by.
+    """
+    if seeds < 1:
+        raise ValueError(f'seeds is {seeds}; it must be at least 1')
+    runs = []
+    for seed in range(config.seed, config.seed + seeds):
+        folder = Path(out) / f'seed-{seed}' if seeds > 1 else Path(out)
+        resume = kwargs.get('resume', False) and (seeds == 1 or (folder / 'recipe.json').is_file())
+        runs.append(finetune(dataclasses.replace(config, seed=seed), data, folder, **kwargs | {'resume': resume}))
+    summary = {
+        'way': config.train if config.pretrained else 'from scratch', 'dataset': runs[0]['dataset'],
+        'protocol': runs[0]['split'], 'input_size': runs[0]['input_size'], 'epochs': config.epochs, 'seeds': seeds,
+        'seconds': round(sum(run['seconds'] for run in runs), 1),
+        'settings': {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
+                     if f.name != 'model' and getattr(config, f.name) != f.default},
+        **{key: summarise([run[key] for run in runs]) for key in ('top1', 'mean_per_class', 'ece')}}
+    if seeds > 1:
+        atomic_write(Path(out) / 'metrics.json', json.dumps(summary, indent=2) + '\n')
+    return {**summary, 'runs': runs}

@@ -5,7 +5,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_precision,
+)
 
 __all__ = ['classification_metrics', 'predict_logits']
 
@@ -20,7 +24,7 @@ def predict_logits(
     model.eval()
     logits, labels = [], []
     for images, targets in loader:
-        images = images.to(device, memory_format=torch.channels_last)
+        images = images.to(device, memory_format=torch.channels_last if images.ndim == 4 else torch.preserve_format)
         logits.append(model(images).float().cpu())
         labels.append(targets)
     return torch.cat(logits), torch.cat(labels)
@@ -35,20 +39,27 @@ def classification_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: 
         classes: Names.
 
     Returns:
-        `images`, `top1`, `top5` (None below six classes), `mean_per_class`, `per_class` by name, `ece`.
+        `images`, `top1`, `top5` (None below six classes), `mean_per_class`, by name `per_class` (the recall; None where
+        there are no images) and `precision` (None where nothing was taken for the class), `ece`.
     """
     n = len(classes)
+    precision = multiclass_precision(logits, labels, n, average='none')
+    predicted = torch.bincount(logits.argmax(1), minlength=n) > 0
     per_class = multiclass_accuracy(logits, labels, n, average='none')
     present = torch.bincount(labels, minlength=n) > 0
 
     def percent(x: torch.Tensor) -> float:
         return round(100 * x.item(), 4)
 
+    def by_name(values: torch.Tensor, known: torch.Tensor) -> dict[str, float | None]:
+        return {c: percent(v) if k else None for c, v, k in zip(classes, values, known, strict=True)}
+
     return {
         'images': len(labels),
         'top1': percent(multiclass_accuracy(logits, labels, n, average='micro')),
         'top5': percent(multiclass_accuracy(logits, labels, n, average='micro', top_k=5)) if n > 5 else None,
         'mean_per_class': percent(per_class[present].mean()),
-        'per_class': {c: percent(a) if p else None for c, a, p in zip(classes, per_class, present, strict=True)},
+        'per_class': by_name(per_class, present),
+        'precision': by_name(precision, predicted),
         'ece': percent(multiclass_calibration_error(logits.softmax(1), labels, n, n_bins=15)),
     }

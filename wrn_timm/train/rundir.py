@@ -129,20 +129,26 @@ class RunDir:
         with open(self.path / 'train.log', 'a') as f:
             f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message % args}\n")
 
-    def save(self, state: dict[str, Any], history: list[dict[str, float]]) -> None:
+    def save(self, state: dict[str, Any], history: list[dict[str, float]], draw: bool = True) -> None:
         """Add a checkpoint, drop all but the last two and the best, and write `history.csv` and `curves.png`.
 
         Args:
             state: Tensors, numbers and their containers, with `epoch` and `step`; read back by `load_checkpoint`.
             history: A line an epoch so far; where it has `holdout_accuracy`, the best is kept as `best.pt`.
+            draw: Whether to draw `curves.png`, which can take longer than a short epoch.
         """
         if not self.write:
             return
         if history and state['step'] == 0:  # before the checkpoint, from which they would not be made again
-            self.write_history(history)
+            self.write_history(history, draw)
         self.checkpoints.mkdir(exist_ok=True)
         newest = self.checkpoints / f"epoch-{state['epoch']:04d}-step-{state['step']:06d}.pt"
-        atomic_write(newest, lambda p: torch.save(state, p))
+        try:
+            atomic_write(newest, lambda p: torch.save(state, p))
+        except (OSError, RuntimeError) as e:  # torch's writer raises either
+            free = shutil.disk_usage(self.checkpoints).free / 1e6
+            raise OSError(f'{newest} cannot be written ({str(e).splitlines()[0]}); {free:.0f} MB are free there. What '
+                          f'was written before is whole: make room and go on with --resume') from e
         held_out = [row['holdout_accuracy'] for row in history if 'holdout_accuracy' in row]
         if held_out and state['step'] == 0 and held_out[-1] >= max(held_out):
             atomic_write(self.checkpoints / 'best.pt', lambda p: shutil.copyfile(newest, p))
@@ -159,14 +165,20 @@ class RunDir:
                          level=logging.WARNING)
         return None
 
-    def write_history(self, history: list[dict[str, float]]) -> None:
-        """Write `history.csv` and `curves.png`."""
+    def load_best(self, device: torch.device) -> dict[str, Any] | None:
+        """The checkpoint of the epoch most accurate on the held-out images, or None where there are none."""
+        path = self.checkpoints / 'best.pt'
+        return torch.load(path, map_location=device, weights_only=True) if path.is_file() else None
+
+    def write_history(self, history: list[dict[str, float]], draw: bool = True) -> None:
+        """Write `history.csv` and, with `draw`, `curves.png`."""
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(history[-1]), lineterminator='\n')
         writer.writeheader()
         writer.writerows(history)
         atomic_write(self.path / 'history.csv', text.getvalue())
-        atomic_write(self.path / 'curves.png', lambda p: plot_history(history, p))
+        if draw:
+            atomic_write(self.path / 'curves.png', lambda p: plot_history(history, p))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = '') -> list[str]:

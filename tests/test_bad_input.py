@@ -1,0 +1,240 @@
+"""What goes wrong in fine-tuning, each case with a message that names it, no traceback and nothing lost."""
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import finetune as finetune_script
+import pytest
+import torch
+from conftest import ROOT, SAMPLE
+from PIL import Image
+
+from wrn_timm import WideResNet
+from wrn_timm.train.finetune import FinetuneConfig, finetune, prepare_split
+from wrn_timm.train.validate import open_model
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two classes of eight photographs."""
+    root = tmp_path / 'data'
+    for name in ('ketch', 'pizza'):
+        (root / name).mkdir(parents=True)
+        for p in sorted((SAMPLE / name).iterdir())[:8]:
+            shutil.copy(p, root / name)
+    return root
+
+
+def tune(data, weights, out, *argv):
+    return finetune_script.main([
+        '--data', str(data), '--model', weights, '--out', str(out), '--device', 'cpu', '--input-size', '32', '--epochs',
+        '1', '--messages', 'quiet', *argv])
+
+
+def class_of_the_test_part_alone(data):
+    for name in ('ketch', 'pizza'):
+        shutil.move(data / name, data / 'train' / name)
+    shutil.copytree(data / 'train', data / 'test')
+    shutil.copytree(SAMPLE / 'watch', data / 'test' / 'watch')
+
+
+def one_image_in_a_class(data):
+    (data / 'watch').mkdir()
+    shutil.copy(SAMPLE / 'watch' / 'image_0001.jpg', data / 'watch')
+
+
+def one_class(data):
+    shutil.rmtree(data / 'ketch')
+
+
+def no_images(data):
+    for name in ('ketch', 'pizza'):
+        for file in (data / name).iterdir():
+            file.write_text('no image')
+
+
+def csv_of_missing_files(data):
+    (data / 'list.csv').write_text('path,label\n' + ''.join(f'gone{i}.jpg,{i % 2}\n' for i in range(9)))
+    return data / 'list.csv'
+
+
+def csv_without_labels(data):
+    (data / 'list.csv').write_text('path\nketch/image_0001.jpg\n')
+    return data / 'list.csv'
+
+
+def nothing_there(data):
+    return data / 'nowhere'
+
+
+def no_caltech(data):
+    return f'caltech101:{data}'
+
+
+def as_it_is(data):
+    return data
+
+
+@pytest.mark.parametrize(('prepare', 'argv', 'message'), [
+    (class_of_the_test_part_alone, (), 'classes in test and not in train: watch; add images of them to train'),
+    (one_image_in_a_class, (), 'classes with a single image cannot be split: watch'),
+    (one_class, (), 'holds one class only (pizza); at least two are needed'),
+    (no_images, (), 'classes without images in'),
+    (csv_of_missing_files, (), 'gone0.jpg is not there'),
+    (csv_without_labels, (), 'has no column label; its first line must name'),
+    (nothing_there, (), 'no folder at'),
+    (no_caltech, (), 'no 101_ObjectCategories with the class folders'),
+    (as_it_is, ('--split', 'random30'), '30 files of each class to train on, and one at least to test on, need 31'),
+    (as_it_is, ('--split', 'half'), "split 'half' is unknown; choose first30 or random30"),
+    (as_it_is, ('--split', 'gone.csv'), 'gone.csv'),
+    (as_it_is, ('--epochs', '0'), 'epochs is 0; it must be from 1'),
+    (as_it_is, ('--label-smoothing', '1'), 'label_smoothing is 1.0; it must be from 0 to 0.999'),
+    (as_it_is, ('--holdout', '-1'), 'holdout is -1.0; it must be from 0 to 0.9'),
+    (as_it_is, ('--patience', '3', '--holdout', '0'), 'patience needs held-out files'),
+    (as_it_is, ('--seeds', '0'), 'seeds is 0; it must be at least 1'),
+    (as_it_is, ('--model', 'no/where'), 'no weights folder at no/where'),
+    (as_it_is, ('--model', 'wrn16_1.cifar'), "wrn16_1 has no tag 'cifar'; nearest: cifar10"),
+    (as_it_is, ('--resume',), 'holds no run to resume'),
+    (as_it_is, ('--lr', '1e30', '--epochs', '2'), 'try a smaller --lr than 1e+30'),
+])
+def test_what_cannot_be_trained(data, weights, tmp_path, capsys, prepare, argv, message):
+    source = prepare(data) or data
+    assert tune(source, weights, tmp_path / 'run', *argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and message in error and 'Traceback' not in error
+    if '--lr' not in argv:
+        assert not (tmp_path / 'run').exists()
+
+
+def zero_bytes(data):
+    (data / 'pizza' / 'empty.jpg').write_bytes(b'')
+    return 'empty.jpg is not an image'
+
+
+def cut_off(data):
+    file = data / 'pizza' / 'image_0001.jpg'
+    file.write_bytes(file.read_bytes()[:2000])
+    return 'image_0001.jpg cannot be read: image file is truncated'
+
+
+def too_large(data):
+    Image.new('1', (20_000, 20_000)).save(data / 'pizza' / 'large.png')
+    return 'large.png cannot be read: Image size (400000000 pixels) exceeds limit'
+
+
+def looping_link(data):
+    (data / 'pizza' / 'up').symlink_to(data, target_is_directory=True)
+    return 'links to a folder that holds it'
+
+
+def link_to_itself(data):
+    (data / 'pizza' / 'self.jpg').symlink_to(data / 'pizza' / 'self.jpg')
+    return 'self.jpg cannot be read'
+
+
+def odd_names(data):
+    for name in ('a b', 'comma, "quote"', "l'été 鳥", '<b>$x$'):
+        shutil.copytree(SAMPLE / 'watch', data / name)
+        (data / name / f'{name}.txt').write_text('no image')
+    return '.txt is not an image'
+
+
+LEFT_OUT = [zero_bytes, cut_off, too_large, looping_link, link_to_itself, odd_names]
+
+
+@pytest.mark.parametrize('prepare', LEFT_OUT)
+def test_what_is_left_out_and_named(data, prepare):
+    message = prepare(data)
+    _, found = prepare_split(FinetuneConfig(), data)
+    assert any(message in reason for reason in found['bad'])
+    assert any(line.startswith('left out, ') and message in line for line in found['summary'])
+    if prepare != looping_link:
+        with pytest.raises(ValueError, match='not whole images'):
+            prepare_split(FinetuneConfig(), data, on_bad='fail')
+
+
+def test_a_run_with_all_of_these(data, weights, tmp_path):
+    messages = [prepare(data) for prepare in LEFT_OUT]
+    assert tune(data, weights, tmp_path / 'run') == 0
+    metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
+    for message in messages:
+        assert any(message in reason for reason in metrics['skipped'])
+    assert len(metrics['per_class']) == 6
+    assert open_model(str(tmp_path / 'run' / 'best')).pretrained_cfg['label_names'] == sorted(metrics['per_class'])
+    assert '&lt;b&gt;$x$' in (tmp_path / 'run' / 'report.html').read_text()
+
+
+def test_a_run_that_is_there_is_left_as_it_is(data, weights, tmp_path, capsys):
+    assert tune(data, weights, tmp_path / 'run') == 0
+    before = (tmp_path / 'run' / 'metrics.json').read_bytes()
+    assert tune(data, weights, tmp_path / 'run') == 1
+    assert 'already holds a run; choose another --out, or go on with --resume' in capsys.readouterr().err
+    assert tune(data, weights, tmp_path / 'run', '--resume', '--lr', '0.01') == 1
+    assert 'was started with other settings (finetune.lr: 0.0 there, 0.01 now)' in capsys.readouterr().err
+    assert (tmp_path / 'run' / 'metrics.json').read_bytes() == before
+
+
+@pytest.mark.parametrize('on_bad', ['skip', 'fail'])
+def test_files_removed_while_training_runs(data, weights, tmp_path, on_bad):
+    removed = []
+
+    def remove(row):
+        if row['epoch'] == 1:
+            for line in (tmp_path / 'run' / 'split.csv').read_text().splitlines():
+                part, _, name = line.split(',')
+                if part in ('train', 'test') and part not in [p for p, _ in removed]:
+                    removed.append((part, str(data / name)))
+                    os.remove(data / name)
+
+    config = FinetuneConfig(model=weights, input_size=32, epochs=4, batch_size=4)
+    if on_bad == 'fail':
+        with pytest.raises(ValueError, match='is not there'):
+            finetune(config, data, tmp_path / 'run', on_bad=on_bad, on_epoch=remove)
+        assert list((tmp_path / 'run' / 'checkpoints').glob('epoch-*.pt'))
+    else:
+        metrics = finetune(config, data, tmp_path / 'run', on_bad=on_bad, on_epoch=remove)
+        assert metrics['skipped'] == [f'{path} is not there' for _, path in removed] and metrics['images'] == 3
+
+
+def test_no_place_to_write(data, weights, tmp_path, capsys):
+    (tmp_path / 'file').write_text('')
+    assert tune(data, weights, tmp_path / 'file' / 'run') == 1
+    assert str(tmp_path / 'file') in capsys.readouterr().err
+
+
+def test_disk_full_at_a_checkpoint(data, weights, tmp_path):
+    """Files may not grow over 1 MB: the weights fit, the checkpoint with its momentum does not."""
+    command = [sys.executable, str(ROOT / 'scripts' / 'finetune.py'), '--data', str(data), '--model', weights, '--out',
+               str(tmp_path / 'run'), '--device', 'cpu', '--input-size', '32', '--epochs', '1', '--messages', 'quiet']
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)))
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert 'cannot be written' in done.stderr and 'MB are free there' in done.stderr
+    assert not list((tmp_path / 'run' / 'checkpoints').iterdir())
+    assert tune(data, weights, tmp_path / 'run', '--resume') == 0
+    open_model(str(tmp_path / 'run' / 'best'))
+
+
+@pytest.fixture
+def small_memory(monkeypatch):
+    """A device that holds five images: the error is the one that CUDA raises."""
+    forward = WideResNet.forward
+
+    def limited(self, x):
+        if len(x) > 5 and self.training:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+        return forward(self, x)
+
+    monkeypatch.setattr(WideResNet, 'forward', limited)
+
+
+def test_out_of_memory_names_the_batch_size_that_fits(data, weights, tmp_path, capsys, small_memory):
+    assert tune(data, weights, tmp_path / 'run', '--batch-size', '8') == 1
+    error = capsys.readouterr().err
+    assert 'out of memory on cpu at batch size 8; --batch-size 4 fits, with --accumulate 2' in error
+    assert tune(data, weights, tmp_path / 'auto', '--batch-size', 'auto') == 0
+    assert len(json.loads((tmp_path / 'auto' / 'metrics.json').read_text())['per_class']) == 2

@@ -1,0 +1,119 @@
+"""Data sets that timm knows by name (`hfds/...`, `wds/...`): for what is on the Hub, or does not fit one disk."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from PIL import Image
+from timm.data import create_dataset
+from torch.utils.data import Dataset, IterableDataset
+
+__all__ = ['NamedImages', 'is_named']
+
+_PREFIXES = ('hfds/', 'hfids/', 'tfds/', 'wds/', 'torch/')
+
+
+def is_named(source: str) -> bool:
+    """Whether timm reads this source by its name."""
+    return source.startswith(_PREFIXES)
+
+
+class NamedImages:
+    """A split of such a data set; it stands where `ImageFiles` stands, but its files have no paths.
+
+    Args:
+        source: timm's name, with `:DIR` where the data set wants a folder: `hfds/user/name`, `wds/name:DIR`.
+        split: The data set's own name of the split.
+        training: Whether one that is streamed is shuffled.
+        download: Fetch it if it is missing, where the data set can.
+        classes: Names of the classes; None asks the data set.
+
+    Raises:
+        ValueError: The classes are not known, or there is no such split.
+    """
+
+    def __init__(
+            self,
+            source: str,
+            split: str,
+            training: bool = False,
+            download: bool = False,
+            classes: Sequence[str] | None = None,
+    ):
+        name, _, root = source.partition(':')
+        try:
+            self.dataset = create_dataset(
+                name, root=root or None, split=split, is_training=training, download=download)
+        except (ImportError, AssertionError, KeyError, ValueError, RuntimeError, OSError) as e:
+            raise ValueError(f'{source}: timm cannot open the split {split!r}: {type(e).__name__}: {e}') from e
+        self.source, self.split = source, split
+        self.classes = tuple(classes or _classes(self.dataset))
+        if not self.classes:
+            raise ValueError(f'{source} does not say how many classes it has; give --num-classes')
+        self.streamed = isinstance(self.dataset, IterableDataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, i: int) -> str:
+        """What an image is called."""
+        return f'{self.source} {self.split} {i}'
+
+    def read(self, i: int) -> Image.Image:
+        """An image, RGB.
+
+        Raises:
+            ValueError: It cannot be read, or the data set is a stream.
+        """
+        if self.streamed:
+            raise ValueError(f'{self.source} is a stream; its images cannot be taken singly')
+        return _read(self, i)[0]
+
+    def as_dataset(self, transform: Any) -> Dataset:
+        """A data set of (transform(RGB image), label), and the place too where it is a stream."""
+        return _Stream(self, transform) if self.streamed else _Indexed(self, transform)
+
+
+def _read(images: NamedImages, i: int) -> tuple[Image.Image, int]:
+    try:
+        image, label = images.dataset[i]
+        return image.convert('RGB'), int(label)
+    except Exception as e:  # whatever its reader raises
+        raise ValueError(f'{images.name(i)} cannot be read: {e}') from e
+
+
+class _Indexed(Dataset):
+    def __init__(self, images: NamedImages, transform: Any):
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        image, label = _read(self.images, i)
+        return self.transform(image), label
+
+
+class _Stream(IterableDataset):
+    def __init__(self, images: NamedImages, transform: Any):
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle anew."""
+        self.images.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Any, int, int]]:
+        for i, (image, label) in enumerate(self.images.dataset):
+            yield self.transform(image), int(label), i
+
+
+def _classes(dataset: Any) -> tuple[str, ...]:
+    reader = getattr(dataset, 'reader', None)
+    if number := getattr(reader, 'class_to_idx', None) or getattr(dataset, 'class_to_idx', None):
+        return tuple(str(c) for c in sorted(number, key=number.get))
+    if names := getattr(dataset, 'classes', None):
+        return tuple(map(str, names))
+    return tuple(map(str, range(getattr(reader, 'info', None) and reader.info.get('num_classes') or 0)))

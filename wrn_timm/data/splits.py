@@ -1,0 +1,219 @@
+"""Where photographs come from, which of them are trained on and which tested on, kept by file name."""
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+import random
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from .folders import FolderScan, ImageFiles, list_csv, list_folder, some
+
+__all__ = ['Split', 'check_protocol', 'data_name', 'list_source', 'make_split', 'read_split', 'source_root',
+           'split_files', 'write_split']
+
+CALTECH101 = 'caltech101:'
+CALTECH101_BACKGROUND = 'BACKGROUND_Google'  # what others leave out too: 101 classes, 8,677 files
+_COLUMNS = ['part', 'label', 'path']
+_PROTOCOL = re.compile(r'(?P<which>first|random)(?P<count>[1-9]\d*)|(?P<train>\d+)-(?P<test>\d+)')
+
+
+def data_name(source: str) -> str:
+    """What a source is called: 'caltech101', or the name of the folder or CSV file."""
+    return CALTECH101.rstrip(':') if source.startswith(CALTECH101) else Path(source).resolve().stem
+
+
+def source_root(source: str, download: bool = False) -> Path:
+    """The folder that the paths of a source stand in.
+
+    Raises:
+        FileNotFoundError: `caltech101:DIR` and it is not there, or could not be fetched.
+    """
+    if not source.startswith(CALTECH101):
+        return Path(source).parent if Path(source).suffix.lower() == '.csv' else Path(source)
+    root, name = Path(source.removeprefix(CALTECH101)), '101_ObjectCategories'
+    places = root, root / name, root / 'caltech101' / name
+    folder = next((p for p in places if (p / 'accordion').is_dir()), None)
+    if not folder and download:
+        from torchvision.datasets import Caltech101
+        try:
+            Caltech101(str(root), download=True)
+        except (OSError, RuntimeError, ValueError, ImportError) as e:
+            raise FileNotFoundError(f'caltech101: the download into {root} failed: {e}') from e
+        return places[-1]
+    if not folder:
+        raise FileNotFoundError(f'caltech101: no {name} with the class folders in {root.resolve()}; give the folder '
+                                f'that holds it, or add --download')
+    return folder
+
+
+def list_source(source: str, nested: bool = False, download: bool = False) -> FolderScan:
+    """List `caltech101:DIR`, a CSV file or a folder, reading no image.
+
+    Args:
+        source: `caltech101:DIR` (101 classes: the background class is left out), `FILE.csv` (`list_csv`), or a folder
+            (`list_folder`).
+        nested: As in `list_folder`.
+        download: Fetch Caltech 101 through torchvision if it is missing.
+
+    Raises:
+        What `source_root`, `list_csv` and `list_folder` raise.
+    """
+    if not source.startswith(CALTECH101):
+        return list_csv(source) if Path(source).suffix.lower() == '.csv' else list_folder(source, nested)
+    scan = list_folder(source_root(source, download))
+    files = scan.train
+    classes = tuple(c for c in files.classes if c != CALTECH101_BACKGROUND)
+    number = {files.classes.index(c): i for i, c in enumerate(classes)}
+    kept = [i for i, label in enumerate(files.labels) if label in number]
+    left_out = f'{CALTECH101_BACKGROUND} is left out ({len(files) - len(kept)} files): it is no object category'
+    return dataclasses.replace(
+        scan, notes=(left_out,) if len(classes) < len(files.classes) else (), train=ImageFiles(
+            (files.paths[i] for i in kept), [number[files.labels[i]] for i in kept], classes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The files of each part.
+
+    Attributes:
+        train: Trained on.
+        holdout: Taken from the training files to choose by (the epoch, the penalty); None where all are trained on.
+        test: Measured on once, at the end.
+    """
+    train: ImageFiles
+    holdout: ImageFiles | None
+    test: ImageFiles
+
+    def leaks(self, twins: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
+        """Pairs of files of the same content, the first trained on or chosen by, the second tested on."""
+        test = set(self.test.paths) if twins else set()
+        known = {*self.train.paths, *(self.holdout.paths if self.holdout else ())} if twins else set()
+        return [(next(p for p in group if p in known), path)
+                for group in twins if known.intersection(group) for path in group if path in test]
+
+
+def check_protocol(protocol: str) -> None:
+    """Refuse what `make_split` does not know.
+
+    Raises:
+        ValueError: It is none of the protocols.
+    """
+    found = _PROTOCOL.fullmatch(protocol)
+    shares = [int(found[part]) for part in ('train', 'test')] if found and found['train'] else [1, 99]
+    if not found or min(shares) < 1 or sum(shares) != 100:
+        raise ValueError(f'split {protocol!r} is unknown; choose first30 or random30 (30 or another number of files a '
+                         f'class to train on, the rest to test on), 80-20 (per cent of each class), or the split.csv '
+                         f'of another run')
+
+
+def make_split(scan: FolderScan, protocol: str = '70-30', holdout: float = 0., seed: int = 0) -> Split:
+    """Split by a protocol where the files are not split already.
+
+    Args:
+        scan: The files; with a test part, `protocol` is not used, and with a validation part, nor is `holdout`.
+        protocol: `first30`: the first 30 of each class, by name, to train on and the rest to test on; `random30`:
+            30 of each class at random; `80-20`: per cent of each class, at random.
+        holdout: Share of the training files of each class to choose by. A class of one or two files keeps them.
+        seed: Of the random ones.
+
+    Raises:
+        ValueError: The protocol is unknown, or a class has too few files for it; these are named.
+    """
+    train, test = scan.train, scan.test
+    if not test:
+        check_protocol(protocol)
+        found = _PROTOCOL.fullmatch(protocol)
+        if found['which']:
+            train, test = _split_by_count(train, int(found['count']), found['which'] == 'random', seed)
+        else:
+            train, test = split_files(train, int(found['test']) / 100, seed)
+    chosen_by = scan.val
+    if holdout and not chosen_by:
+        # another seed than the split's, which would draw the same places again
+        chosen = {i for index in _members(train).values() if len(index) > 2
+                  for i in random.Random(f'{seed} {index[0]}').sample(index, max(1, round(len(index) * holdout)))}
+        if chosen:
+            train, chosen_by = _divided(train, chosen)
+    return Split(train, chosen_by, test)
+
+
+def _members(files: ImageFiles) -> dict[int, list[int]]:
+    """Indices of the files of each label."""
+    members = defaultdict(list)
+    for i, label in enumerate(files.labels):
+        members[label].append(i)
+    return dict(sorted(members.items()))
+
+
+def _divided(files: ImageFiles, second: set[int]) -> tuple[ImageFiles, ImageFiles]:
+    return tuple(files.subset([i for i in range(len(files)) if (i in second) == part]) for part in (False, True))
+
+
+def _split_by_count(files: ImageFiles, count: int, at_random: bool, seed: int) -> tuple[ImageFiles, ImageFiles]:
+    members = _members(files)
+    if short := [f'{files.classes[label]} ({len(i)})' for label, i in members.items() if len(i) <= count]:
+        raise ValueError(f'{count} files of each class to train on, and one at least to test on, need {count + 1}; '
+                         f'fewer are in {some(short)}')
+    rng = random.Random(seed)
+    train = {i for index in members.values() for i in (rng.sample(index, count) if at_random else index[:count])}
+    return _divided(files, set(range(len(files))) - train)
+
+
+def split_files(files: ImageFiles, test_fraction: float, seed: int) -> tuple[ImageFiles, ImageFiles]:
+    """Split at random within each class, at least one image of each on either side.
+
+    Raises:
+        ValueError: A class has one image only; it is named.
+    """
+    members = _members(files)
+    if lonely := [files.classes[label] for label, index in members.items() if len(index) < 2]:
+        raise ValueError(f'classes with a single image cannot be split: {some(lonely)}')
+    rng = random.Random(seed)
+    test_index = set()
+    for index in members.values():
+        n = len(index)
+        test_index.update(rng.sample(index, min(n - 1, max(1, round(n * test_fraction)))))
+    return _divided(files, test_index)
+
+
+def write_split(split: Split, root: Path) -> str:
+    """The text of a `split.csv`: part, label and path, below `root` where it is, of every file."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(_COLUMNS)
+    above = f'{root}{os.sep}'
+    for field in dataclasses.fields(Split):
+        if files := getattr(split, field.name):
+            writer.writerows((field.name, files.classes[label], path.removeprefix(above))
+                             for label, path in zip(files.labels, files.paths, strict=True))
+    return text.getvalue()
+
+
+def read_split(file: str | Path, root: Path) -> Split:
+    """The split that a `split.csv` keeps, of the files below `root`.
+
+    Raises:
+        FileNotFoundError: The first of its files is not there.
+        ValueError: It is no such file.
+    """
+    rows = defaultdict(list)
+    with open(file, newline='', encoding='utf-8', errors='surrogateescape') as f:
+        reader = csv.reader(f)
+        if next(reader, None) != _COLUMNS:
+            raise ValueError(f'{file} is not the split.csv of a run: its first line is not {",".join(_COLUMNS)}')
+        for part, label, path in reader:
+            rows[part].append((os.path.join(root, path), label))
+    if missing := {'train', 'test'} - set(rows):
+        raise ValueError(f'{file} names no files of the part {" nor ".join(sorted(missing))}')
+    if not os.path.exists(first := rows['train'][0][0]):
+        raise FileNotFoundError(f'{file} names {first}, which is not there; give the --data that it was made of')
+    classes = tuple(sorted({label for _, label in rows['train']}))
+    number = {c: i for i, c in enumerate(classes)}
+    return Split(**{
+        part: ImageFiles((p for p, _ in rows[part]), [number[label] for _, label in rows[part]], classes)
+        if rows[part] else None for part in ('train', 'holdout', 'test')})

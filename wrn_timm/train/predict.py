@@ -1,0 +1,69 @@
+"""What a pretrained model says of photographs on this machine, a batch at a time."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import torch
+
+from ..data.folders import read_rgb, walk_files
+from .validate import eval_transform, open_model
+
+__all__ = ['find_images', 'predict_files']
+
+
+def find_images(names: Iterable[str]) -> Iterator[str]:
+    """The files named, and those in the folders named and below, in the order of names; hidden ones are passed by."""
+    for name in names:
+        if os.path.isdir(name):
+            yield from walk_files(name)
+        else:
+            yield name
+
+
+def predict_files(
+        name: str,
+        paths: Iterable[str],
+        device: str = 'cpu',
+        batch_size: int = 32,
+) -> Iterator[dict[str, Any]]:
+    """The five likeliest classes of each file, in the order of the files; no more than a batch is read ahead.
+
+    Args:
+        name: timm name or weights folder.
+        paths: Image files.
+        device: Where the model runs.
+        batch_size: Files a step.
+
+    Yields:
+        `image` (the path), and `top5` (a list of `label` and `probability`) or `error`.
+    """
+    model = open_model(name).to(device, memory_format=torch.channels_last)
+    labels = model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)]
+    transform = eval_transform(model)
+
+    def read(path: str) -> torch.Tensor | str:
+        try:
+            return transform(read_rgb(path))
+        except ValueError as e:
+            return str(e)
+
+    paths = iter(paths)
+    with ThreadPoolExecutor() as pool:
+        while batch := list(islice(paths, batch_size)):
+            read_in = list(pool.map(read, batch))
+            images = [image for image in read_in if not isinstance(image, str)]
+            answers = iter(_answers(model, torch.stack(images).to(device), labels) if images else ())
+            for path, image in zip(batch, read_in, strict=True):
+                yield {'image': path, **({'error': image} if isinstance(image, str) else {'top5': next(answers)})}
+
+
+@torch.inference_mode()
+def _answers(model: torch.nn.Module, images: torch.Tensor, labels: list[str]) -> list[list[dict[str, Any]]]:
+    probabilities = model(images.contiguous(memory_format=torch.channels_last)).softmax(1)
+    top = probabilities.topk(min(5, probabilities.shape[1]))
+    return [[{'label': labels[i], 'probability': round(p, 6)} for p, i in zip(ps, indices, strict=True)]
+            for ps, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True)]

@@ -1,0 +1,256 @@
+"""What a fine-tuned classifier does, to be looked at: pictures and one HTML file that needs nothing beside it."""
+from __future__ import annotations
+
+import base64
+import html
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from ..data.folders import ImageFiles
+from ..data.named import NamedImages
+from .fit import Predictions
+from .rundir import atomic_write
+
+__all__ = ['draw_confusion', 'draw_predictions', 'draw_wrong', 'grad_cam', 'write_report']
+
+_MOST_NAMES = 40
+
+
+def grad_cam(model: torch.nn.Module, images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor | None:
+    """Where a network looks for a class: Grad-CAM (arXiv:1610.02391) of its last feature map.
+
+    Args:
+        model: timm model in evaluation mode.
+        images: (B, 3, H, W).
+        classes: (B,).
+
+    Returns:
+        (B, H, W), 0 to 1; None where the network's features are no map (B, C, h, w).
+    """
+    with torch.no_grad():
+        features = model.forward_features(images)
+    if features.ndim != 4:
+        return None
+    features = features.detach().requires_grad_()
+    score = model.forward_head(features).gather(1, classes[:, None]).sum()
+    gradient, = torch.autograd.grad(score, features)
+    maps = (gradient.mean((2, 3), keepdim=True) * features.detach()).sum(1, keepdim=True).relu()
+    maps = F.interpolate(maps, images.shape[2:], mode='bilinear', align_corners=False)[:, 0]
+    return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def _grid(count: int, columns: int = 6) -> tuple[Figure, list]:
+    columns = max(1, min(columns, count))
+    rows = max(1, math.ceil(count / columns))
+    figure = Figure(figsize=(2 * columns, 2.5 * rows))
+    axes = list(figure.subplots(rows, columns, squeeze=False, gridspec_kw=dict(
+        left=0.01, right=0.99, bottom=0.01, top=1 - 0.2 / rows, hspace=0.25, wspace=0.05)).flat)
+    for axis in axes:
+        axis.axis('off')
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing from font')  # a class name in another script
+        atomic_write(path, lambda p: figure.savefig(p, dpi=80))
+
+
+def _show(axis: Any, files: ImageFiles | NamedImages, i: int) -> None:
+    try:
+        image = files.read(i)
+    except ValueError:  # it went away since it was measured
+        return
+    image.thumbnail((320, 320))
+    axis.imshow(image)
+
+
+def _title(axis: Any, text: str, colour: str) -> None:
+    axis.set_title(text, parse_math=False, fontsize=9, color=colour)
+
+
+def draw_predictions(files: ImageFiles | NamedImages, result: Predictions, path: Path, most: int = 24) -> None:
+    """Draw test photographs, spread over the classes, with predicted and true label."""
+    count = min(most, len(result.index))
+    figure, axes = _grid(count)
+    chosen = torch.linspace(0, len(result.index) - 1, count).round().int().tolist()
+    for axis, row in zip(axes, chosen, strict=False):
+        predicted, true = int(result.logits[row].argmax()), int(result.labels[row])
+        _show(axis, files, int(result.index[row]))
+        share = 100 * result.logits[row].softmax(0)[predicted].item()
+        right = predicted == true
+        _title(axis, f'{files.classes[predicted]} {share:.0f} %' + ('' if right else f'\nis {files.classes[true]}'),
+               'green' if right else 'firebrick')
+    _save(figure, path)
+
+
+def draw_wrong(
+        model: torch.nn.Module,
+        files: ImageFiles | NamedImages,
+        result: Predictions,
+        transform: Any,
+        path: Path,
+        most: int = 12,
+) -> list[dict[str, Any]]:
+    """Draw the wrong answers given with most confidence, each beside where the network looked for them.
+
+    Returns:
+        A row a photograph: `file`, `predicted`, `confidence` in %, `true`; the most confident first.
+    """
+    confidence, predicted = result.logits.softmax(1).max(1)
+    wrong = (predicted != result.labels).nonzero()[:, 0]
+    wrong = wrong[confidence[wrong].argsort(descending=True)][:most]
+    rows, pictures, answers, places = [], [], [], []
+    for i in wrong.tolist():
+        place = int(result.index[i])
+        try:
+            pictures.append(transform(files.read(place)))
+        except ValueError:  # as in `_show`
+            continue
+        answers.append(predicted[i])
+        places.append(place)
+        rows.append({'file': files.name(place), 'predicted': files.classes[predicted[i]],
+                     'confidence': round(100 * confidence[i].item(), 1), 'true': files.classes[result.labels[i]]})
+    figure, axes = _grid(2 * len(rows))
+    if rows:
+        device = next(model.parameters()).device
+        images = torch.stack(pictures)
+        maps = grad_cam(model, images.to(device), torch.stack(answers).to(device))
+        low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+        seen = ((images - low) / (high - low).clamp(min=1e-6)).permute(0, 2, 3, 1)
+        for k, row in enumerate(rows):
+            _show(axes[2 * k], files, places[k])
+            _title(axes[2 * k], f"{row['predicted']} {row['confidence']:.0f} %\nis {row['true']}", 'firebrick')
+            axes[2 * k + 1].imshow(seen[k].numpy())
+            if maps is not None:
+                axes[2 * k + 1].imshow(maps[k].cpu().numpy(), cmap='jet', alpha=0.45, vmin=0, vmax=1)
+                _title(axes[2 * k + 1], f"where it saw\n{row['predicted']}", 'black')
+    _save(figure, path)
+    return rows
+
+
+def draw_confusion(result: Predictions, classes: tuple[str, ...], path: Path) -> None:
+    """Draw the confusion matrix, each row the share in % of the true class; numbers up to 15 classes."""
+    n = len(classes)
+    counts = multiclass_confusion_matrix(result.logits.argmax(1), result.labels, n).float()
+    share = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    side = min(12., 3 + 0.35 * n)
+    figure = Figure(figsize=(side + 1, side), layout='constrained')
+    axes = figure.subplots()
+    image = axes.imshow(share.numpy(), cmap='Blues', vmin=0, vmax=100)
+    figure.colorbar(image, ax=axes, label='% of the true class')
+    axes.set(xlabel='predicted', ylabel='true')
+    if n <= _MOST_NAMES:
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_ticks(range(n), classes, parse_math=False, fontsize=8)
+        axes.tick_params('x', rotation=90)
+    if n <= 15:
+        for i, row in enumerate(share.tolist()):
+            for j, value in enumerate(row):
+                if value:
+                    axes.text(j, i, f'{value:.0f}', ha='center', va='center', fontsize=8,
+                              color='white' if value > 60 else 'black')
+    _save(figure, path)
+
+
+def write_report(
+        folder: Path,
+        metrics: dict[str, Any],
+        model: torch.nn.Module,
+        files: ImageFiles | NamedImages,
+        result: Predictions,
+        transform: Any,
+        summary: Sequence[str] = (),
+) -> None:
+    """Write `confusion.png`, `wrong.png`, `predictions.png` and `report.html` into a run directory.
+
+    Args:
+        folder: Holds `curves.png` and `history.csv`.
+        metrics: As in its `metrics.json`.
+        model: The measured weights.
+        files: The test files.
+        result: What the model says of them.
+        transform: The model's preprocessing.
+        summary: What the scan of the data found.
+    """
+    draw_confusion(result, files.classes, folder / 'confusion.png')
+    draw_predictions(files, result, folder / 'predictions.png')
+    wrong = draw_wrong(model, files, result, transform, folder / 'wrong.png')
+    atomic_write(folder / 'report.html', _page(folder, metrics, wrong, summary))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    def line(cells: Sequence[Any], tag: str) -> str:
+        return '<tr>' + ''.join(f'<{tag}>{html.escape(_shown(c))}</{tag}>' for c in cells) + '</tr>'
+
+    return '\n'.join(['<table>', line(header, 'th'), *(line(row, 'td') for row in rows), '</table>'])
+
+
+def _shown(cell: Any) -> str:
+    return '-' if cell is None else f'{cell:.1f}' if isinstance(cell, float) else str(cell)
+
+
+def _figure(file: Path, caption: str) -> str:
+    data = base64.b64encode(file.read_bytes()).decode()
+    return (f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
+            f'<figcaption>{html.escape(caption)}</figcaption></figure>')
+
+
+def _page(folder: Path, metrics: dict[str, Any], wrong: list[dict[str, Any]], summary: Sequence[str]) -> str:
+    title = f"{metrics['dataset']}: {metrics['top1']:.1f} % of {metrics['images']:,} test files"
+    facts = [(label, metrics[key]) for key, label in (
+        ('top1', 'accuracy, %'), ('top5', 'accuracy within five answers, %'),
+        ('mean_per_class', 'mean of the classes, %'), ('ece', 'expected calibration error, %'),
+        ('split', 'split'), ('train_files', 'files trained on'), ('holdout_files', 'files to choose the epoch by'),
+        ('best_epoch', 'epoch chosen'), ('epochs', 'epochs trained'), ('stopped', 'stopped by'),
+        ('seconds', 'seconds in all')) if metrics[key] not in ('', None)]
+    weakest = sorted(metrics['per_class'], key=lambda c: (metrics['per_class'][c] is None, metrics['per_class'][c]))
+    classes = [(c, metrics['per_class'][c], metrics['precision'][c]) for c in weakest]
+    bad = [*metrics['skipped'], *(f'{b} has the content of {a}, which was trained on' for a, b in metrics['leaks'])]
+    notes = ''.join(f'<li>{html.escape(line)}</li>' for line in [*summary, *bad[:50]])
+    return f'''<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; margin: 1rem 0; }}
+th, td {{ border-bottom: 1px solid #ddd; padding: .2rem .8rem; text-align: left; }}
+td:nth-child(n + 2) {{ font-variant-numeric: tabular-nums; }}
+figure {{ margin: 1rem 0; }}
+img {{ max-width: 100%; }}
+figcaption {{ color: #666; }}
+</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+{_table(('', ''), facts)}
+<h2>Training</h2>
+{_figure(folder / 'curves.png', 'Loss, accuracy on the held-out files and learning rate over the epochs')}
+<h2>What it mistakes for what</h2>
+{_figure(folder / 'confusion.png', 'Confusion matrix of the test files')}
+<h2>Wrong with most confidence</h2>
+{_figure(folder / 'wrong.png', 'Test files, and where the network looked (Grad-CAM)') if wrong else '<p>None.</p>'}
+{_table(('file', 'predicted', 'confidence, %', 'true'), [tuple(row[k] for k in ('file', 'predicted', 'confidence',
+        'true')) for row in wrong]) if wrong else ''}
+<h2>Some of the test files</h2>
+{_figure(folder / 'predictions.png', 'Predicted and true class')}
+<h2>Classes, the weakest first</h2>
+{_table(('class', 'recall, %', 'precision, %'), classes)}
+<h2>Data</h2>
+<ul>{notes}</ul>
+<h2>Made with</h2>
+{_table(('', ''), list(metrics['environment'].items()))}
+</body>
+</html>
+'''

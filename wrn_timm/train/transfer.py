@@ -1,0 +1,41 @@
+"""What weights are worth on another data set, kept in their folder as `transfer.json` for the tables of README."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..weights import find
+from .rundir import atomic_write, environment
+
+__all__ = ['TRANSFER_FILE', 'read_transfer', 'record_transfer']
+
+TRANSFER_FILE = 'transfer.json'
+_KEY = ('way', 'dataset', 'protocol', 'input_size')
+
+
+def record_transfer(weights: str, rows: list[dict[str, Any]]) -> Path:
+    """Put results into the `transfer.json` of a weights folder, in place of earlier ones of the same kind.
+
+    Args:
+        weights: `<arch>.<tag>` or a weights folder.
+        rows: Each with `way` ('linear probe', 'kNN', 'all', 'from scratch'...), `dataset`, `protocol`, `input_size`,
+            `seeds`, `mean_per_class` and `top1` (each `mean`, `std`, `values`, in %), `seconds`.
+
+    Raises:
+        FileNotFoundError: The weights have no folder on this machine.
+    """
+    folder = Path(weights) if Path(weights).is_dir() else find(weights)
+    if not folder:
+        raise FileNotFoundError(f'{weights} has no weights folder on this machine to record results in')
+    made_with = {k: v for k, v in environment().items() if k in ('torch', 'timm', 'hardware')}
+    results = {tuple(row[k] for k in _KEY): row for row in [
+        *read_transfer(folder), *({**row, 'environment': made_with} for row in rows)]}
+    atomic_write(folder / TRANSFER_FILE, json.dumps(list(results.values()), indent=2) + '\n')
+    return folder / TRANSFER_FILE
+
+
+def read_transfer(folder: Path) -> list[dict[str, Any]]:
+    """The results that a weights folder keeps; none where it has no `transfer.json`."""
+    file = folder / TRANSFER_FILE
+    return json.loads(file.read_text()) if file.is_file() else []
