@@ -8,6 +8,10 @@ import pytest
 import torch
 from hub_server import Hub
 
+if 'PYTEST_XDIST_WORKER' in os.environ:  # workers that use all cores each wait for one another
+    os.environ['OMP_NUM_THREADS'] = '1'
+    torch.set_num_threads(1)
+
 # Every test speaks to this Hub and to no other; huggingface_hub reads these once, when it is imported.
 HUB = Hub()
 HOME = tempfile.TemporaryDirectory()
