@@ -84,6 +84,19 @@ def offline(monkeypatch):
     forget_sessions()
 
 
+def randomise(model):
+    """Give BatchNorm and biases values that show when they are dropped or swapped."""
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(m.running_var, .5, 1.5)
+            torch.nn.init.normal_(m.running_mean, std=.2)
+            torch.nn.init.uniform_(m.weight, .5, 1.5)
+            torch.nn.init.normal_(m.bias, std=.2)
+        elif isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)) and m.bias is not None:
+            torch.nn.init.normal_(m.bias, std=.2)
+    return model.eval()
+
+
 def cifar10_dir() -> str:
     """Folder of the official CIFAR-10 files, from $CIFAR10_DIR; skips where it is not given."""
     if 'CIFAR10_DIR' not in os.environ:

@@ -6,25 +6,13 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import randomise
 from pytorchcv.model_provider import get_model
 from safetensors.torch import save_file
 from test_wrn import functional_params, functional_wrn
 
 import wrn_timm
 from wrn_timm.checkpoints import convert_state_dict
-
-
-def randomise(model):
-    """Give BatchNorm and biases values that show when they are dropped or swapped."""
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.running_var, .5, 1.5)
-            nn.init.normal_(m.running_mean, std=.2)
-            nn.init.uniform_(m.weight, .5, 1.5)
-            nn.init.normal_(m.bias, std=.2)
-        elif isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias is not None:
-            nn.init.normal_(m.bias, std=.2)
-    return model.eval()
 
 
 def load(name, file, **kwargs):

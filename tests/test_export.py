@@ -6,24 +6,13 @@ import onnx
 import pytest
 import timm
 import torch
-from conftest import SAMPLE
+from conftest import SAMPLE, randomise
 from torch import nn
 
 import wrn_timm
 from wrn_timm.data.folders import read_rgb
 from wrn_timm.export import fold_batchnorm, inference_forms, optimize, run_exported
 from wrn_timm.train.validate import eval_transform, open_model
-
-
-def randomised(model):
-    """In evaluation mode, with statistics as training leaves them: far from 0 and 1."""
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.uniform_(m.running_var, .5, 1.5)
-            nn.init.normal_(m.running_mean, std=.1)
-            nn.init.uniform_(m.weight, .5, 1.5)
-            nn.init.normal_(m.bias, std=.1)
-    return model.eval()
 
 
 def norms(model):
@@ -55,7 +44,7 @@ def largest_difference(a, b):
 ])
 @torch.no_grad()
 def test_folding_keeps_the_logits(name, kwargs, left):
-    model = randomised(timm.create_model(name, **kwargs))
+    model = randomise(timm.create_model(name, **kwargs))
     folded = fold_batchnorm(model)
     assert len(norms(folded)) == left and type(folded) is type(model)
     x = torch.randn(2, 3, 32, 40)
@@ -65,13 +54,13 @@ def test_folding_keeps_the_logits(name, kwargs, left):
 
 @torch.no_grad()
 def test_folding_leaves_the_model_alone_and_keeps_the_features():
-    model = randomised(timm.create_model('wrn16_2', features_only=True))
+    model = randomise(timm.create_model('wrn16_2', features_only=True))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     folded, x = fold_batchnorm(model), torch.randn(1, 3, 32, 32)
     for a, b in zip(folded(x), model(x), strict=True):
         assert largest_difference(a, b) < 1e-5
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    whole = randomised(timm.create_model('wrn16_2'))
+    whole = randomise(timm.create_model('wrn16_2'))
     torch.testing.assert_close(
         fold_batchnorm(whole).forward_features(x), whole.forward_features(x), atol=1e-4, rtol=1e-4)
 
@@ -93,7 +82,7 @@ class Shared(nn.Module):
 
 @torch.no_grad()
 def test_nothing_is_folded_that_something_else_reads():
-    model, x = randomised(Shared()), torch.randn(2, 3, 8, 8)
+    model, x = randomise(Shared()), torch.randn(2, 3, 8, 8)
     folded = fold_batchnorm(model)
     assert norms(folded) == ['bn1', 'bn2', 'bn3']
     torch.testing.assert_close(folded(x), model(x))
@@ -161,7 +150,7 @@ def test_exported_file_gives_the_logits_of_photographs(to, trained, photographs,
 def test_an_imagenet_network_is_exported_for_every_size(kwargs, tmp_path):
     if not kwargs and torch.__version__ < (2, 9):
         pytest.skip('torch 2.6 cannot export the max pool for every size')
-    model = randomised(timm.create_model('wrn18_1_5', **kwargs))
+    model = randomise(timm.create_model('wrn18_1_5', **kwargs))
     wrn_timm.export.to_exported_program(model, tmp_path / 'wrn.pt2')
     smallest = 2 * model.feature_info[-1]['reduction']
     for size in ((1, smallest, smallest), (3, 72, 96)):
