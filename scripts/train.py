@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--time-budget', type=float, default=math.inf, metavar='SECONDS')
     parser.add_argument('--resume', action='store_true', help='go on with the run in --out')
-    parser.add_argument('--checkpoint-every', type=float, default=300., metavar='SECONDS')
+    parser.add_argument('--checkpoint-every', type=float, default=60., metavar='SECONDS')
     parser.add_argument('--grad-checkpointing', action='store_true', help='save memory by computing blocks twice')
     parser.add_argument('--half', action='store_true', help='export half-precision weights (BatchNorm stays float32)')
     parser.add_argument('--tracker', default='', help='tensorboard, wandb, trackio or another that accelerate knows')

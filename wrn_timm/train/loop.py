@@ -28,7 +28,7 @@ from ..data.augment import AutoAugment, RandAugment, TrivialAugment
 from ..data.datasets import ImageArrays, load
 from ..data.device import DeviceLoader
 from .recipes import Recipe
-from .rundir import RunDir, environment, export_weights
+from .rundir import RunDir, environment, export_weights, is_best
 
 __all__ = ['Learner', 'create_model', 'evaluate', 'train']
 
@@ -250,7 +250,7 @@ def train(
         device: str = 'cpu',
         seed: int = 0,
         time_budget: float = math.inf,
-        checkpoint_every: float = 300.,
+        checkpoint_every: float = 60.,
         resume: bool = False,
         download: bool = False,
         grad_checkpointing: bool = False,
@@ -268,7 +268,7 @@ def train(
         device: 'cpu' or 'cuda'. On CUDA the network is compiled and computes in bfloat16.
         seed: Of the weights, the order and the augmentation.
         time_budget: Seconds after which the run stops, to be resumed.
-        checkpoint_every: Seconds between checkpoints; there is one at the end of each epoch too.
+        checkpoint_every: Seconds between checkpoints; the best epoch and a run that stops have theirs at once.
         resume: Go on with the run in `out`: bit for bit on a CPU, from the middle of an epoch too.
         download: Fetch the data set if it is missing.
         grad_checkpointing: Recompute the activations of each block in the backward pass, for memory.
@@ -357,8 +357,9 @@ def train(
                     break
 
             finite = math.isfinite(progress.sums[0].item())  # waits for the device
-            last_saved = time.monotonic()
-            progress.seconds += last_saved - began
+            now = time.monotonic()
+            progress.seconds += now - began
+            due = stopping or now - last_saved > checkpoint_every
             if not finite:
                 raise FloatingPointError(
                     f'the loss is not finite at epoch {progress.epoch + 1}, step {progress.step}; the checkpoints in '
@@ -371,7 +372,12 @@ def train(
                 run.log('  '.join(f'{k} {v:.4g}' for k, v in row.items()))
                 if tracking:
                     tracking.log(row, step=progress.epoch)
-            run.save({**learner.state_dict(), **vars(progress)}, progress.history)
+                due |= progress.epoch == recipe.epochs or is_best(progress.history)
+            if due:
+                run.save({**learner.state_dict(), **vars(progress)}, progress.history)
+                last_saved = time.monotonic()
+            else:  # an epoch can be shorter than writing its checkpoint, or drawing its curves, takes
+                run.write_history(progress.history, draw=False)
             if stopping and progress.epoch < recipe.epochs:
                 run.log('stopped by %s after epoch %d, step %d; go on with --resume', reason or 'another process',
                         progress.epoch, progress.step)

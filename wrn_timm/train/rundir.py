@@ -30,7 +30,7 @@ from timm.models import save_for_hf
 
 from ..weights import WEIGHTS_FILE, sha256_of
 
-__all__ = ['RunDir', 'atomic_write', 'carried_files', 'environment', 'export_weights', 'plot_history']
+__all__ = ['RunDir', 'atomic_write', 'carried_files', 'environment', 'export_weights', 'is_best', 'plot_history']
 
 _logger = logging.getLogger(__name__)
 
@@ -76,6 +76,12 @@ def carried_files(folder: Path) -> list[Path]:
     newest = _newest_first(folder / 'checkpoints')[:1]
     return sorted(
         p for p in folder.rglob('*') if p.is_file() and (p.parent != folder / 'checkpoints' or p in newest))
+
+
+def is_best(history: list[dict[str, float]]) -> bool:
+    """Whether the last epoch is the most accurate so far on held-out images; False where there are none."""
+    held_out = [row['holdout_accuracy'] for row in history if 'holdout_accuracy' in row]
+    return bool(held_out) and held_out[-1] >= max(held_out)
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
@@ -149,8 +155,7 @@ class RunDir:
             free = shutil.disk_usage(self.checkpoints).free / 1e6
             raise OSError(f'{newest} cannot be written ({str(e).splitlines()[0]}); {free:.0f} MB are free there. What '
                           f'was written before is whole: make room and go on with --resume') from e
-        held_out = [row['holdout_accuracy'] for row in history if 'holdout_accuracy' in row]
-        if held_out and state['step'] == 0 and held_out[-1] >= max(held_out):
+        if state['step'] == 0 and is_best(history):
             atomic_write(self.checkpoints / 'best.pt', lambda p: shutil.copyfile(newest, p))
         for old in _newest_first(self.checkpoints)[2:]:
             old.unlink()
@@ -172,6 +177,8 @@ class RunDir:
 
     def write_history(self, history: list[dict[str, float]], draw: bool = True) -> None:
         """Write `history.csv` and, with `draw`, `curves.png`."""
+        if not self.write:
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(history[-1]), lineterminator='\n')
         writer.writeheader()
@@ -233,7 +240,7 @@ def export_weights(
         half: Keep convolution and linear weights in half precision; BatchNorm stays in float32.
         model_args: Arguments beyond the name with which `timm.create_model` makes the network again (`stem`...).
     """
-    final, folder = folder, folder.with_name(f'.{folder.name}.part')
+    final, folder, old = (folder.with_name(n) for n in (folder.name, f'.{folder.name}.part', f'.{folder.name}.old'))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
@@ -246,5 +253,8 @@ def export_weights(
     config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf merges or replaces it, by timm's version
     config['sha256'] = sha256_of(folder / WEIGHTS_FILE)
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():  # a directory can be renamed only to where there is none
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
     os.replace(folder, final)
+    shutil.rmtree(old, ignore_errors=True)
