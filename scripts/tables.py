@@ -83,8 +83,9 @@ def transfer_table() -> str:
                 f'`{folder.name}`', result['way'], str(result['input_size']), str(result.get('epochs', '-')),
                 f"{result['dataset']}, {result['protocol']}", str(result['seeds']),
                 f"{score['mean']:.1f}" + (f" ± {score['std']:.1f}" if result['seeds'] > 1 else ''),
-                f"{result['top1']['mean']:.1f}"])
-    header = ['weights', 'way', 'px', 'epochs', 'data, protocol', 'seeds', 'mean of the classes, %', 'all files, %']
+                f"{result['top1']['mean']:.1f}", f"{result['seconds'] / 60:.0f}"])
+    header = ['weights', 'way', 'px', 'epochs', 'data, protocol', 'seeds', 'mean of the classes, %', 'all files, %',
+              'minutes, all seeds']
     return table(header, rows)
 
 
