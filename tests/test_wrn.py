@@ -1,5 +1,6 @@
 """The 6N + 4 family: against the paper's counts, an independent implementation, and what timm's users do."""
 import copy
+import functools
 import pickle
 
 import pytest
@@ -292,6 +293,35 @@ def test_a_name_that_an_imagenet_network_has_is_not_taken():
 @pytest.mark.parametrize('act_layer', ['gelu', 'silu', torch.nn.GELU])
 def test_activations_by_name_or_class(act_layer):
     assert create(act_layer=act_layer)(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize('stem,finest', [('cifar', 1), ('imagenet', 4)])
+def test_dilation_gives_the_same_values_at_the_old_places_and_more_between(stem, finest):
+    x = torch.randn(2, 3, 64, 64)
+    torch.manual_seed(0)
+    strided = create('wrn16_2', stem=stem).forward_intermediates(x, intermediates_only=True)
+    for output_stride in (finest, 2 * finest, 4 * finest):
+        torch.manual_seed(0)
+        model = create('wrn16_2', stem=stem, output_stride=output_stride)
+        assert model.feature_info[-1]['reduction'] == output_stride
+        dense = model.forward_intermediates(x, intermediates_only=True)
+        for info, a, b in zip(model.feature_info, strided, dense, strict=True):
+            step = b.shape[-1] // a.shape[-1]
+            assert b.shape[-1] == 64 // info['reduction']
+            torch.testing.assert_close(b[:, :, ::step, ::step], a)
+    with pytest.raises(ValueError, match=f'output_stride is 3; with the {stem!r} stem it can be {finest}, '):
+        create('wrn16_2', stem=stem, output_stride=3)
+
+
+def test_group_norm_does_not_mix_images_and_has_no_statistics():
+    model = timm.create_model('wrn16_4', norm_layer=functools.partial(torch.nn.GroupNorm, 16)).train()
+    assert count(model) == PARAMETERS[16, 4] and not list(model.buffers())
+    x = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(model(x)[:1], model(x[:1]))
+
+
+def test_width_and_depth_of_a_known_name_can_be_given():
+    assert count(create(depth=22, width=2)) == count(create('wrn22_2'))
 
 
 def test_configuration_fields():

@@ -44,7 +44,8 @@ def test_forward_equals_torchvision():
 
 
 def test_configurations_are_those_of_timm():
-    for ours, theirs in (('wrn50_2', 'wide_resnet50_2'), ('wrn101_2', 'wide_resnet101_2')):
+    for ours, theirs in (
+            ('wrn18_1', 'resnet18'), ('wrn50_2', 'wide_resnet50_2'), ('wrn101_2', 'wide_resnet101_2')):
         a, b = timm.models.get_arch_pretrained_cfgs(ours), timm.models.get_arch_pretrained_cfgs(theirs)
         assert {n.split('.')[1] for n in a} == {n.split('.')[1] for n in b}
         assert timm.get_pretrained_cfg(ours).tag == timm.get_pretrained_cfg(theirs).tag
@@ -73,6 +74,7 @@ def test_stem_for_small_images_is_resnet18s_usual_one():
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model(x), reference(x), atol=1e-5, rtol=1e-5)
+    assert set(model.state_dict()) == set(timm.create_model('resnet18').state_dict())
     backbone = timm.create_model('wrn18_1', stem='cifar', features_only=True)
     assert [32 // f.shape[-1] for f in backbone(x)] == backbone.feature_info.reduction() == [1, 1, 2, 4, 8]
     with pytest.raises(ValueError, match="stem 'vit' is unknown; choose 'cifar' or 'imagenet'"):

@@ -69,9 +69,13 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     return model
 
 
-def alternate(candidates: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
+def alternate(
+        candidates: dict[str, Callable[[], Any]],
+        rounds: int,
+        device: str | torch.device,
+) -> dict[str, float]:
     """Median seconds a call; the candidates take turns, so that a busy machine slows each alike."""
-    sync = torch.cuda.synchronize if device == 'cuda' else lambda: None
+    sync = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
     times = {name: [] for name in candidates}
     for i in range(rounds + 1):
         for name, call in candidates.items():

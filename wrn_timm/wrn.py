@@ -12,7 +12,14 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerType, calculate_drop_path_rates, create_act_layer, create_classifier
+from timm.layers import (
+    DropPath,
+    LayerType,
+    calculate_drop_path_rates,
+    create_act_layer,
+    create_classifier,
+    get_norm_layer,
+)
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, is_model, register_model
 from timm.models._features import feature_take_indices
 
@@ -36,21 +43,24 @@ class PreActBlock(nn.Module):
             in_chs: int,
             out_chs: int,
             stride: int = 1,
+            dilation: tuple[int, int] = (1, 1),
             conv_drop_rate: float = 0.,
             drop_path: float = 0.,
             act_layer: LayerType = nn.ReLU,
+            norm_layer: type[nn.Module] = nn.BatchNorm2d,
             device=None,
             dtype=None,
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_chs, **dd)
+        first, second = dilation
+        self.bn1 = norm_layer(in_chs, **dd)
         self.act1 = create_act_layer(act_layer, inplace=True)
-        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False, **dd)
-        self.bn2 = nn.BatchNorm2d(out_chs, **dd)
+        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=first, dilation=first, bias=False, **dd)
+        self.bn2 = norm_layer(out_chs, **dd)
         self.act2 = create_act_layer(act_layer, inplace=True)
         self.drop = nn.Dropout(conv_drop_rate) if conv_drop_rate > 0. else nn.Identity()
-        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **dd)
+        self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=second, dilation=second, bias=False, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         if stride != 1 or in_chs != out_chs:
             self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **dd)
@@ -75,10 +85,12 @@ class WideResNet(nn.Module):
         in_chans: Channels of the input image.
         global_pool: '', 'avg', 'max', 'avgmax' or 'catavgmax'.
         stem: 'cifar' (3x3, stages at reductions 1, 2, 4) or 'imagenet' (7x7 stride 2 and max pool: 4, 8, 16).
+        output_stride: Largest reduction, None for the stem's own; stages beyond it are dilated instead.
         drop_rate: Dropout before the classifier.
         conv_drop_rate: Dropout between the convolutions of a block (paper, section 2.4: 0.3 CIFAR, 0.4 SVHN).
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
         act_layer: Activation, by timm's name or class.
+        norm_layer: Normalisation, by timm's name ('groupnorm1') or a callable (`partial(nn.GroupNorm, 16)`).
         device: Device of the parameters.
         dtype: Type of the parameters.
 
@@ -86,7 +98,8 @@ class WideResNet(nn.Module):
     ImageNet stem) after the last BN-ReLU.
 
     Raises:
-        ValueError: Depth is not 6N + 4, width gives fractional channels, or the stem is unknown.
+        ValueError: Depth is not 6N + 4, width gives fractional channels, the stem is unknown, or it has no such
+            output stride.
     """
 
     def __init__(
@@ -97,10 +110,12 @@ class WideResNet(nn.Module):
             in_chans: int = 3,
             global_pool: str = 'avg',
             stem: str = 'cifar',
+            output_stride: int | None = None,
             drop_rate: float = 0.,
             conv_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
             act_layer: LayerType = nn.ReLU,
+            norm_layer: LayerType = nn.BatchNorm2d,
             device=None,
             dtype=None,
     ):
@@ -109,6 +124,11 @@ class WideResNet(nn.Module):
         num_blocks, channels = _layout(depth, width)
         if stem not in ('cifar', 'imagenet'):
             raise ValueError(f"stem {stem!r} is unknown; choose 'cifar' or 'imagenet'")
+        in_chs, reduction = 16, 4 if stem == 'imagenet' else 1
+        if output_stride not in (None, reduction, 2 * reduction, 4 * reduction):
+            raise ValueError(f'output_stride is {output_stride}; with the {stem!r} stem it can be {reduction}, '
+                             f'{2 * reduction} or {4 * reduction}')
+        norm_layer = get_norm_layer(norm_layer)
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -123,19 +143,24 @@ class WideResNet(nn.Module):
             self.maxpool = nn.Identity()
 
         self.feature_info = []
-        in_chs, reduction = 16, 4 if stem == 'imagenet' else 1
+        dilation = 1
         drop_paths = calculate_drop_path_rates(drop_path_rate, [num_blocks] * 3, stagewise=True)
         for name, out_chs, stage_drop_paths in zip(STAGES, channels, drop_paths, strict=True):
             stride = 1 if name == 'layer1' else 2
+            first_dilation = dilation
+            if reduction == output_stride:
+                stride, dilation = 1, dilation * stride
             blocks = []
             for i, drop_path in enumerate(stage_drop_paths):
                 blocks.append(PreActBlock(
                     in_chs,
                     out_chs,
                     stride=stride if i == 0 else 1,
+                    dilation=(dilation if i else first_dilation, dilation),
                     conv_drop_rate=conv_drop_rate,
                     drop_path=drop_path,
                     act_layer=act_layer,
+                    norm_layer=norm_layer,
                     **dd,
                 ))
                 in_chs = out_chs
@@ -144,7 +169,7 @@ class WideResNet(nn.Module):
             self.feature_info.append(dict(num_chs=out_chs, reduction=reduction, module=name))
 
         self.num_features = in_chs
-        self.bn = nn.BatchNorm2d(in_chs, **dd)
+        self.bn = norm_layer(in_chs, **dd)
         self.act = create_act_layer(act_layer, inplace=True)
         self.global_pool, self.fc = create_classifier(in_chs, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = in_chs * self.global_pool.feat_mult()
@@ -358,7 +383,7 @@ def register_wrn(depth: int, width: float) -> str:
             f'wrn_timm.WideResNet(depth={depth}, width={width:g})')
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> WideResNet:
-        return _create_wrn(name, pretrained, depth=depth, width=width, **kwargs)
+        return _create_wrn(name, pretrained, **{'depth': depth, 'width': width, **kwargs})
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f'WRN-{depth}-{width:g}: {(depth - 4) // 6} blocks a stage, {width:g} times as wide.'

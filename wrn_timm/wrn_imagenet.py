@@ -46,10 +46,10 @@ def _hosted_by_timm(arch: str, timm_arch: str) -> dict[str, PretrainedCfg]:
 default_cfgs = generate_default_cfgs({
     **_hosted_by_timm('wrn50_2', 'wide_resnet50_2'),
     **_hosted_by_timm('wrn101_2', 'wide_resnet101_2'),
+    **_hosted_by_timm('wrn18_1', 'resnet18'),
     'wrn50_4.untrained': _cfg(),
     'wrn152_2.untrained': _cfg(),
     'wrn200_2.untrained': _cfg(),
-    'wrn18_1.untrained': _cfg(),
     'wrn18_1_5.untrained': _cfg(),
     'wrn18_2.untrained': _cfg(),
     'wrn18_3.untrained': _cfg(),
@@ -88,12 +88,12 @@ def _create_wrn_imagenet(variant: str, pretrained: bool = False, **kwargs: Any) 
 
 def _bottleneck(variant: str, pretrained: bool, width: int, layers: tuple[int, ...], **kwargs: Any) -> ResNet:
     model_args = dict(block=Bottleneck, layers=layers, base_width=64 * width)
-    return _create_wrn_imagenet(variant, pretrained, **model_args, **kwargs)
+    return _create_wrn_imagenet(variant, pretrained, **(model_args | kwargs))
 
 
 def _basic(variant: str, pretrained: bool, width: float, layers: tuple[int, ...], **kwargs: Any) -> ResNet:
-    channels = tuple(int(c * width) for c in (64, 128, 256, 512))
-    return _create_wrn_imagenet(variant, pretrained, block=BasicBlock, layers=layers, channels=channels, **kwargs)
+    model_args = dict(block=BasicBlock, layers=layers, channels=tuple(int(c * width) for c in (64, 128, 256, 512)))
+    return _create_wrn_imagenet(variant, pretrained, **(model_args | kwargs))
 
 
 @register_model
