@@ -314,7 +314,7 @@ def test_dilation_gives_the_same_values_at_the_old_places_and_more_between(stem,
 
 
 def test_group_norm_does_not_mix_images_and_has_no_statistics():
-    model = timm.create_model('wrn16_4', norm_layer=functools.partial(torch.nn.GroupNorm, 16)).train()
+    model = timm.create_model('wrn16_4', norm_layer=functools.partial(timm.layers.GroupNorm, num_groups=16)).train()
     assert count(model) == PARAMETERS[16, 4] and not list(model.buffers())
     x = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(model(x)[:1], model(x[:1]))

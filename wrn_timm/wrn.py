@@ -90,7 +90,7 @@ class WideResNet(nn.Module):
         conv_drop_rate: Dropout between the convolutions of a block (paper, section 2.4: 0.3 CIFAR, 0.4 SVHN).
         drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
         act_layer: Activation, by timm's name or class.
-        norm_layer: Normalisation, by timm's name ('groupnorm1') or a callable (`partial(nn.GroupNorm, 16)`).
+        norm_layer: Normalisation, by timm's name ('groupnorm1') or class (`partial(GroupNorm, num_groups=16)`).
         device: Device of the parameters.
         dtype: Type of the parameters.
 
