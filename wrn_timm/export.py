@@ -69,8 +69,8 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     return model
 
 
-def alternate(candidates: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds a call; the candidates take turns, so that a busy machine slows each alike."""
+def alternate(candidates: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each call, a round each; the candidates take turns, so that a busy machine slows each alike."""
     sync = torch.cuda.synchronize if device == 'cuda' else lambda: None
     times = {name: [] for name in candidates}
     for i in range(rounds + 1):
@@ -81,7 +81,7 @@ def alternate(candidates: dict[str, Callable[[], Any]], rounds: int, device: str
             sync()
             if i:  # the first round warms up
                 times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(t) for name, t in times.items()}
+    return times
 
 
 class OptimizedModel(nn.Module):
@@ -159,7 +159,8 @@ def optimize(
     """
     forms = inference_forms(model, images, dtypes, compile)
     calls = {name: lambda form=form: form(images) for name, form in forms.items()}
-    seconds = alternate(calls, rounds, images.device.type)
+    times = alternate(calls, rounds, images.device.type)
+    seconds = {name: statistics.median(t) for name, t in times.items()}
     chosen = min(seconds, key=seconds.get)
     best = forms[chosen]
     best.form, best.images_per_second = chosen, {name: len(images) / s for name, s in seconds.items()}
