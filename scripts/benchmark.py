@@ -1,74 +1,372 @@
 #!/usr/bin/env python3
-"""Measure speed: import, inference, augmentation and training, each against the plain alternative in the same run.
+"""Measure speed and memory, each contestant beside the others in the same run.
 
-    python scripts/benchmark.py                        # import time, inference, augmentation
-    python scripts/benchmark.py --train                # and training steps
-    python scripts/benchmark.py --train --model wrn28_10 --batch-size 512 --device cuda --json
+    python scripts/benchmark.py                              # every section, on the bundled data
+    python scripts/benchmark.py evaluate latency --models wrn28_10 wrn50_2 --json
+    python scripts/benchmark.py int8 --data cifar10:DIR
+    python scripts/benchmark.py head finetune --data caltech101:DIR --split random30     # as finetune.py
+
+Of each line the ratio says how many times as fast as the first line of its case it is: the median over the rounds, in
+each of which every contestant runs once. `matmul` is the share of the rate of a large matrix product of the same type,
+which is the ceiling of what convolutions reach.
 """
 from __future__ import annotations
 
-import argparse
+import contextlib
+import copy
+import dataclasses
+import functools
 import json
+import math
+import multiprocessing
+import re
+import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
 
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
+import tyro
+from safetensors.torch import load_file
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-import wrn_timm  # noqa: F401  (registers the models)
+import wrn_timm
+from wrn_timm.checkpoints import convert_state_dict, fit_to_model
 from wrn_timm.data.augment import AutoAugment, RandAugment, TrivialAugment
-from wrn_timm.data.datasets import ImageArrays
+from wrn_timm.data.datasets import ImageArrays, load, parse_spec
 from wrn_timm.data.device import DeviceLoader
-from wrn_timm.export import alternate
+from wrn_timm.export import OptimizedModel, alternate, inference_forms, to_onnx
+from wrn_timm.train import finetune as tuning
+from wrn_timm.train.fit import _loader, fit
 from wrn_timm.train.loop import Learner, create_model
 from wrn_timm.train.recipes import Recipe
-from wrn_timm.train.rundir import environment
+from wrn_timm.train.rundir import RunDir, environment, export_weights
+from wrn_timm.train.validate import open_model
+from wrn_timm.weights import WEIGHTS_FILE
 
+SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
 CLASSES = 10
 
-
-def seconds_to_import() -> float:
-    """Seconds that `import wrn_timm` takes in a fresh interpreter that has imported timm."""
-    code = 'import timm, time; t = time.perf_counter(); import wrn_timm; print(time.perf_counter() - t)'
-    return float(subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout)
+Call = Callable[[], Any]
+Row = dict[str, Any]
 
 
-def waiter(device: str) -> Callable[[], None]:
-    return torch.cuda.synchronize if device == 'cuda' else lambda: None
+@dataclasses.dataclass(frozen=True)
+class Command:
+    sections: tyro.conf.Positional[tuple[str, ...]] = ()
+    """evaluate, int8, train, latency, growth, augment, start, head, finetune; by default all."""
+    config: Annotated[tuning.FinetuneConfig, tyro.conf.arg(name='')] = dataclasses.field(
+        default_factory=tuning.FinetuneConfig)
+    models: tuple[str, ...] = ('wrn16_4', 'wrn28_10', 'wrn50_2')
+    """Networks that evaluate, train, latency, growth and start measure."""
+    batch: int = 0
+    """Images a call of evaluate, train and augment; 0 takes as many as some seconds allow, up to 128."""
+    size: int = 0
+    """Side of the images in pixels; 0 takes the network's own."""
+    rounds: int = 7
+    """Times each contestant is measured (latency: eight times as often)."""
+    data: str = ''
+    """cifar10:DIR for int8; for head and finetune as in finetune.py, by default the bundled sample."""
+    workers: int = 0
+    """Processes that read photographs."""
+    device: str = 'cuda' if torch.cuda.is_available() else 'cpu'
+    """'cpu' or 'cuda'."""
+    compile: bool = True
+    """Measure compiled forms too."""
+    memory: bool = True
+    """Measure the peak memory of training, each in a process of its own."""
+    json: bool = False
+    """Print JSON in place of tables."""
+
+    def __post_init__(self):
+        for name, known in (('sections', SECTIONS), ('models', timm.list_models('*'))):
+            if unknown := [n for n in getattr(self, name) if n.partition('.')[0] not in known]:
+                near = ', '.join(known) if name == 'sections' else "timm.list_models('wrn*') lists ours"
+                raise ValueError(f'{name}: {unknown[0]} is unknown; {near}')
+        if self.rounds < 1 or self.batch < 0 or self.size < 0:
+            raise ValueError('rounds must be at least 1, batch and size at least 0')
 
 
-def rival(name: str) -> torch.nn.Module | None:
-    """pytorchcv's network of the same shape, where it has one."""
-    try:
-        from pytorchcv.model_provider import get_model
-        return get_model(f'{name}_cifar10')
-    except (ImportError, ValueError):
-        return None
+@dataclasses.dataclass
+class Case:
+    """Contestants that did the same work; the first is what the others' ratio is over."""
+    name: str
+    rows: list[Row]
 
 
-def matmul_ceiling(device: str) -> float:
-    """FLOP/s of a large matrix product: 8192 cubed in bfloat16 on CUDA, 2048 cubed in float32 on a CPU."""
-    size, dtype = (8192, torch.bfloat16) if device == 'cuda' else (2048, torch.float32)
+# --- measuring and printing
+
+def summarise(seconds: dict[str, list[float]], items: int | Mapping[str, int] = 1) -> list[Row]:
+    """A row a contestant: the median ratio over the first in the same round with its quartiles, and images/s.
+
+    Args:
+        seconds: Of each contestant's calls, a round each.
+        items: Images a call.
+    """
+    rows = []
+    for name, own in seconds.items():
+        each = {n: items[n] if isinstance(items, Mapping) else items for n in seconds}
+        first = next(iter(seconds))
+        ratios = [(a / each[first]) / (b / each[name]) for a, b in zip(seconds[first], own, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        rows.append({
+            'name': name, 'ratio': statistics.median(ratios), 'ratio_low': low, 'ratio_high': high,
+            'images_per_second': each[name] / statistics.median(own), 'ms': 1000 * statistics.median(own)})
+    return rows
+
+
+def measure(
+        contestants: dict[str, Call | str],
+        rounds: int,
+        device: str,
+        items: int | Mapping[str, int] = 1,
+) -> tuple[list[Row], dict[str, list[float]]]:
+    """Time contestants in turns; one that is a text is absent, and the text says why. Rows, and seconds of each round.
+    """
+    seconds = alternate({n: c for n, c in contestants.items() if callable(c)}, rounds, device)
+    rows = {row['name']: row for row in summarise(seconds, items)}
+    return [rows.get(n) or {'name': n, 'absent': c} for n, c in contestants.items()], seconds
+
+
+def without(column: str, rows: list[Row]) -> list[Row]:
+    return [{k: v for k, v in row.items() if k != column} for row in rows]
+
+
+COLUMNS = {  # how a figure is printed; those not here are for JSON alone
+    'ratio': '{:.2f}', 'images_per_second': '{:,.1f}', 'ms': '{:,.1f}', 'p95_ms': '{:,.1f}', 'matmul': '{:.0%}',
+    'logits_differ': '{:.0e}', 'peak_mb': '{:,.0f}', 'memory': '{:.2f}', 'first_step_s': '{:.1f}', 'linear': '{:.2f}',
+    'ms_over': '{:,.1f}', 'accuracy': '{:.2f}', 'points': '{:+.2f}', 'seconds': '{:.1f}', 'share_of_slower': '{:.0%}',
+    'share_of_serial': '{:.0%}'}
+
+
+def show(section: str, case: Case) -> None:
+    """Print a case: its columns, ratio first, and the name of each contestant."""
+    columns = [c for c in COLUMNS if any(c in row for row in case.rows)]
+    cells = [[c.replace('_per_second', '/s').replace('_', ' ') for c in columns]]
+    cells += [[COLUMNS[c].format(row[c]) if row.get(c) is not None else '-' for c in columns] for row in case.rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    print(f'\n{section}: {case.name}')
+    names = ['', *(r['name'] + (f"  absent: {r['absent']}" if 'absent' in r else '') for r in case.rows)]
+    for line, name in zip(cells, names, strict=True):
+        print('  ' + '  '.join(f'{c:>{w}}' for c, w in zip(line, widths, strict=True)) + f'  {name}'.rstrip())
+
+
+@functools.cache
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product: 8192 cubed on CUDA, 2048 cubed on a CPU."""
+    size = 8192 if device == 'cuda' else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size ** 3 / alternate({'matmul': lambda: a @ b}, 10, waiter(device))['matmul']
+    return 2 * size ** 3 / statistics.median(alternate({'matmul': lambda: a @ b}, 10, device)['matmul'])
 
 
-def training_flops(name: str) -> int:
-    """Operations of a training step an image: those of the forward pass, and twice as many backward."""
+@functools.cache
+def flops(name: str, size: int) -> int:
+    """Operations of a forward pass an image, two for each multiply-add of a convolution or matrix product."""
     model = timm.create_model(name, device='meta')
     with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
-    return 3 * counter.get_total_flops()
+        model(torch.empty(1, 3, size, size, device='meta'))
+    return counter.get_total_flops()
 
 
-def plain_step(model: torch.nn.Module, device: str, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+def image_size(command: Command, name: str) -> int:
+    return command.size or timm.create_model(name, device='meta').pretrained_cfg['input_size'][-1]
+
+
+def batch_size(command: Command, cost: float) -> int:
+    """A power of two for images of `cost` FLOP that keeps a call at about two seconds of two CPU cores."""
+    work, most = (2e11, 128) if command.device == 'cpu' else (2e14, 1024)
+    return command.batch or min(most, 2 ** int(math.log2(max(1, work / cost))))
+
+
+# --- contestants of inference
+
+LIBRARIES = ('pytorchcv', 'torchvision', 'timm')
+
+
+def their_model(library: str, name: str) -> nn.Module | str:
+    """The library's own network of this shape, with fresh weights, or why there is none."""
+    wide = re.fullmatch(r'wrn(50|101)_2', name)
+    if library == 'torchvision' and wide:
+        return torchvision.models.get_model(f'wide_resnet{wide[1]}_2')
+    if library == 'timm' and wide:
+        return timm.create_model(f'wide_resnet{wide[1]}_2')
+    if library == 'pytorchcv':
+        try:
+            from pytorchcv.model_provider import get_model
+        except ImportError:
+            return 'it is not installed'
+        for theirs in (f'{name}_cifar10', name):
+            with contextlib.suppress(ValueError):
+                return get_model(theirs)
+    return 'it has no such network'
+
+
+def peers(name: str) -> tuple[nn.Module, dict[str, nn.Module | str]]:
+    """Our network, and those of other libraries with the same weights, for inference."""
+    torch.manual_seed(0)
+    ours, others = timm.create_model(name), {library: their_model(library, name) for library in LIBRARIES}
+    if isinstance(others['pytorchcv'], nn.Module):  # whose layout we read
+        ours.load_state_dict(fit_to_model(convert_state_dict(others['pytorchcv'].state_dict()), ours))
+    for library in ('torchvision', 'timm'):  # whose layout is ours
+        if isinstance(others[library], nn.Module):
+            others[library].load_state_dict(ours.state_dict())
+    return ours.eval(), {n: m.eval() if isinstance(m, nn.Module) else m for n, m in others.items()}
+
+
+def onnx_session(file: str | Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What runs an ONNX file on as many threads as torch has."""
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
+    return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
+
+
+def through_onnx(model: nn.Module, device: str) -> Callable[[torch.Tensor], torch.Tensor] | str:
+    """The exported file run by onnxruntime, or why it cannot be."""
+    if device != 'cpu':
+        return 'measured on a CPU only'
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            to_onnx(model, Path(folder) / 'model.onnx')
+            return onnx_session(Path(folder) / 'model.onnx')
+    except ImportError as e:
+        return str(e)
+
+
+def networks(name: str, images: torch.Tensor, compile: bool) -> dict[str, Callable[[torch.Tensor], Any] | str]:
+    """The contestants of inference by name, the plain eager network first; all give the same logits.
+
+    Raises:
+        ValueError: They do not.
+    """
+    device = images.device.type
+    ours, others = peers(name)
+    ours.to(device)
+    forms = inference_forms(ours, images, (torch.float32, torch.bfloat16), compile)
+    last = copy.deepcopy(ours).to(memory_format=torch.channels_last)
+    found = {'plain eager': forms.pop('plain'),
+             'channels_last': OptimizedModel(last, torch.float32, torch.channels_last),
+             **{f'folded, channels_last, {n}': form for n, form in forms.items()},
+             **{n: OptimizedModel(m.to(device), torch.float32, torch.preserve_format) if isinstance(m, nn.Module)
+                else m for n, m in others.items()},
+             'onnxruntime': through_onnx(ours, device)}
+    for other, network in found.items():
+        if callable(network):
+            limit = 0.1 if 'bfloat16' in other else 0.01
+            if (differ := difference(network(images), found['plain eager'](images))) > limit:
+                raise ValueError(f'{name}: the logits of {other} differ by {differ:.0e} of the largest')
+    return found
+
+
+@torch.no_grad()
+def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, as a share of the largest logit."""
+    return ((logits - expected).abs().max() / expected.abs().max()).item()
+
+
+def inference(command: Command, name: str, size: int, batch: int, rounds: int) -> list[Row]:
+    """Rows of all contestants of inference."""
+    torch.manual_seed(0)
+    images = torch.randn(batch, 3, size, size, device=command.device)
+    found = networks(name, images, command.compile)
+    calls = {n: functools.partial(network, images) if callable(network) else network for n, network in found.items()}
+    rows, seconds = measure(calls, rounds, command.device, batch)
+    expected = calls['plain eager']()
+    for row in rows:
+        if 'absent' in row:
+            continue
+        dtype = torch.bfloat16 if 'bfloat16' in row['name'] else torch.float32
+        row |= {'matmul': row['images_per_second'] * flops(name, size) / matmul_rate(command.device, dtype),
+                'logits_differ': difference(calls[row['name']](), expected),
+                'p95_ms': 1000 * sorted(seconds[row['name']])[int(0.95 * (rounds - 1))]}
+        if command.device == 'cuda':
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            calls[row['name']]()
+            row['peak_mb'] = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return rows
+
+
+# --- sections
+
+def evaluate(command: Command) -> Iterator[Case]:
+    """Images/s of inference."""
+    for name in command.models:
+        size = image_size(command, name)
+        batch = batch_size(command, flops(name, size))
+        rows = inference(command, name, size, batch, command.rounds)
+        yield Case(f'{name}, {size} px, batch {batch}', without('p95_ms', rows))
+
+
+def latency(command: Command) -> Iterator[Case]:
+    """Milliseconds of one image, median and 95th percentile."""
+    for name in command.models:
+        size = image_size(command, name)
+        rows = inference(command, name, size, 1, 8 * command.rounds)
+        yield Case(f'{name}, {size} px, batch 1', without('images_per_second', rows))
+
+
+def int8(command: Command) -> Iterator[Case]:
+    """Speed and accuracy of 8-bit weights and activations by onnxruntime, calibrated on 512 training images."""
+    name = 'wrn16_1.cifar10'
+    if not command.data.startswith('cifar10:'):
+        yield Case(name, [{'name': 'onnxruntime int8', 'absent': 'it needs --data cifar10:DIR'}])
+        return
+    try:
+        from onnxruntime.quantization import CalibrationDataReader, quant_pre_process, quantize_static
+    except ImportError as e:
+        yield Case(name, [{'name': 'onnxruntime int8', 'absent': str(e)}])
+        return
+    model, (dataset, root) = open_model(name), parse_spec(command.data)
+
+    def normalised(part: ImageArrays) -> torch.Tensor:
+        mean, std = (torch.tensor(model.pretrained_cfg[k])[:, None, None] for k in ('mean', 'std'))
+        return (part.images.float() / 255 - mean) / std
+
+    class Reader(CalibrationDataReader):
+        def __init__(self, images: torch.Tensor):
+            self.batches = iter(images.split(64))
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {'images': batch.numpy()}
+
+    test = load(dataset, root, train=False)
+    training = load(dataset, root, train=True)
+    images = normalised(test)
+    with tempfile.TemporaryDirectory() as folder:
+        floats, prepared, ints = (Path(folder) / f'{kind}.onnx' for kind in ('floats', 'prepared', 'ints'))
+        to_onnx(model, floats)
+        quant_pre_process(str(floats), str(prepared), skip_symbolic_shape=True)
+        quantize_static(str(prepared), str(ints), Reader(normalised(training.subset(torch.arange(512)))),
+                        per_channel=True)
+        batch = images[:batch_size(command, flops('wrn16_1', 32))]
+        forms = inference_forms(model, batch, compile=command.compile)
+        found = {'plain eager': forms.pop('plain'),
+                 **{f'folded, channels_last, {n}': form for n, form in forms.items()},
+                 'onnxruntime float32': onnx_session(floats), 'onnxruntime int8': onnx_session(ints)}
+        rows, _ = measure({n: functools.partial(network, batch) for n, network in found.items()},
+                          command.rounds, 'cpu', len(batch))
+        for row in rows:
+            logits = torch.cat([found[row['name']](part) for part in images.split(len(batch))])
+            row['accuracy'] = 100 * (logits.argmax(1) == test.labels).float().mean().item()
+            row['points'] = row['accuracy'] - rows[0]['accuracy']
+    yield Case(f'{name}, 32 px, batch {len(batch)}, on {len(images)} test images', rows)
+
+
+def plain_step(model: nn.Module, device: str, images: torch.Tensor, labels: torch.Tensor) -> Call:
     """The step of a tutorial's loop: NCHW, nothing compiled or fused; bfloat16 on CUDA, as the trainer's."""
     model = model.to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, nesterov=True, weight_decay=5e-4, foreach=False)
@@ -83,7 +381,7 @@ def plain_step(model: torch.nn.Module, device: str, images: torch.Tensor, labels
     return step
 
 
-def trainer_step(name: str, device: str, batch: int, loader: DeviceLoader, checkpointing: bool) -> Callable[[], None]:
+def trainer_step(name: str, device: str, batch: int, loader: DeviceLoader, checkpointing: bool) -> Call:
     """The trainer's own step: a new batch augmented on the device, then what `train.py` does with it."""
     recipe = Recipe('synthetic', name, epochs=1, batch_size=batch, lr=0.01, ema_decay=0.999)
     model = create_model(recipe, CLASSES).to(device, memory_format=torch.channels_last).train()
@@ -94,136 +392,237 @@ def trainer_step(name: str, device: str, batch: int, loader: DeviceLoader, check
     return lambda: learner.step(1, *next(batches))
 
 
-def compare_training(name: str, device: str, batch: int, rounds: int) -> dict[str, Any]:
-    """The trainer's step against plain eager loops: images/s, share of the ceiling, peak memory, first step."""
-    size = timm.create_model(name, device='meta').pretrained_cfg['input_size']
-    data = ImageArrays(torch.randint(256, (4 * batch, *size), dtype=torch.uint8), torch.randint(CLASSES, (4 * batch,)),
-                       tuple(map(str, range(CLASSES))), (0.5,) * 3, (0.25,) * 3)
+def training_steps(name: str, size: int, batch: int, device: str) -> dict[str, Callable[[], Call | str]]:
+    """What makes each contestant's step, or says why there is none."""
+    torch.manual_seed(0)
+    data = ImageArrays(torch.randint(256, (4 * batch, 3, size, size), dtype=torch.uint8),
+                       torch.randint(CLASSES, (4 * batch,)), tuple(map(str, range(CLASSES))), (0.5,) * 3, (0.25,) * 3)
     loader = DeviceLoader(data, batch, device)
     images, labels = next(loader.epoch(0))
     images = images.contiguous()
-    makers: dict[str, Callable[[], Callable[[], None]]] = {
+
+    def theirs(library: str) -> Call | str:
+        model = their_model(library, name)
+        return model if isinstance(model, str) else plain_step(model, device, images, labels)
+
+    return {
+        'plain eager': lambda: plain_step(timm.create_model(name, num_classes=CLASSES), device, images, labels),
         'trainer': lambda: trainer_step(name, device, batch, loader, False),
         'trainer, checkpointing': lambda: trainer_step(name, device, batch, loader, True),
-        'plain eager': lambda: plain_step(timm.create_model(name, num_classes=CLASSES), device, images, labels)}
-    if other := rival(name):
-        makers['pytorchcv'] = lambda: plain_step(other, device, images, labels)
+        **{library: functools.partial(theirs, library) for library in LIBRARIES}}
 
-    sync, steps, first, memory = waiter(device), {}, {}, {}
-    for kind, make in makers.items():
-        if device == 'cuda':
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        step = make()
-        started = time.perf_counter()
+
+def _peak_in_this_process(contestant: str, name: str, size: int, batch: int, device: str) -> float:
+    make = training_steps(name, size, batch, device)[contestant]
+    before = 0 if device == 'cuda' else _peak_rss()
+    step = make()
+    for _ in range(2):  # the optimiser's memory comes with the first
         step()
-        sync()
-        first[kind] = time.perf_counter() - started
-        if device == 'cuda':
-            memory[kind] = (torch.cuda.max_memory_allocated() - before) / 1e9
-        steps[kind] = step
-    rates = {k: batch / t for k, t in alternate(steps, rounds, waiter(device)).items()}
-    ceiling, flops = matmul_ceiling(device), training_flops(name)
-    out = {
-        'ratios': {f'over {k}': round(rates['trainer'] / v, 3) for k, v in rates.items() if k != 'trainer'},
-        'images_per_second': {k: round(v, 1) for k, v in rates.items()},
-        'share_of_matmul_ceiling': {k: round(v * flops / ceiling, 3) for k, v in rates.items()},
-        'ceiling_tflops': round(ceiling / 1e12, 3), 'gflop_an_image': round(flops / 1e9, 2),
-        'first_step_seconds': {k: round(v, 1) for k, v in first.items()}}
-    if memory:
-        out['peak_gb'] = {k: round(v, 2) for k, v in memory.items()}
-        out['memory_over_plain'] = {k: round(v / memory['plain eager'], 3) for k, v in memory.items()}
-    return out
+    return (torch.cuda.max_memory_allocated() if device == 'cuda' else _peak_rss() - before) / 1e6
 
 
-def compare_inference(name: str, device: str, batch: int, rounds: int) -> dict[str, Any]:
-    """Images/s of the network in channels_last, plain, and of pytorchcv's, on random images in float32."""
-    images = torch.randn(batch, *timm.create_model(name, device='meta').pretrained_cfg['input_size'], device=device)
-    last = images.contiguous(memory_format=torch.channels_last)
-
-    def call(model: torch.nn.Module, images: torch.Tensor) -> Callable[[], Any]:
-        return torch.inference_mode()(lambda: model(images))
-
-    candidates = {
-        'channels_last': call(timm.create_model(name).to(device, memory_format=torch.channels_last).eval(), last),
-        'plain': call(timm.create_model(name).to(device).eval(), images)}
-    if other := rival(name):
-        candidates['pytorchcv'] = call(other.to(device).eval(), images)
-    rates = {k: batch / t for k, t in alternate(candidates, rounds, waiter(device)).items()}
-    ours = rates['channels_last']
-    return {'ratios': {f'over {k}': round(ours / v, 3) for k, v in rates.items() if k != 'channels_last'},
-            'images_per_second': {k: round(v, 1) for k, v in rates.items()}}
+def _peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def compare_augmentation(device: str, batch: int, rounds: int) -> dict[str, Any]:
+def peak_memory(contestant: str, name: str, size: int, batch: int, device: str) -> float:
+    """MB that two training steps need at most, in a process of their own: resident on a CPU, allocated on CUDA."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+        return pool.submit(_peak_in_this_process, contestant, name, size, batch, device).result()
+
+
+def train(command: Command) -> Iterator[Case]:
+    """Images/s and peak memory of training steps. A step counts three forward passes: its own, and two backward."""
+    dtype = torch.bfloat16 if command.device == 'cuda' else torch.float32
+    for name in command.models:
+        size = image_size(command, name)
+        settings = name, size, batch_size(command, 3 * flops(name, size)), command.device
+        steps, first = {}, {}
+        for contestant, make in training_steps(*settings).items():
+            steps[contestant] = make()
+            if callable(steps[contestant]):
+                began = time.perf_counter()
+                steps[contestant]()
+                if command.device == 'cuda':
+                    torch.cuda.synchronize()
+                first[contestant] = time.perf_counter() - began
+        rows, _ = measure(steps, command.rounds, command.device, settings[2])
+        for row in rows:
+            if 'absent' not in row:
+                rate = 3 * flops(name, size) * row['images_per_second']
+                row |= {'matmul': rate / matmul_rate(command.device, dtype), 'first_step_s': first[row['name']]}
+                if command.memory:
+                    row['peak_mb'] = peak_memory(row['name'], *settings)
+                    row['memory'] = row['peak_mb'] / rows[0]['peak_mb']
+        yield Case(f'{name}, {size} px, batch {settings[2]}', rows)
+
+
+def growth(command: Command) -> Iterator[Case]:
+    """Images/s by batch, and by image size: `linear` is 1 where an image takes time as its area."""
+    for name in command.models:
+        model = timm.create_model(name).to(command.device).eval()
+        network = OptimizedModel(model.to(memory_format=torch.channels_last), torch.float32, torch.channels_last)
+        size = image_size(command, name)
+        most = batch_size(command, flops(name, size))
+        batches = {f'batch {n}': n for n in (4 ** i for i in range(8)) if n < most} | {f'batch {most}': most}
+        calls = {k: functools.partial(network, torch.randn(n, 3, size, size, device=command.device))
+                 for k, n in batches.items()}
+        rows, _ = measure(calls, command.rounds, command.device, batches)
+        for row in rows:
+            rate = row['images_per_second'] * flops(name, size)
+            row['matmul'] = rate / matmul_rate(command.device, torch.float32)
+        yield Case(f'{name}, {size} px', rows)
+
+        sizes = {f'{s} px': s for s in ([command.size, 2 * command.size] if command.size else (32, 64, 128, 224))}
+        batch = batch_size(command, flops(name, max(sizes.values())))
+        calls = {k: functools.partial(network, torch.randn(batch, 3, s, s, device=command.device))
+                 for k, s in sizes.items()}
+        rows, _ = measure(calls, command.rounds, command.device, batch)
+        for row, s in zip(rows, sizes.values(), strict=True):
+            rate = row['images_per_second'] * flops(name, s)
+            row |= {'linear': row['ratio'] * (s / next(iter(sizes.values()))) ** 2,
+                    'matmul': rate / matmul_rate(command.device, torch.float32)}
+        yield Case(f'{name}, batch {batch}', rows)
+
+
+def augment(command: Command) -> Iterator[Case]:
     """Images/s through the loader on its device, and through torchvision's transforms image by image in one process."""
+    batch = command.batch or 128
     images = torch.randint(256, (4 * batch, 3, 32, 32), dtype=torch.uint8)
     data = ImageArrays(images, torch.zeros(len(images), dtype=torch.int64), ('a',), (0.5,) * 3, (0.25,) * 3)
     policies = {'crop, flip': (None, None), 'TrivialAugment': (TrivialAugment(), v2.TrivialAugmentWide()),
                 'RandAugment': (RandAugment(), v2.RandAugment()),
                 'AutoAugment': (AutoAugment(), v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10))}
 
-    def on_device(policy: torch.nn.Module | None) -> Callable[[], Any]:
-        batches = DeviceLoader(data, batch, device, augment=policy)
+    def on_device(policy: nn.Module | None) -> Call:
+        batches = DeviceLoader(data, batch, command.device, augment=policy)
         stream = (b for epoch in range(1_000_000) for b in batches.epoch(epoch))
         return lambda: next(stream)
 
-    def image_by_image(policy: torch.nn.Module | None) -> Callable[[], Any]:
+    def image_by_image(policy: nn.Module | None) -> Call:
         transform = v2.Compose([
             v2.RandomCrop(32, padding=4, padding_mode='reflect'), v2.RandomHorizontalFlip(),
-            policy or torch.nn.Identity(), v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize((0.5,) * 3, (0.25,) * 3)])
+            policy or nn.Identity(), v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.5,) * 3, (0.25,) * 3)])
         return lambda: torch.stack([transform(image) for image in images[:batch]])
 
-    candidates = {}
     for name, (ours, theirs) in policies.items():
-        candidates[f'{name}: loader'] = on_device(ours)
-        candidates[f'{name}: torchvision'] = image_by_image(theirs)
-    rates = {k: batch / t for k, t in alternate(candidates, rounds, waiter(device)).items()}
-    return {'ratios': {f'{name} over torchvision': round(rates[f'{name}: loader'] / rates[f'{name}: torchvision'], 2)
-                       for name in policies},
-            'images_per_second': {k: round(v) for k, v in rates.items()}}
+        rows, _ = measure({'torchvision': image_by_image(theirs), 'loader': on_device(ours)}, command.rounds,
+                          command.device, batch)
+        yield Case(f'{name}, 32 px, batch {batch}', rows)
 
 
-def show(kind: str, result: dict[str, Any]) -> None:
-    """Ratios first, then everything measured of each candidate in a line."""
-    print(f"{kind}: {', '.join(f'{v} {k}' for k, v in result['ratios'].items())}")
-    columns = {k: v for k, v in result.items() if isinstance(v, dict) and k != 'ratios'}
-    for name in result['images_per_second']:
-        print(f'  {name:28s}' + '  '.join(f'{column} {values[name]}' for column, values in columns.items()))
-    for key, value in result.items():
-        if not isinstance(value, dict):
-            print(f'  {key} {value}')
+def start(command: Command) -> Iterator[Case]:
+    """Seconds to import, and to have a network with its weights; the floor is the first line of each."""
+    code = ('import time; a = time.perf_counter(); import timm; b = time.perf_counter(); import wrn_timm; '
+            'print(b - a, time.perf_counter() - a)')
+    runs = [subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout.split()
+            for _ in range(command.rounds + 1)][1:]
+    alone, both = (list(map(float, column)) for column in zip(*runs, strict=True))
+    rows = without('images_per_second', summarise({'import timm': alone, 'import timm, wrn_timm': both}))
+    rows[1]['ms_over'] = 1000 * statistics.median(b - a for a, b in zip(alone, both, strict=True))
+    yield Case('import', rows)
+
+    with tempfile.TemporaryDirectory() as folder:
+        at_hand = {w.name: (w.name, w.location) for w in wrn_timm.list_weights() if Path(w.location).is_dir()}
+        for name in command.models:
+            path = Path(folder) / name
+            export_weights(timm.create_model(name), path, {'tag': 'random'})
+            at_hand[name] = f'local-dir:{path}', str(path)
+        for name, (source, path) in at_hand.items():
+            arch, file = name.partition('.')[0], Path(path) / WEIGHTS_FILE
+            kwargs = {'num_classes': timm.create_model(source, device='meta').num_classes}
+            rows, seconds = measure({
+                'build, and read the file':
+                    lambda arch=arch, kwargs=kwargs, file=file: (timm.create_model(arch, **kwargs), load_file(file)),
+                'create_model(pretrained=True)': lambda source=source: timm.create_model(source, pretrained=True),
+            }, command.rounds, 'cpu')
+            floor, whole = seconds.values()
+            rows[1]['ms_over'] = 1000 * statistics.median(b - a for a, b in zip(floor, whole, strict=True))
+            yield Case(f'{name}, {file.stat().st_size / 1e6:.1f} MB', without('images_per_second', rows))
+
+
+def head(command: Command) -> Iterator[Case]:
+    """Seconds to train the classifier alone, the backbone run every epoch or once; one run each, no augmentation."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, cache in (('backbone every epoch', False), ('features cached', True)):
+            config = dataclasses.replace(
+                command.config, train='head', cache=cache, augment=False, lr=command.config.lr or 1.)
+            metrics = tuning.finetune(config, command.data or SAMPLE, Path(folder) / name, command.device,
+                                      command.workers, progress=False)
+            rows.append({'name': name, 'seconds': metrics['train_seconds'], 'accuracy': metrics['mean_per_class']})
+    for row in rows:
+        row |= {'ratio': rows[0]['seconds'] / row['seconds'], 'points': row['accuracy'] - rows[0]['accuracy']}
+    yield Case(f"{config.model}, {metrics['train_files']} photographs at {metrics['input_size']} px, {config.epochs} "
+               f"epochs", rows)
+
+
+def finetune(command: Command) -> Iterator[Case]:
+    """Images/s of fine-tuning: its loader, its steps on images made ready, and both as they run.
+
+    `share_of_slower` is what both reach of the slower of the two, `share_of_serial` of one after the other.
+    """
+    config = dataclasses.replace(command.config, holdout=0., epochs=1, lr=command.config.lr or 0.05)
+    accelerator = tuning._accelerator(config, command.device)
+    model = tuning._build(config)
+    split, _ = tuning.prepare_split(config, command.data or SAMPLE)
+    model.reset_classifier(len(split.train.classes))
+    model.to(accelerator.device, memory_format=torch.channels_last)
+    transforms, cfg = tuning._preprocessing(config, model, 'benchmark', split.train.classes)
+    files = split.train.as_dataset(transforms['train'])
+    batch = min(config.batch_size, len(files))
+    ready = [files[i] for i in range(min(len(files) - len(files) % batch, 16 * batch))]
+
+    def load_all() -> float:
+        began, seen = time.perf_counter(), 0
+        for _, labels, *_ in _loader(files, batch, command.workers, shuffle=True, drop_last=True):
+            seen += len(labels)
+        return (time.perf_counter() - began) / seen
+
+    def fit_all(dataset: Any, workers: int) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            fitted = fit(model, dataset, None, config, RunDir(Path(folder) / 'run', {}), accelerator, config.train,
+                         workers=workers, progress=False)
+        return 1 / fitted.history[-1]['images_per_second']
+
+    runs = {'loader and steps': lambda: fit_all(files, command.workers), 'loader alone': load_all,
+            'steps alone': lambda: fit_all(ready, 0)}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(command.rounds + 1):
+        for name, run in runs.items():
+            took = run()
+            if i:  # the first round warms up
+                seconds[name].append(took)
+    rows = without('ms', summarise(seconds))
+    both, loader, steps = seconds.values()
+    rows[0] |= {'share_of_slower': statistics.median(map(lambda b, *parts: max(parts) / b, both, loader, steps)),
+                'share_of_serial': statistics.median(map(lambda b, *parts: sum(parts) / b, both, loader, steps))}
+    yield Case(f"{config.model}, {len(files)} photographs at {cfg['input_size'][-1]} px, batch {batch}, "
+               f"{command.workers} workers", rows)
+
+
+SECTIONS = {f.__name__: f for f in (evaluate, int8, train, latency, growth, augment, start, head, finetune)}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', default='wrn16_1')
-    parser.add_argument('--train', action='store_true', help='measure training steps too')
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--batch-size', type=int, default=128)
-    parser.add_argument('--rounds', type=int, default=7)
-    parser.add_argument('--json', action='store_true')
-    args = parser.parse_args(argv)
-    if not timm.is_model(args.model):
-        parser.error(f'{args.model} is not a model of timm or of this package')
-
-    settings = args.device, args.batch_size, args.rounds
-    result = {
-        'import_ms_over_timm': round(1000 * statistics.median(seconds_to_import() for _ in range(5)), 1),
-        'model': args.model, 'batch_size': args.batch_size, 'device': args.device, 'environment': environment(),
-        'inference': compare_inference(args.model, *settings), 'augmentation': compare_augmentation(*settings)}
-    if args.train:
-        result['training'] = compare_training(args.model, *settings)
-    if args.json:
-        print(json.dumps(result, indent=2))
-        return 0
-    print(f"import wrn_timm: {result['import_ms_over_timm']} ms over import timm")
-    print(f'{args.model}, batch {args.batch_size}, {args.device}')
-    for kind in ('inference', 'augmentation', 'training'):
-        if kind in result:
-            show(kind, result[kind])
+    try:
+        command = tyro.cli(Command, args=argv, prog='benchmark.py', description=__doc__)
+        results: dict[str, list[dict[str, Any]]] = {}
+        for name in command.sections or SECTIONS:
+            for case in SECTIONS[name](command):
+                results.setdefault(name, []).append(dataclasses.asdict(case))
+                if not command.json:
+                    show(name, case)
+    except (ValueError, OSError, RuntimeError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 1
+    about = {'device': command.device, 'threads': torch.get_num_threads(), 'rounds': command.rounds,
+             **{f"matmul_gflops_{str(d).removeprefix('torch.')}": round(matmul_rate(command.device, d) / 1e9, 1)
+                for d in (torch.float32, torch.bfloat16)}, **environment()}
+    if command.json:
+        print(json.dumps({**about, 'sections': results}, indent=2))
+    else:
+        print('\n' + ', '.join(f'{k} {v}' for k, v in about.items()))
     return 0
 
 

@@ -2,6 +2,7 @@
 """Train a detector on photographs with boxes, measure it, and draw what it finds.
 
     python scripts/detect.py --data bccd:DIR --model wrn50_2 --out RUN     # DIR/{Annotations,ImageSets,JPEGImages}
+    python scripts/detect.py --data bccd:DIR --model torchvision/resnet50_fpn --out RUN     # the same by torchvision's
     python scripts/detect.py --out RUN --draw photo.jpg [...]              # by the detector of a run that has ended
 """
 from __future__ import annotations
@@ -48,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f'--data {args.data} is not bccd:DIR or voc:DIR')
         config = tyro.cli(DetectConfig, args=overrides, prog='detect.py ...')
         metrics = detect(config, root, args.out, args.device, args.workers, args.on_bad, args.time_budget, args.resume)
+    except KeyboardInterrupt:
+        print(f'stopped; go on with --resume if {args.out} holds a checkpoint', file=sys.stderr)
+        return 130
     except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 1

@@ -1,13 +1,21 @@
 """Other people's pipelines, with their real libraries (those not installed are skipped), and README's recipes."""
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, SAMPLE
+from timm.data import create_transform, resolve_model_data_config
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import wrn_timm  # noqa: F401
+from wrn_timm.data.folders import read_rgb
 
 
 def stages(name, x):
@@ -75,6 +83,51 @@ def test_anomalib_feature_extractor(x):
     from anomalib.models.image.patchcore.torch_model import PatchcoreModel
     patchcore = PatchcoreModel(layers=['layer2', 'layer3'], backbone='wrn16_2', pre_trained=False)
     assert patchcore.train()(x).shape[-1] == 64 + 128
+
+
+def run_script(name, folder, *args):
+    """One of timm's own scripts, copied away from its tree, with the timm that is installed; returns its figures."""
+    if 'TIMM_SOURCE' not in os.environ:
+        pytest.skip("set TIMM_SOURCE to a checkout of timm: its wheel and source distribution lack the scripts")
+    shutil.copy(Path(os.environ['TIMM_SOURCE']) / name, folder)
+    if name == 'train.py':
+        command = [name, '--device-modules', 'wrn_timm']
+    else:
+        command = ['-c', f'import wrn_timm, runpy; runpy.run_path({name!r}, run_name="__main__")']
+    done = subprocess.run(
+        [sys.executable, *command, '--model', 'wrn16_1', '--device', 'cpu', '--num-classes', '2', *args], cwd=folder,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, (str(ROOT), os.getenv('PYTHONPATH'))))},
+        capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.partition('--result\n')[2])
+
+
+def test_timms_own_train_validate_and_benchmark(tmp_path):
+    for part in ('train', 'validation'):
+        for name in ('airplanes', 'ketch'):
+            (tmp_path / part / name).mkdir(parents=True)
+            for photograph in sorted((SAMPLE / name).iterdir())[:4]:
+                shutil.copy(photograph, tmp_path / part / name)
+    data = ['--data-dir', '.', '-b', '4', '--workers', '0', '--no-prefetcher']
+    trained, = run_script(
+        'train.py', tmp_path, *data, '--input-size', '3', '32', '32', '--epochs', '1', '--sched', 'step',
+        '--warmup-epochs', '0', '--output', 'out', '--experiment', 'run')
+    validated = run_script('validate.py', tmp_path, *data, '--split', 'validation', '--checkpoint',
+                           'out/run/last.pth.tar')
+    assert validated['top1'] == trained['validation']['top1']
+
+    # the same checkpoint over the same files by this package's own reading of both
+    model = timm.create_model('wrn16_1', num_classes=2, checkpoint_path=str(tmp_path / 'out/run/last.pth.tar')).eval()
+    transform = create_transform(**resolve_model_data_config(model))
+    paths = sorted((tmp_path / 'validation').glob('*/*'))
+    with torch.no_grad():
+        found = model(torch.stack([transform(read_rgb(p)) for p in paths])).argmax(1)
+    hits = sum(('airplanes', 'ketch')[i] == p.parent.name for i, p in zip(found.tolist(), paths, strict=True))
+    assert validated['top1'] == 100 * hits / len(paths)
+
+    measured = run_script('benchmark.py', tmp_path, '--bench', 'inference', '-b', '2', '--num-warm-iter', '1',
+                          '--num-bench-iter', '10')
+    assert measured['infer_samples_per_sec'] > 0 and measured['param_count'] == pytest.approx(0.17, abs=0.01)
 
 
 SECTION = re.search(r'## Use it as a backbone\n(.*?)\n## ', (ROOT / 'README.md').read_text(), flags=re.S)[1]

@@ -1,6 +1,10 @@
 """Detectors: against torchvision's own on the same network, and the whole way on photographs of blood cells."""
+import csv
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import detect as detect_script
@@ -8,9 +12,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from PIL import Image
 from torch import nn
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops import FrozenBatchNorm2d
@@ -177,6 +182,16 @@ def run(tmp_path_factory):
     return out
 
 
+IN_STEPS = ['--data', f'bccd:{BCCD}', '--epochs', '2', *SMALL, '--batch-size', '1']  # three an epoch
+
+
+@pytest.fixture(scope='module')
+def whole_epochs(tmp_path_factory):
+    out = tmp_path_factory.mktemp('runs') / 'in_steps'
+    assert detect_script.main([*IN_STEPS, '--out', str(out)]) == 0
+    return out
+
+
 def test_run_directory(run):
     metrics = json.loads((run / 'metrics.json').read_text())
     assert metrics['images'] == 2 and set(metrics['map_per_class']) == {'Platelets', 'RBC', 'WBC'}
@@ -196,6 +211,43 @@ def test_stopped_and_resumed_gives_the_same_detector(run, tmp_path, capsys):
     assert detect_script.main([*args, '--resume']) == 0
     a, b = ((r / 'weights' / 'model.safetensors').read_bytes() for r in (run, tmp_path / 'run'))
     assert a == b
+
+
+def test_sigterm_leaves_a_run_that_resumes_to_the_same_detector(whole_epochs, tmp_path):
+    out = tmp_path / 'run'
+    process = subprocess.Popen([sys.executable, str(ROOT / 'scripts/detect.py'), *IN_STEPS, '--out', str(out)],
+                               stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    while not (out / 'train.log').is_file():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.terminate()
+    errors = process.communicate()[1]
+    assert process.returncode == 0 and 'stopped by SIGTERM' in errors
+    checkpoint, = (out / 'checkpoints').iterdir()
+    assert checkpoint.name in ('epoch-0000-step-000001.pt', 'epoch-0000-step-000002.pt')
+    assert detect_script.main([*IN_STEPS, '--out', str(out), '--resume']) == 0
+    a, b = ((r / 'weights' / 'model.safetensors').read_bytes() for r in (whole_epochs, out))
+    assert a == b
+    a, b = (csv.DictReader((r / 'history.csv').read_text().splitlines()) for r in (whole_epochs, out))
+    assert [row['train_loss'] for row in a] == [row['train_loss'] for row in b]
+
+
+def test_torchvisions_own_detector_by_the_same_script(tmp_path, capsys):
+    args = ['--data', f'bccd:{BCCD}', '--out', str(tmp_path / 'run'), '--model', 'torchvision/resnet50_fpn', '--opt',
+            'sgd', '--epochs', '1', '--image-size', '64', '--rois', '16', '--batch-size', '3', '--device', 'cpu']
+    assert detect_script.main(args) == 0
+    detector, _ = load_detector(tmp_path / 'run')
+    own = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4)
+    own.load_state_dict(detector.state_dict())
+    assert detector.rpn.anchor_generator.sizes == own.rpn.anchor_generator.sizes
+    assert any(isinstance(m, nn.BatchNorm2d) for m in detector.backbone.modules())
+    assert own.backbone.body.bn1.running_mean.abs().max() > 0  # trained, not frozen
+    assert json.loads((tmp_path / 'run/metrics.json').read_text())['images'] == 2
+    for option, expected in ((['--pretrained'], 'pretrained is True'), (['--out-channels', '64'], 'out_channels is 64'),
+                             (['--detector', 'retinanet'], 'detector is retinanet')):
+        with pytest.raises(SystemExit):
+            detect_script.main([*args, *option])
+        assert f'{expected}; of torchvision/resnet50_fpn it is' in ' '.join(capsys.readouterr().err.split())
 
 
 def test_draw_by_a_finished_run(run, tmp_path, capsys):

@@ -20,7 +20,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 
 from .wrn import WideResNet
 
-__all__ = ['DETECTORS', 'faster_rcnn', 'fpn_backbone', 'retinanet']
+__all__ = ['DETECTORS', 'anchor_generator', 'faster_rcnn', 'fpn_backbone', 'retinanet']
 
 _RATIOS = (0.5, 1., 2.)  # of an anchor's height and width
 
@@ -86,6 +86,12 @@ def _normalisation(backbone: BackboneWithFPN) -> dict[str, list[float]]:
     return {f'image_{k}': list(backbone.data_config[k]) for k in ('mean', 'std')}
 
 
+def anchor_generator(strides: Sequence[int], scale: float, octave: int = 1) -> AnchorGenerator:
+    """Anchors of three shapes in `octave` sizes a level: `scale` strides of it, and up to twice as large."""
+    sizes = tuple(tuple(int(scale * s * 2 ** (i / octave)) for i in range(octave)) for s in strides)
+    return AnchorGenerator(sizes, (_RATIOS,) * len(strides))
+
+
 def faster_rcnn(
         name: str,
         num_classes: int,
@@ -109,8 +115,7 @@ def faster_rcnn(
     strides = [*backbone.strides, 2 * backbone.strides[-1]]
     return FasterRCNN(backbone, num_classes + 1, **{
         **_normalisation(backbone),
-        'rpn_anchor_generator': AnchorGenerator(
-            tuple((int(anchor_scale * s),) for s in strides), (_RATIOS,) * len(strides)),
+        'rpn_anchor_generator': anchor_generator(strides, anchor_scale),
         'box_roi_pool': MultiScaleRoIAlign([str(i) for i in range(len(backbone.strides))], 7, sampling_ratio=2),
         **(detector_kwargs or {})})
 
@@ -133,9 +138,8 @@ def retinanet(
         name, (-3, -2, -1) if out_indices is None else out_indices, out_channels,
         extra_blocks=LastLevelP6P7(out_channels, out_channels), **backbone_kwargs)
     strides = [*backbone.strides, 2 * backbone.strides[-1], 4 * backbone.strides[-1]]
-    sizes = tuple(tuple(int(anchor_scale * s * 2 ** (i / 3)) for i in range(3)) for s in strides)
     return RetinaNet(backbone, num_classes + 1, **{
-        **_normalisation(backbone), 'anchor_generator': AnchorGenerator(sizes, (_RATIOS,) * len(strides)),
+        **_normalisation(backbone), 'anchor_generator': anchor_generator(strides, anchor_scale, 3),
         **(detector_kwargs or {})})
 
 

@@ -73,8 +73,8 @@ def alternate(
         candidates: dict[str, Callable[[], Any]],
         rounds: int,
         device: str | torch.device,
-) -> dict[str, float]:
-    """Median seconds a call; the candidates take turns, so that a busy machine slows each alike."""
+) -> dict[str, list[float]]:
+    """Seconds of each call, a round each; the candidates take turns, so that a busy machine slows each alike."""
     sync = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
     times = {name: [] for name in candidates}
     for i in range(rounds + 1):
@@ -85,7 +85,7 @@ def alternate(
             sync()
             if i:  # the first round warms up
                 times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(t) for name, t in times.items()}
+    return times
 
 
 class OptimizedModel(nn.Module):
@@ -163,7 +163,8 @@ def optimize(
     """
     forms = inference_forms(model, images, dtypes, compile)
     calls = {name: lambda form=form: form(images) for name, form in forms.items()}
-    seconds = alternate(calls, rounds, images.device.type)
+    times = alternate(calls, rounds, images.device.type)
+    seconds = {name: statistics.median(t) for name, t in times.items()}
     chosen = min(seconds, key=seconds.get)
     best = forms[chosen]
     best.form, best.images_per_second = chosen, {name: len(images) / s for name, s in seconds.items()}

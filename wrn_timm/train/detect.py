@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,23 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.detection import MeanAveragePrecision
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, save_image
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.folders import read_rgb
 from ..data.voc import BoxedImages, read_voc
-from ..detection import DETECTORS
-from .rundir import RunDir, atomic_write, environment
+from ..detection import DETECTORS, anchor_generator
+from .rundir import RunDir, atomic_write, environment, stop_requests
 
 __all__ = ['DetectConfig', 'detect', 'draw', 'evaluate_detector', 'load_detector']
 
 _logger = logging.getLogger(__name__)
 
 Target = dict[str, torch.Tensor]
+PEER = 'torchvision/resnet50_fpn'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +41,7 @@ class DetectConfig:
     """How a detector is trained: a cosine from a short warm-up, photographs mirrored and their colours changed."""
 
     model: str = 'wrn50_2'
-    """timm name of a WRN."""
+    """timm name of a WRN; 'torchvision/resnet50_fpn' is torchvision's own detector on ResNet-50, to compare with."""
     detector: str = 'faster_rcnn'
     """'faster_rcnn' or 'retinanet'."""
     pretrained: bool = False
@@ -78,6 +81,10 @@ class DetectConfig:
         for name, low in (('epochs', 1), ('batch_size', 1), ('rois', 4), ('image_size', 32), ('out_channels', 1)):
             if getattr(self, name) < low:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least {low}')
+        fixed = {'detector': 'faster_rcnn', 'pretrained': False, 'frozen_stages': 0, 'out_channels': 256}
+        for name, value in fixed.items() if self.model == PEER else ():
+            if getattr(self, name) != value:
+                raise ValueError(f'{name} is {getattr(self, name)}; of {PEER} it is {value}')
 
 
 def _build(config: DetectConfig, num_classes: int, pretrained: bool) -> nn.Module:
@@ -85,18 +92,27 @@ def _build(config: DetectConfig, num_classes: int, pretrained: bool) -> nn.Modul
     detector_kwargs = dict(min_size=config.image_size, max_size=config.image_size)
     if config.detector == 'faster_rcnn':
         detector_kwargs |= dict(box_batch_size_per_image=config.rois)
+    if config.model == PEER:
+        return fasterrcnn_resnet50_fpn(
+            weights=None, weights_backbone=None, num_classes=num_classes + 1, **detector_kwargs,
+            rpn_anchor_generator=anchor_generator((4, 8, 16, 32, 64), config.anchor_scale))
     return DETECTORS[config.detector](
         config.model, num_classes, anchor_scale=config.anchor_scale, out_channels=config.out_channels,
         pretrained=pretrained, frozen_norm=config.pretrained, frozen_stages=config.frozen_stages,
         detector_kwargs=detector_kwargs)
 
 
-def _loader(images: BoxedImages, transform: Any, config: DetectConfig, workers: int, epoch: int | None) -> DataLoader:
-    generator = None if epoch is None else torch.Generator().manual_seed(config.seed * 100_003 + epoch)
-    return DataLoader(
-        images.as_dataset(transform), config.batch_size, shuffle=epoch is not None, generator=generator,
-        drop_last=epoch is not None and len(images) >= config.batch_size, num_workers=workers,
-        collate_fn=_columns)
+def _loader(images: BoxedImages, transform: Any, batches: Sequence[list[int]], workers: int, seed: int) -> DataLoader:
+    return DataLoader(  # without a generator of its own it would draw from the one whose state a checkpoint keeps
+        images.as_dataset(transform), batch_sampler=batches, num_workers=workers, collate_fn=_columns,
+        generator=torch.Generator().manual_seed(seed))
+
+
+def _drawn_batches(n: int, batch_size: int, seed: int) -> list[list[int]]:
+    """The images of each step of an epoch; a last step that is not full is left out if others are."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    whole = max(n - n % batch_size, min(n, batch_size))
+    return [order[i:i + batch_size] for i in range(0, whole, batch_size)]
 
 
 def _columns(rows: list[tuple[torch.Tensor, Target]]) -> tuple[list[torch.Tensor], list[Target]]:
@@ -154,11 +170,13 @@ def detect(
         device: 'cpu' or 'cuda'; on CUDA the network computes in bfloat16 while it trains.
         workers: Processes that read photographs.
         on_bad: 'skip' leaves bad boxes and files out and names them, 'fail' stops.
-        time_budget: Seconds after which the run stops at the end of an epoch, to be resumed.
-        resume: Go on with the run in `out`, after its last whole epoch: bit for bit on a CPU.
+        time_budget: Seconds after which the run stops, to be resumed.
+        resume: Go on with the run in `out`: bit for bit on a CPU, from the middle of an epoch too (with `workers` the
+            rest of that epoch's photographs are changed otherwise).
 
     Returns:
-        The metrics on the test split, as written to `metrics.json`, or None if the budget stopped the run.
+        The metrics on the test split, as written to `metrics.json`, or None if the run was stopped (by the budget,
+        SIGTERM or Ctrl-C) before its end.
 
     Raises:
         FloatingPointError: The loss is no longer finite.
@@ -173,58 +191,85 @@ def detect(
     detector = _build(config, len(train.classes), config.pretrained).to(device)
     optimizer = create_optimizer_v2(detector, config.opt, lr=config.lr, weight_decay=config.weight_decay)
     augment = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2), *_AS_TENSOR])
-    steps = len(_loader(train, augment, config, 0, epoch=0))
+    steps = max(1, len(train) // config.batch_size)
     scheduler = CosineLRScheduler(
         optimizer, t_initial=config.epochs * steps, t_in_epochs=False, warmup_t=config.warmup_steps,
         warmup_lr_init=config.lr / 100)
-    _logger.info('%d classes, %d images to train on, %d to test; %s on %s at %d px on %s', len(train.classes),
-                 len(train), len(test), config.detector, config.model, config.image_size, device)
 
     name = Path(data).resolve().name
     run = RunDir(out, {'detect': dataclasses.asdict(config), 'data': name, 'classes': train.classes}, resume)
-    history, seconds = [], 0.
+    history, position, total, seconds = [], 0, 0., 0.  # position: steps of the whole run; total: this epoch's loss
     if resume and (saved := run.load_checkpoint(torch.device(device))):
         detector.load_state_dict(saved['model'])
         optimizer.load_state_dict(saved['optimizer'])
         torch.set_rng_state(saved['rng'].cpu())
-        history = saved['history']
-        seconds = history[-1]['seconds']
-    for epoch in range(len(history), config.epochs):
-        detector.train()
-        began, total = time.monotonic(), 0.
-        loader = _loader(train, augment, config, workers, epoch)
-        batches = tqdm(loader, desc=f'epoch {epoch + 1}/{config.epochs}', unit='batch', leave=False, disable=None)
-        for step, (images, targets) in enumerate(batches, start=epoch * steps):
-            scheduler.step_update(step)
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != 'cpu'):
-                losses = detector([image.to(device) for image in images],
-                                  [{k: v.to(device) for k, v in t.items()} for t in targets])
-            loss = sum(losses.values())
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(detector.parameters(), 10.)
-            optimizer.step()
-            total += loss.item()
-            batches.set_postfix(loss=f'{total / (step - epoch * steps + 1):.3f}')
-        if not math.isfinite(total):
-            raise FloatingPointError(f'loss is {total / steps} in epoch {epoch + 1}; try a smaller learning rate')
-        seconds += time.monotonic() - began
-        history.append({'epoch': epoch + 1, 'lr': optimizer.param_groups[0]['lr'], 'train_loss': total / steps,
-                        'seconds': round(seconds, 1)})
-        run.save({'epoch': epoch + 1, 'step': 0, 'model': detector.state_dict(), 'optimizer': optimizer.state_dict(),
-                  'rng': torch.get_rng_state(), 'history': history}, history)
-        _logger.info('epoch %2d/%d  loss %.3f  %4.0f s', epoch + 1, config.epochs, total / steps, seconds)
-        if time.monotonic() - started > time_budget and epoch + 1 < config.epochs:
-            _logger.info('stopped by the time budget after epoch %d; go on with --resume', epoch + 1)
-            return None
+        history, total, seconds = saved['history'], saved['total'], saved['seconds']
+        position = saved['epoch'] * steps + saved['step']
+
+    with stop_requests() as asked, logging_redirect_tqdm():
+        run.log('%d classes, %d images to train on, %d to test; %s on %s at %d px on %s', len(train.classes),
+                len(train), len(test), config.detector, config.model, config.image_size, device)
+        while position < config.epochs * steps:
+            epoch, step = divmod(position, steps)
+            detector.train()
+            began, reason = time.monotonic(), ''
+            seed = config.seed * 100_003 + epoch
+            loader = _loader(train, augment, _drawn_batches(len(train), config.batch_size, seed)[step:], workers, seed)
+            bar = tqdm(loader, desc=f'epoch {epoch + 1}/{config.epochs}', total=steps, initial=step, unit='batch',
+                       leave=False, disable=None)
+            for images, targets in bar:
+                scheduler.step_update(position)
+                total += _step(detector, optimizer, images, targets, torch.device(device))
+                position += 1
+                bar.set_postfix(loss=f'{total / (position - epoch * steps):.3f}')
+                out_of_time = time.monotonic() - started > time_budget
+                if reason := asked[0] if asked else 'the time budget' if out_of_time else '':
+                    break
+            bar.close()
+            if not math.isfinite(total):
+                raise FloatingPointError(
+                    f'the loss is not finite in epoch {epoch + 1}; the checkpoints in {run.checkpoints} are from '
+                    f'before. Try a smaller learning rate.')
+            seconds += time.monotonic() - began
+            if position % steps == 0:
+                history.append({'epoch': epoch + 1, 'lr': optimizer.param_groups[0]['lr'],
+                                'train_loss': total / steps, 'seconds': round(seconds, 1)})
+                run.log('epoch %2d/%d  loss %.3f  %4.0f s', epoch + 1, config.epochs, total / steps, seconds)
+                total = 0.
+            epoch, step = divmod(position, steps)
+            run.save({'epoch': epoch, 'step': step, 'model': detector.state_dict(), 'total': total, 'seconds': seconds,
+                      'optimizer': optimizer.state_dict(), 'rng': torch.get_rng_state(), 'history': history}, history)
+            if reason and position < config.epochs * steps:
+                run.log('stopped by %s after epoch %d, step %d; go on with --resume', reason, epoch, step)
+                return None
 
     _export(detector, run)
+    in_order = [list(range(len(test)))[i:i + config.batch_size] for i in range(0, len(test), config.batch_size)]
     metrics = evaluate_detector(
-        detector, _loader(test, v2.Compose(_AS_TENSOR), config, workers, epoch=None), test.classes, device)
+        detector, _loader(test, v2.Compose(_AS_TENSOR), in_order, workers, config.seed), test.classes, device)
     metrics |= {'dataset': name, 'split': config.test_split, 'left_out': bad + bad_test, 'environment': environment()}
     atomic_write(run.path / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
     draw(detector, test.classes, test.paths[:4], run.path / 'drawn', device)
     return metrics
+
+
+def _step(
+        detector: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        images: list[torch.Tensor],
+        targets: list[Target],
+        device: torch.device,
+) -> float:
+    """The loss of a batch, after the step against it."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type != 'cpu'):
+        losses = detector([image.to(device) for image in images],
+                          [{k: v.to(device) for k, v in t.items()} for t in targets])
+    loss = sum(losses.values())
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(detector.parameters(), 10.)
+    optimizer.step()
+    return loss.item()
 
 
 def _export(detector: nn.Module, run: RunDir) -> None:

@@ -6,9 +6,8 @@ import dataclasses
 import math
 import os
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from ..data.augment import AutoAugment, RandAugment, TrivialAugment
 from ..data.datasets import ImageArrays, load
 from ..data.device import DeviceLoader
 from .recipes import Recipe
-from .rundir import RunDir, environment, export_weights, is_best
+from .rundir import RunDir, environment, export_weights, is_best, stop_requests
 
 __all__ = ['Learner', 'create_model', 'evaluate', 'train']
 
@@ -150,25 +149,6 @@ class Learner:
         torch.set_rng_state(saved['rng'].cpu())
         if saved['cuda_rng'] is not None and self.device.type == 'cuda':
             torch.cuda.set_rng_state(saved['cuda_rng'].cpu())
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[str]]:
-    """A list to which SIGTERM and the first Ctrl-C add their name, for the loop to stop at the end of its step."""
-    asked: list[str] = []
-
-    def note(number: int, frame: Any) -> None:
-        asked.append(signal.Signals(number).name)
-        signal.signal(number, previous[number])  # a second one acts at once
-
-    previous = {}
-    with contextlib.suppress(ValueError):  # signals can be handled in the main thread alone
-        previous = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
@@ -328,7 +308,7 @@ def train(
 
     last_saved, stopping, warm = time.monotonic(), False, False
     with contextlib.ExitStack() as stack:
-        asked = stack.enter_context(_stop_requests())
+        asked = stack.enter_context(stop_requests())
         if tracking:
             stack.callback(tracking.end_training)
         while progress.epoch < recipe.epochs:

@@ -9,6 +9,7 @@
 """
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
 import io
@@ -17,9 +18,10 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,10 @@ from timm.models import save_for_hf
 
 from ..weights import WEIGHTS_FILE, sha256_of
 
-__all__ = ['RunDir', 'atomic_write', 'carried_files', 'environment', 'export_weights', 'is_best', 'plot_history']
+__all__ = [
+    'RunDir', 'atomic_write', 'carried_files', 'environment', 'export_weights', 'is_best', 'plot_history',
+    'stop_requests',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +74,25 @@ def _commit() -> str:
         return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or 'unknown'
     except OSError:  # no git on this machine
         return 'unknown'
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[str]]:
+    """A list to which SIGTERM and the first Ctrl-C add their name, for the loop to stop at the end of its step."""
+    asked: list[str] = []
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(signal.Signals(number).name)
+        signal.signal(number, previous[number])  # a second one acts at once
+
+    previous = {}
+    with contextlib.suppress(ValueError):  # signals can be handled in the main thread alone
+        previous = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def carried_files(folder: Path) -> list[Path]:
