@@ -337,13 +337,16 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 
 
 def test_torchrun_trains_stops_and_resumes(tmp_path):
-    out = tmp_path / 'run'
-    stopped = torchrun(*script(out, '--time-budget', '0')[1:])
+    whole, out = tmp_path / 'whole', tmp_path / 'run'
+    dropout = '--conv-drop-rate', '0.1'
+    torchrun(*script(whole, *dropout)[1:])
+    stopped = torchrun(*script(out, *dropout, '--time-budget', '0')[1:])
     assert 'stopped by the time budget' in stopped.stderr and not (out / 'weights').exists()
-    torchrun(*script(out, '--resume')[1:])
+    torchrun(*script(out, *dropout, '--resume')[1:])
     history = list(csv.DictReader((out / 'history.csv').read_text().splitlines()))
     assert len(history) == SMOKE.epochs and float(history[-1]['train_accuracy']) > 80
     timm.create_model(f'local-dir:{out / "weights"}', pretrained=True)
+    assert final_weights(out) == final_weights(whole)
 
 
 def test_a_run_goes_on_from_carried_shards(run, tmp_path, capsys):

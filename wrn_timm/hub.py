@@ -152,7 +152,7 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
                  f'whatever bias they were gathered with.')
     trained, usage = 'trained', name
     if 'finetune' in run:
-        trained, usage = f"fine-tuned from `{settings['model']}`", 'local-dir:RUN/weights'
+        trained, usage = f"fine-tuned from `{settings['model']}`", 'local-dir:RUN/best'
     return f"""---
 {data.to_yaml()}
 ---

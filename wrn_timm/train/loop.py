@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +76,19 @@ class _Progress:
 class Learner:
     """A network with its optimiser, schedule and averaged weights, as a recipe has them.
 
-    On CUDA the network is compiled and computes in bfloat16; in a process group it is data parallel.
+    On CUDA the network computes in bfloat16; in a process group it is data parallel.
 
     Args:
         model: On its device; trained in place.
         recipe: How.
         steps: Optimiser steps an epoch.
+        seed: Of dropout and mixing, together with the step and the process: a resumed run draws the same.
+        compile: Compile the network, whose first step then takes a minute or so.
     """
 
-    def __init__(self, model: torch.nn.Module, recipe: Recipe, steps: int):
+    def __init__(self, model: torch.nn.Module, recipe: Recipe, steps: int, seed: int = 0, compile: bool = False):
         self.device = next(model.parameters()).device
         cuda = self.device.type == 'cuda'
-        torch.backends.cudnn.benchmark |= cuda  # shapes stay the same
         if recipe.sync_batchnorm:
             if not cuda:
                 raise ValueError('sync_batchnorm works on CUDA devices only; leave it off')
@@ -100,9 +101,11 @@ class Learner:
         self.scheduler = _schedule(recipe, self.optimizer, steps)
         self._mix = _mixer(recipe, model.num_classes)
         self._parameters = list(model.parameters())
-        self._forward = torch.compile(model) if cuda else model
+        self._forward = torch.compile(model) if compile else model
+        rank = 0
         if dist.is_initialized():
-            self._forward = DistributedDataParallel(self._forward)
+            self._forward, rank = DistributedDataParallel(self._forward), dist.get_rank()
+        self._seed = seed * 1009 + rank
 
     @property
     def averaged(self) -> torch.nn.Module:
@@ -112,6 +115,7 @@ class Learner:
     def step(self, number: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Take optimiser step `number` of the run; returns (2,): mean loss and share of hits, without waiting."""
         self.scheduler.step_update(number)
+        torch.manual_seed(self._seed * 1_000_003 + number)
         targets = labels
         if self._mix:
             images, targets = self._mix(images, labels)
@@ -134,11 +138,10 @@ class Learner:
         return loss.detach(), logits.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, momentum, averaged weights and the states of the random generators."""
+        """Weights, momentum and averaged weights."""
         return {
             'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
-            'ema': self.ema.module.state_dict() if self.ema else None, 'rng': torch.get_rng_state(),
-            'cuda_rng': torch.cuda.get_rng_state() if self.device.type == 'cuda' else None}
+            'ema': self.ema.module.state_dict() if self.ema else None}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take up what `state_dict` gave, on this device or another."""
@@ -146,9 +149,6 @@ class Learner:
         self.optimizer.load_state_dict(saved['optimizer'])
         if self.ema:
             self.ema.module.load_state_dict(saved['ema'])
-        torch.set_rng_state(saved['rng'].cpu())
-        if saved['cuda_rng'] is not None and self.device.type == 'cuda':
-            torch.cuda.set_rng_state(saved['cuda_rng'].cpu())
 
 
 def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
@@ -176,6 +176,21 @@ def _climb(parameters: list[torch.Tensor], rho: float) -> list[torch.Tensor]:
     return steps
 
 
+@contextlib.contextmanager
+def _processes(device: torch.device) -> Iterator[tuple[int, int]]:
+    """This process's rank and the number of processes that `torchrun` started, joined for as long as it is open."""
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    cuda = device.type == 'cuda'
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    joining = world > 1 and not dist.is_initialized()
+    if joining:
+        dist.init_process_group('nccl' if cuda else 'gloo')
+    yield rank, world
+    if joining:  # not after an error: it would wait for the others
+        dist.destroy_process_group()
+
+
 def _any_process(flag: bool, ask: bool, world: int, device: torch.device) -> bool:
     """Whether any process raised its flag. The others are asked, and waited for, where `ask` is set on all."""
     if world == 1:
@@ -197,10 +212,25 @@ def _augmentation(recipe: Recipe, size: int) -> torch.nn.Module | None:
     return None
 
 
-def _tracker(name: str, run: RunDir, settings: dict[str, Any], device: torch.device) -> Any:
-    """accelerate with the one tracker asked for."""
+def _data(recipe: Recipe, folder: str, download: bool, rank: int, world: int) -> tuple[ImageArrays, ImageArrays | None]:
+    """The images to train on, and those held out."""
+    if rank:
+        dist.barrier()  # the first process may be downloading
+    data = load(recipe.dataset, folder, train=True, download=download and not rank)
+    if world > 1 and not rank:
+        dist.barrier()
+    if not recipe.holdout:
+        return data, None
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    return data.subset(order[recipe.holdout:]), data.subset(order[:recipe.holdout])
+
+
+@contextlib.contextmanager
+def _tracker(name: str, run: RunDir, settings: dict[str, Any], device: torch.device) -> Iterator[Any]:
+    """accelerate with the one tracker asked for, or None."""
     if not name:
-        return None
+        yield None
+        return
     from accelerate import Accelerator  # takes seconds to import, and few ask for it
     from accelerate.tracking import get_available_trackers
     available = [str(t) for t in get_available_trackers()]
@@ -209,7 +239,10 @@ def _tracker(name: str, run: RunDir, settings: dict[str, Any], device: torch.dev
                          f'among {", ".join(available) or "none"}')
     tracker = Accelerator(cpu=device.type == 'cpu', log_with=name, project_dir=run.path)
     tracker.init_trackers('wrn_timm', {**settings['recipe'], 'drop_epochs': str(settings['recipe']['drop_epochs'])})
-    return tracker
+    try:
+        yield tracker
+    finally:
+        tracker.end_training()
 
 
 def create_model(recipe: Recipe, num_classes: int) -> torch.nn.Module:
@@ -233,6 +266,7 @@ def train(
         checkpoint_every: float = 60.,
         resume: bool = False,
         download: bool = False,
+        compile: bool | None = None,
         grad_checkpointing: bool = False,
         half: bool = False,
         tracker: str = '',
@@ -245,12 +279,13 @@ def train(
         recipe: How.
         data_dir: Folder of the data set's official files.
         out: Run directory.
-        device: 'cpu' or 'cuda'. On CUDA the network is compiled and computes in bfloat16.
+        device: 'cpu' or 'cuda'. On CUDA the network computes in bfloat16.
         seed: Of the weights, the order and the augmentation.
         time_budget: Seconds after which the run stops, to be resumed.
         checkpoint_every: Seconds between checkpoints; the best epoch and a run that stops have theirs at once.
         resume: Go on with the run in `out`: bit for bit on a CPU, from the middle of an epoch too.
         download: Fetch the data set if it is missing.
+        compile: Compile the network; None does so on CUDA alone.
         grad_checkpointing: Recompute the activations of each block in the backward pass, for memory.
         half: Export convolution and linear weights in half precision.
         tracker: 'tensorboard', 'wandb', 'trackio' or another of accelerate's, told of every epoch.
@@ -262,55 +297,37 @@ def train(
         FloatingPointError: The loss is no longer finite; the checkpoints before it stand.
         What `load` and `RunDir` raise.
     """
-    started = time.monotonic()
-    world = int(os.environ.get('WORLD_SIZE', 1))
-    rank = int(os.environ.get('RANK', 0))
-    main = rank == 0
-    if device == 'cuda':
-        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    deadline = time.monotonic() + time_budget
     device = torch.device(device)
     cuda = device.type == 'cuda'
-
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if cuda else 'gloo')
-    if not main:
-        dist.barrier()  # the first process may be downloading
-    data = load(recipe.dataset, data_dir, train=True, download=download and main)
-    if main and world > 1:
-        dist.barrier()
-    held_out = None
-    if recipe.holdout:
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-        data, held_out = data.subset(order[recipe.holdout:]), data.subset(order[:recipe.holdout])
-    loader = DeviceLoader(
-        data, recipe.batch_size, device, pad=recipe.pad, flip=recipe.flip, cutout=recipe.cutout,
-        augment=_augmentation(recipe, data.images.shape[-1]), seed=seed, rank=rank, world_size=world)
-    steps = len(loader)
-
-    torch.manual_seed(seed)
-    model = create_model(recipe, len(data.classes)).to(device, memory_format=torch.channels_last)
-    if grad_checkpointing:
-        model.set_grad_checkpointing()
-    learner = Learner(model, recipe, steps)
-    progress = _Progress(torch.zeros(2, device=device))
-
-    settings = {'recipe': dataclasses.asdict(recipe), 'seed': seed}
-    run = RunDir(out, settings, resume, write=main)
-    tracking = _tracker(tracker, run, settings, device)
-    if resume and (saved := run.load_checkpoint(device)):
-        learner.load_state_dict(saved)
-        progress = _Progress(**{f.name: saved[f.name] for f in dataclasses.fields(_Progress)})
-    run.log('%s on %s, %d process(es), from epoch %d, step %d', recipe.model, device, world, progress.epoch,
-            progress.step)
-    run.log(', '.join(f'{k} {v}' for k, v in environment().items()))
-    if rank:  # the first process's dropout and mixing are its own
-        torch.manual_seed(seed * 100_003 + rank)
-
-    last_saved, stopping, warm = time.monotonic(), False, False
     with contextlib.ExitStack() as stack:
+        rank, world = stack.enter_context(_processes(device))
+        data, held_out = _data(recipe, data_dir, download, rank, world)
+        loader = DeviceLoader(
+            data, recipe.batch_size, device, pad=recipe.pad, flip=recipe.flip, cutout=recipe.cutout,
+            augment=_augmentation(recipe, data.images.shape[-1]), seed=seed, rank=rank, world_size=world)
+        steps = len(loader)
+
+        torch.manual_seed(seed)
+        torch.backends.cudnn.benchmark |= cuda  # shapes stay the same
+        model = create_model(recipe, len(data.classes)).to(device, memory_format=torch.channels_last)
+        if grad_checkpointing:
+            model.set_grad_checkpointing()
+        learner = Learner(model, recipe, steps, seed, cuda if compile is None else compile)
+        progress = _Progress(torch.zeros(2, device=device))
+
+        settings = {'recipe': dataclasses.asdict(recipe), 'seed': seed}
+        run = RunDir(out, settings, resume, write=not rank, device=device)
+        tracking = stack.enter_context(_tracker(tracker, run, settings, device))
+        if resume and (saved := run.load_checkpoint(device)):
+            learner.load_state_dict(saved)
+            progress = _Progress(**{f.name: saved[f.name] for f in dataclasses.fields(_Progress)})
+        run.log('%s on %s, %d process(es), from epoch %d, step %d', recipe.model, device, world, progress.epoch,
+                progress.step)
+        run.log(', '.join(f'{k} {v}' for k, v in environment(device).items()))
+
         asked = stack.enter_context(stop_requests())
-        if tracking:
-            stack.callback(tracking.end_training)
+        last_saved, stopping, warm = time.monotonic(), False, False
         while progress.epoch < recipe.epochs:
             model.train()
             if not progress.step:
@@ -318,7 +335,7 @@ def train(
             batches = tqdm(
                 loader.epoch(progress.epoch, progress.step), desc=f'epoch {progress.epoch + 1}/{recipe.epochs}',
                 total=steps, initial=progress.step, unit='img', unit_scale=recipe.batch_size, leave=False,
-                disable=None if main else True)
+                disable=True if rank else None)
             began = time.monotonic()
             for images, labels in batches:
                 result = learner.step(progress.epoch * steps + progress.step, images, labels)
@@ -330,7 +347,7 @@ def train(
                     warm, began = True, time.monotonic()
 
                 now = time.monotonic()
-                reason = asked[0] if asked else 'the time budget' if now - started > time_budget else ''
+                reason = asked[0] if asked else 'the time budget' if now > deadline else ''
                 ask = progress.step % 20 == 0 or progress.step == steps
                 stopping = _any_process(bool(reason), ask, world, device)
                 if stopping or now - last_saved > checkpoint_every:
@@ -363,12 +380,12 @@ def train(
                         progress.epoch, progress.step)
                 return None
 
-    if not main:
-        return None
-    folder = run.path / 'weights'
-    export_weights(learner.averaged, folder, {
-        'tag': recipe.dataset, 'mean': data.mean, 'std': data.std, 'label_names': data.classes,
-        'input_size': tuple(data.images.shape[1:]), 'crop_pct': 1.0}, half, _model_args(recipe))
-    for name in ('recipe.json', 'history.csv', 'curves.png'):
-        shutil.copy(run.path / name, folder / name)
-    return folder
+        if rank:
+            return None
+        folder = run.path / 'weights'
+        export_weights(learner.averaged, folder, {
+            'tag': recipe.tag or recipe.dataset, 'mean': data.mean, 'std': data.std, 'label_names': data.classes,
+            'input_size': tuple(data.images.shape[1:]), 'crop_pct': 1.0}, half, _model_args(recipe))
+        for name in ('recipe.json', 'history.csv', 'curves.png'):
+            shutil.copy(run.path / name, folder / name)
+        return folder

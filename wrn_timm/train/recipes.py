@@ -65,6 +65,8 @@ class Recipe:
     """Dropout between the convolutions of a block."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over the batch of all processes and not of each; on GPUs."""
+    tag: str = ''
+    """Tag of the weights, '' for the name of the data set."""
     holdout: int = 0
     """Training images kept aside and measured every epoch, for choices; 0 trains on all."""
 
@@ -84,7 +86,7 @@ class Recipe:
 
 _PAPER = dict(model='wrn28_10', epochs=200, schedule='step', drop_epochs=(60, 120, 160), drop_factor=0.2)
 
-PAPER_CIFAR10 = Recipe(dataset='cifar10', **_PAPER)
+PAPER_CIFAR10 = Recipe(dataset='cifar10', tag='paper_cifar10', **_PAPER)
 """The paper's, section 3, to the letter: mean/std preprocessing, flips and crops, the last epoch's weights.
 
 Expected error: 4.00 % (table 5, median of five runs). Not run here: no GPU was at hand.
@@ -92,27 +94,27 @@ Expected error: 4.00 % (table 5, median of five runs). Not run here: no GPU was 
     python scripts/train.py --recipe paper_cifar10 --data DIR --out RUN
 """
 
-PAPER_CIFAR100 = Recipe(dataset='cifar100', **_PAPER)
+PAPER_CIFAR100 = Recipe(dataset='cifar100', tag='paper_cifar100', **_PAPER)
 """The same on CIFAR-100. Expected error: 19.25 % (table 5, median of five runs). Not run here.
 
     python scripts/train.py --recipe paper_cifar100 --data DIR --out RUN
 """
 
-PAPER_CIFAR10_DROPOUT = Recipe(dataset='cifar10', conv_drop_rate=0.3, **_PAPER)
+PAPER_CIFAR10_DROPOUT = Recipe(dataset='cifar10', tag='paper_cifar10_dropout', conv_drop_rate=0.3, **_PAPER)
 """With dropout. Expected error: 3.89 % (table 6, median of five runs). Not run here.
 
     python scripts/train.py --recipe paper_cifar10_dropout --data DIR --out RUN
 """
 
-PAPER_CIFAR100_DROPOUT = Recipe(dataset='cifar100', conv_drop_rate=0.3, **_PAPER)
+PAPER_CIFAR100_DROPOUT = Recipe(dataset='cifar100', tag='paper_cifar100_dropout', conv_drop_rate=0.3, **_PAPER)
 """With dropout. Expected error: 18.85 % (table 6, median of five runs). Not run here.
 
     python scripts/train.py --recipe paper_cifar100_dropout --data DIR --out RUN
 """
 
 PAPER_SVHN = Recipe(
-    dataset='svhn', model='wrn16_8', epochs=160, lr=0.01, schedule='step', drop_epochs=(80, 120), drop_factor=0.1,
-    pad=0, flip=False, conv_drop_rate=0.4)
+    dataset='svhn', tag='paper_svhn', model='wrn16_8', epochs=160, lr=0.01, schedule='step', drop_epochs=(80, 120),
+    drop_factor=0.1, pad=0, flip=False, conv_drop_rate=0.4)
 """The paper's for SVHN: train and extra (604,388 images), scaled to 0..1 and no more, no augmentation.
 
 Expected error: 1.54 %, and 1.81 % with `--conv-drop-rate 0` (table 6). Untested: the set could not be had.

@@ -53,19 +53,24 @@ def atomic_write(path: Path, content: str | Callable[[Path], None]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def environment() -> dict[str, str]:
-    """Versions, hardware and commit that a figure depends on."""
+def environment(device: str | torch.device = 'cpu') -> dict[str, str]:
+    """Versions, commit, and the hardware behind `device`, which a figure depends on."""
     from .. import __version__
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} CPU cores'
+    cuda = torch.device(device).type == 'cuda'
     return {
         'wrn_timm': __version__, 'commit': _commit(), 'python': platform.python_version(),
         'torch': torch.__version__, 'torchvision': torchvision.__version__, 'timm': timm.__version__,
-        'hardware': device,
+        'hardware': torch.cuda.get_device_name(device) if cuda else f'{os.cpu_count()} CPU cores',
     }
 
 
 def _commit() -> str:
-    """Commit of the checkout that this package stands in, with `-dirty` where files were changed."""
+    """Commit of the checkout that this package stands in, with `-dirty` where files were changed.
+
+    A copy without its history is told by `$WRN_TIMM_COMMIT`.
+    """
+    if given := os.environ.get('WRN_TIMM_COMMIT'):
+        return given
     root = Path(__file__).resolve().parents[2]
     if not (root / '.git').exists():  # installed: a repository further up would be another project's
         return 'unknown'
@@ -120,6 +125,7 @@ class RunDir:
         settings: What decides the run's result: recipe, seed, data. Kept in `recipe.json`.
         resume: Go on with the run that is there; None for runs that cannot be resumed.
         write: False for the processes of a run that leave the writing to the first.
+        device: Where the run computes, for its records.
 
     Raises:
         FileExistsError: Another run is there and `resume` is off.
@@ -127,7 +133,14 @@ class RunDir:
         ValueError: `resume` is on and the settings are not those of the run; the fields that differ are named.
     """
 
-    def __init__(self, path: str | Path, settings: dict[str, Any], resume: bool | None = False, write: bool = True):
+    def __init__(
+            self,
+            path: str | Path,
+            settings: dict[str, Any],
+            resume: bool | None = False,
+            write: bool = True,
+            device: str | torch.device = 'cpu',
+    ):
         self.path = Path(path)
         self.recipe_file = self.path / 'recipe.json'
         self.checkpoints = self.path / 'checkpoints'
@@ -149,7 +162,8 @@ class RunDir:
                                  f'resume with the same, or choose another --out')
         else:
             self.path.mkdir(parents=True, exist_ok=True)
-            atomic_write(self.recipe_file, json.dumps({**settings, 'environment': environment()}, indent=2) + '\n')
+            record = {**settings, 'environment': environment(device)}
+            atomic_write(self.recipe_file, json.dumps(record, indent=2) + '\n')
 
     def log(self, message: str, *args: Any, level: int = logging.INFO) -> None:
         """Log a message, and keep it in `train.log`."""

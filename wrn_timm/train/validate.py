@@ -51,7 +51,7 @@ def validate(
         data: `NAME:DIR` of a named set (its test split), or `folder:DIR` of class folders (its `test/` or `val/`, or
             all of its files where it is not split).
         batch_size: Images a step.
-        device: Where the model runs, in float32.
+        device: Where the model runs, in float32 (and not in TF32).
         workers: Processes that read images.
         download: Fetch a named set if it is missing.
         corruptions: Measure a named set under each of `data.corrupt.CORRUPTIONS` too.
@@ -84,7 +84,8 @@ def validate(
     def measure(part: ImageArrays | ImageFiles, what: str) -> dict[str, Any]:
         loader = DataLoader(part.as_dataset(transform), batch_size, num_workers=workers)
         progress = tqdm(loader, desc=what, unit='batch', leave=False, disable=None)
-        return classification_metrics(*predict_logits(model, progress, device), part.classes)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return classification_metrics(*predict_logits(model, progress, device), part.classes)
 
     metrics = measure(part, 'validating')
     if corruptions:
@@ -95,7 +96,7 @@ def validate(
     return {
         'dataset': source, 'split': split, **metrics, 'skipped': skipped,
         'preprocessing': {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
-        'environment': environment(),
+        'environment': environment(device),
     }
 
 
