@@ -11,7 +11,7 @@ from conftest import SAMPLE
 
 import wrn_timm  # noqa: F401
 
-TINY = ['--models', 'wrn16_1', '--batch', '2', '--size', '16', '--rounds', '1', '--no-compile', '--no-memory',
+TINY = ['--models', 'wrn16_1', '--batch', '2', '--size', '32', '--rounds', '1', '--no-compile', '--no-memory',
         '--device', 'cpu']
 
 
@@ -49,7 +49,7 @@ def test_every_section_gives_its_figures(capsys, photographs):
     assert 'cifar10:DIR' in sections['int8'][0]['rows'][0]['absent']
 
     for row in sections['evaluate'][0]['rows'][:3]:
-        rate = row['images_per_second'] * benchmark_script.flops('wrn16_1', 16)
+        rate = row['images_per_second'] * benchmark_script.flops('wrn16_1', 32)
         assert row['matmul'] == pytest.approx(rate / result['matmul_gflops_float32'] / 1e9, rel=0.01)
         assert row['images_per_second'] == pytest.approx(2000 / row['ms']) and row['logits_differ'] < 1e-5
     small, large = sections['growth'][1]['rows']
