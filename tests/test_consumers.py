@@ -88,7 +88,7 @@ def test_anomalib_feature_extractor(x):
 def run_script(name, folder, *args):
     """One of timm's own scripts, copied away from its tree, with the timm that is installed; returns its figures."""
     if 'TIMM_SOURCE' not in os.environ:
-        pytest.skip("set TIMM_SOURCE to a checkout of timm: its wheel and source distribution lack the scripts")
+        pytest.skip("set TIMM_SOURCE to a checkout of this version of timm, whose packages lack the scripts")
     shutil.copy(Path(os.environ['TIMM_SOURCE']) / name, folder)
     if name == 'train.py':
         command = [name, '--device-modules', 'wrn_timm']
@@ -108,7 +108,7 @@ def test_timms_own_train_validate_and_benchmark(tmp_path):
             (tmp_path / part / name).mkdir(parents=True)
             for photograph in sorted((SAMPLE / name).iterdir())[:4]:
                 shutil.copy(photograph, tmp_path / part / name)
-    data = ['--data-dir', '.', '-b', '4', '--workers', '0', '--no-prefetcher']
+    data = ['--data-dir', '.', '-b', '4', '--workers', '1', '--no-prefetcher']
     trained, = run_script(
         'train.py', tmp_path, *data, '--input-size', '3', '32', '32', '--epochs', '1', '--sched', 'step',
         '--warmup-epochs', '0', '--output', 'out', '--experiment', 'run')

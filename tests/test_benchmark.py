@@ -1,0 +1,121 @@
+"""scripts/benchmark.py: every section at a tiny size, and its figures against what is known otherwise."""
+import json
+import shutil
+import time
+
+import benchmark as benchmark_script
+import pytest
+import timm
+import torch
+from conftest import SAMPLE
+
+import wrn_timm  # noqa: F401
+
+TINY = ['--models', 'wrn16_1', '--batch', '2', '--size', '32', '--rounds', '1', '--no-compile', '--no-memory',
+        '--device', 'cpu']
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    """Eight photographs of each of two classes."""
+    folder = tmp_path_factory.mktemp('photographs')
+    for name in ('airplanes', 'ketch'):
+        (folder / name).mkdir()
+        for photograph in sorted((SAMPLE / name).iterdir())[:8]:
+            shutil.copy(photograph, folder / name)
+    return folder
+
+
+def run(capsys, *args):
+    assert benchmark_script.main([*TINY, '--json', *args]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_section_gives_its_figures(capsys, photographs):
+    result = run(capsys, '--data', str(photographs), '--epochs', '1', '--batch-size', '4', '--input-size', '32')
+    sections = result['sections']
+    assert set(sections) == set(benchmark_script.SECTIONS)
+    first = {name: [row['name'] for row in cases[0]['rows']] for name, cases in sections.items()}
+    assert first['evaluate'][:3] == ['plain eager', 'channels_last', 'folded, channels_last, float32']
+    assert {'pytorchcv', 'torchvision', 'timm', 'onnxruntime'} < set(first['evaluate'])
+    assert first['train'][:3] == ['plain eager', 'trainer', 'trainer, checkpointing']
+    for cases in sections.values():
+        for case in cases:
+            assert 'absent' in case['rows'][0] or case['rows'][0]['ratio'] == 1
+            assert all(row.get('ratio', 0) > 0 or row['absent'] for row in case['rows'])
+    absent = {row['name']: row.get('absent') for row in sections['evaluate'][0]['rows']}
+    assert absent['torchvision'] == 'it has no such network'
+    assert absent['pytorchcv'] is absent['onnxruntime'] is None
+    assert 'cifar10:DIR' in sections['int8'][0]['rows'][0]['absent']
+
+    for row in sections['evaluate'][0]['rows'][:3]:
+        rate = row['images_per_second'] * benchmark_script.flops('wrn16_1', 32)
+        assert row['matmul'] == pytest.approx(rate / result['matmul_gflops_float32'] / 1e9, rel=0.01)
+        assert row['images_per_second'] == pytest.approx(2000 / row['ms']) and row['logits_differ'] < 1e-5
+    small, large = sections['growth'][1]['rows']
+    assert large['linear'] == pytest.approx(4 * large['ratio'])
+    assert all(row['p95_ms'] >= row['ms'] > 0 for row in sections['latency'][0]['rows'] if 'absent' not in row)
+    every, cached = sections['head'][0]['rows']
+    assert cached['accuracy'] == pytest.approx(every['accuracy'])  # the same features, order and start
+    both = sections['finetune'][0]['rows'][0]
+    assert 0 < both['share_of_slower'] < both['share_of_serial']
+
+
+def test_operations_are_those_of_the_paper():
+    def of(pixels, channels):  # multiply-adds of the two blocks of a stage of WRN-16-1
+        before = max(16, channels // 2)
+        shortcut = before * channels if before != channels else 0
+        return pixels * (9 * before * channels + 3 * 9 * channels * channels + shortcut)
+
+    expected = 1024 * 27 * 16 + of(1024, 16) + of(256, 32) + of(64, 64) + 64 * 10
+    assert benchmark_script.flops('wrn16_1', 32) == 2 * expected
+    assert benchmark_script.flops('wrn50_2', 224) / 2 == pytest.approx(11.40e9, rel=1e-3)  # torchvision's figure
+
+
+def test_a_slowed_contestant_is_slower_and_an_absent_one_is_named(capsys):
+    calls = {'quick': lambda: time.sleep(0.05), 'slow': lambda: time.sleep(0.2), 'none': 'not installed'}
+    rows, _ = benchmark_script.measure(calls, 3, 'cpu', items=2)
+    assert [row['name'] for row in rows] == ['quick', 'slow', 'none']
+    assert rows[1]['ratio'] == pytest.approx(0.25, rel=0.3) and rows[1]['ms'] == pytest.approx(200, rel=0.3)
+    assert rows[1]['images_per_second'] == pytest.approx(10, rel=0.3) and rows[1]['ratio_low'] <= rows[1]['ratio']
+    each, _ = benchmark_script.measure(calls, 3, 'cpu', items={'quick': 1, 'slow': 4})  # as fast an image
+    assert each[1]['ratio'] == pytest.approx(1, rel=0.3)
+    benchmark_script.show('section', benchmark_script.Case('case', rows))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == 'section: case' and lines[2].split()[0] == 'ratio'
+    assert lines[3].split()[0] == '1.00' and lines[5].endswith('none  absent: not installed')
+
+
+def test_contestants_have_the_same_weights():
+    ours, others = benchmark_script.peers('wrn16_4')
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert benchmark_script.difference(others['pytorchcv'](x), ours(x)) < 1e-4
+    assert others['timm'] == others['torchvision'] == 'it has no such network'
+
+
+def test_other_logits_are_refused_and_a_contestant_that_fails_is_absent(capsys, monkeypatch):
+    def others(**models):
+        monkeypatch.setattr(benchmark_script, 'peers', lambda name: (timm.create_model(name).eval(), models))
+
+    others(fixed_pool=torch.nn.AvgPool2d(64))
+    case, = run(capsys, 'evaluate')['sections']['evaluate']
+    absent = {row['name']: row['absent'] for row in case['rows'] if 'absent' in row}
+    assert list(absent) == ['fixed_pool'] and 'it fails: Given input size' in absent['fixed_pool']
+    others(impostor=timm.create_model('wrn16_1').eval())
+    assert benchmark_script.main(['evaluate', *TINY]) == 1
+    assert 'wrn16_1: the logits of impostor differ by' in capsys.readouterr().err
+
+
+def test_peak_memory_counts_weights_gradients_and_momentum():
+    peak = benchmark_script.peak_memory('plain eager', 'wrn16_8', 16, 1, 'cpu')
+    assert 3 * 4 * 10.96 < peak < 20 * 4 * 10.96  # MB of 10.96 million float32 values
+
+
+def test_bad_settings(capsys):
+    for args, expected in ((['evaluat'], 'sections: evaluat is unknown; evaluate, int8'),
+                           (['--models', 'wrn9_9'], 'models: wrn9_9 is unknown'),
+                           (['--rounds', '0'], 'rounds must be at least 1')):
+        with pytest.raises(SystemExit):
+            benchmark_script.main(args)
+        assert expected in ' '.join(capsys.readouterr().err.split())
