@@ -394,7 +394,7 @@ def trainer_step(name: str, device: str, batch: int, loader: DeviceLoader, check
     model = create_model(recipe, CLASSES).to(device, memory_format=torch.channels_last).train()
     if checkpointing:
         model.set_grad_checkpointing()
-    learner = Learner(model, recipe, steps=1_000_000)
+    learner = Learner(model, recipe, steps=1_000_000, compile=device == 'cuda')
     batches = (b for epoch in range(1_000_000) for b in loader.epoch(epoch))
     return lambda: learner.step(1, *next(batches))
 
@@ -618,6 +618,7 @@ SECTIONS = {f.__name__: f for f in (evaluate, int8, train, latency, growth, augm
 def main(argv: list[str] | None = None) -> int:
     try:
         command = tyro.cli(Command, args=argv, prog='benchmark.py', description=__doc__)
+        torch.backends.cudnn.benchmark = command.device == 'cuda'
         results: dict[str, list[dict[str, Any]]] = {}
         for name in command.sections or SECTIONS:
             for case in SECTIONS[name](command):
@@ -629,7 +630,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     about = {'device': command.device, 'threads': torch.get_num_threads(), 'rounds': command.rounds,
              **{f"matmul_gflops_{str(d).removeprefix('torch.')}": round(matmul_rate(command.device, d) / 1e9, 1)
-                for d in (torch.float32, torch.bfloat16)}, **environment()}
+                for d in (torch.float32, torch.bfloat16)}, **environment(command.device)}
     if command.json:
         print(json.dumps({**about, 'sections': results}, indent=2))
     else:
