@@ -23,7 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import wrn_timm  # noqa: F401
 from wrn_timm.data.voc import read_voc
 from wrn_timm.detection import faster_rcnn, fpn_backbone, retinanet
-from wrn_timm.train.detect import evaluate_detector, load_detector
+from wrn_timm.train.detect import _backbone_in_bfloat16, evaluate_detector, load_detector
 
 BCCD = Path(__file__).parent / 'data' / 'bccd_sample'
 TARGET = {'boxes': torch.tensor([[10., 10, 60, 70]]), 'labels': torch.tensor([1])}
@@ -89,6 +89,23 @@ def test_frozen_stages_and_norms():
     assert sum(isinstance(m, FrozenBatchNorm2d) for m in frozen.modules()) == 12
     assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
     assert any(isinstance(m, nn.BatchNorm2d) for m in fpn_backbone('wrn16_2').modules())
+
+
+def test_boxes_stay_in_float32_where_features_are_in_bfloat16():
+    detector = faster_rcnn('wrn16_1', 3, out_channels=32, detector_kwargs=dict(min_size=640, max_size=640))
+    found = []
+    detector.rpn.register_forward_hook(lambda rpn, args, out: found.append((args[1], out[0])))
+    image = torch.rand(3, 64, 640)
+    detector.eval()([image])
+    with _backbone_in_bfloat16(detector, torch.device('cpu')):
+        detector([image])
+    detector([image])
+    (exact, boxes), (rounded, other_boxes), (again, _) = found
+    for a, b, c in zip(exact.values(), rounded.values(), again.values(), strict=True):
+        assert b.dtype == torch.float32 and not torch.equal(a, b) and torch.equal(a, c)
+        torch.testing.assert_close(b, a, atol=0.05 * a.abs().max().item(), rtol=0)
+    assert boxes[0].dtype == other_boxes[0].dtype == torch.float32
+    assert not torch.equal(other_boxes[0], other_boxes[0].bfloat16().float())
 
 
 def test_backbone_errors():

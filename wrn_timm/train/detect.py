@@ -1,12 +1,13 @@
 """Training a detector on photographs with boxes, and measuring it as COCO does."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def detect(
         config: How.
         data: Folder as `read_voc` reads it.
         out: Run directory.
-        device: 'cpu' or 'cuda'; on CUDA the network computes in bfloat16 while it trains.
+        device: 'cpu' or 'cuda'; on CUDA the backbone computes in bfloat16 while it trains.
         workers: Processes that read photographs.
         on_bad: 'skip' leaves bad boxes and files out and names them, 'fail' stops.
         time_budget: Seconds after which the run stops, to be resumed.
@@ -197,7 +198,8 @@ def detect(
         warmup_lr_init=config.lr / 100)
 
     name = Path(data).resolve().name
-    run = RunDir(out, {'detect': dataclasses.asdict(config), 'data': name, 'classes': train.classes}, resume)
+    run = RunDir(
+        out, {'detect': dataclasses.asdict(config), 'data': name, 'classes': train.classes}, resume, device=device)
     history, position, total, seconds = [], 0, 0., 0.  # position: steps of the whole run; total: this epoch's loss
     if resume and (saved := run.load_checkpoint(torch.device(device))):
         detector.load_state_dict(saved['model'])
@@ -206,7 +208,11 @@ def detect(
         history, total, seconds = saved['history'], saved['total'], saved['seconds']
         position = saved['epoch'] * steps + saved['step']
 
-    with stop_requests() as asked, logging_redirect_tqdm():
+    with contextlib.ExitStack() as stack:
+        asked = stack.enter_context(stop_requests())
+        stack.enter_context(logging_redirect_tqdm())
+        if device != 'cpu':
+            stack.enter_context(_backbone_in_bfloat16(detector, torch.device(device)))
         run.log('%d classes, %d images to train on, %d to test; %s on %s at %d px on %s', len(train.classes),
                 len(train), len(test), config.detector, config.model, config.image_size, device)
         while position < config.epochs * steps:
@@ -247,10 +253,23 @@ def detect(
     in_order = [list(range(len(test)))[i:i + config.batch_size] for i in range(0, len(test), config.batch_size)]
     metrics = evaluate_detector(
         detector, _loader(test, v2.Compose(_AS_TENSOR), in_order, workers, config.seed), test.classes, device)
-    metrics |= {'dataset': name, 'split': config.test_split, 'left_out': bad + bad_test, 'environment': environment()}
+    metrics |= {'dataset': name, 'split': config.test_split, 'left_out': bad + bad_test,
+                'environment': environment(device)}
     atomic_write(run.path / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
     draw(detector, test.classes, test.paths[:4], run.path / 'drawn', device)
     return metrics
+
+
+@contextlib.contextmanager
+def _backbone_in_bfloat16(detector: nn.Module, device: torch.device) -> Iterator[None]:
+    """The features alone in bfloat16: in it, the corners of boxes would be whole pixels off."""
+    backbone = detector.backbone
+    forward = torch.autocast(device.type, torch.bfloat16)(backbone.forward)
+    backbone.forward = lambda images: {name: f.float() for name, f in forward(images).items()}
+    try:
+        yield
+    finally:
+        del backbone.forward
 
 
 def _step(
@@ -261,9 +280,8 @@ def _step(
         device: torch.device,
 ) -> float:
     """The loss of a batch, after the step against it."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type != 'cpu'):
-        losses = detector([image.to(device) for image in images],
-                          [{k: v.to(device) for k, v in t.items()} for t in targets])
+    losses = detector([image.to(device) for image in images],
+                      [{k: v.to(device) for k, v in t.items()} for t in targets])
     loss = sum(losses.values())
     optimizer.zero_grad()
     loss.backward()
