@@ -1,6 +1,7 @@
 """What goes wrong in fine-tuning, each case with a message that names it, no traceback and nothing lost."""
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -8,11 +9,9 @@ import sys
 
 import finetune as finetune_script
 import pytest
-import torch
 from conftest import ROOT, SAMPLE
 from PIL import Image
 
-from wrn_timm import WideResNet
 from wrn_timm.train.finetune import FinetuneConfig, finetune, prepare_split
 from wrn_timm.train.validate import open_model
 
@@ -219,22 +218,42 @@ def test_disk_full_at_a_checkpoint(data, weights, tmp_path):
     open_model(str(tmp_path / 'run' / 'best'))
 
 
-@pytest.fixture
-def small_memory(monkeypatch):
-    """A device that holds five images: the error is the one that CUDA raises."""
-    forward = WideResNet.forward
+# As `finetune.py`, but the process may take so many bytes more than it has when it is loaded.
+LIMITED = '''
+import resource, sys
+import torch, finetune
+torch.set_num_threads(1)
+pages = int(open('/proc/self/statm').read().split()[0])
+limit = pages * resource.getpagesize() + int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(finetune.main(sys.argv[2:]))
+'''
 
-    def limited(self, x):
-        if len(x) > 5 and self.training:
-            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
-        return forward(self, x)
 
-    monkeypatch.setattr(WideResNet, 'forward', limited)
+def tune_in_little_memory(data, out, *argv):
+    """WRN-16-1 at 384 px takes some 150 MB an image in training, so that eight do not fit and four do."""
+    return subprocess.run(
+        [sys.executable, '-c', LIMITED, str(950_000_000), '--data', str(data), '--out', str(out), '--device', 'cpu',
+         '--split', '50-50', '--input-size', '384', '--epochs', '1', '--holdout', '0', '--messages', 'quiet', *argv],
+        capture_output=True, text=True,
+        env={**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "scripts"}', 'OMP_NUM_THREADS': '1'})
 
 
-def test_out_of_memory_names_the_batch_size_that_fits(data, weights, tmp_path, capsys, small_memory):
-    assert tune(data, weights, tmp_path / 'run', '--batch-size', '8') == 1
-    error = capsys.readouterr().err
-    assert 'out of memory on cpu at batch size 8; --batch-size 4 fits, with --accumulate 2' in error
-    assert tune(data, weights, tmp_path / 'auto', '--batch-size', 'auto') == 0
-    assert len(json.loads((tmp_path / 'auto' / 'metrics.json').read_text())['per_class']) == 2
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='limits the memory of a process as Linux does')
+def test_out_of_memory_names_a_batch_size_that_fits(data, tmp_path):
+    done = tune_in_little_memory(data, tmp_path / 'run', '--batch-size', '8')
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    found = re.search('out of memory on cpu at batch size 8; --batch-size ([124]) fits, with --accumulate ([248]) to '
+                      'the same effect', done.stderr)
+    assert found, done.stderr
+    again = tune_in_little_memory(data, tmp_path / 'again', '--batch-size', found[1], '--accumulate', found[2])
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='limits the memory of a process as Linux does')
+def test_a_batch_size_that_fits_is_found(data, tmp_path):
+    """Through training, measuring and the report."""
+    done = tune_in_little_memory(data, tmp_path / 'run', '--batch-size', 'auto')
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / 'run' / 'metrics.json').read_text())['images'] == 8
+    assert (tmp_path / 'run' / 'report.html').is_file()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import find_executable_batch_size, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from timm.data import Mixup
 from timm.models import group_parameters
@@ -25,7 +25,7 @@ from ..data.folders import ReadableOnly, collate_readable, some
 from .metrics import predict_logits
 from .rundir import RunDir
 
-__all__ = ['Features', 'Fitted', 'Predictions', 'fit', 'largest_batch', 'predict']
+__all__ = ['BatchTooLarge', 'Features', 'Fitted', 'Predictions', 'fit', 'largest_batch', 'predict']
 
 _SECONDS_BETWEEN_DRAWINGS = 30
 
@@ -98,7 +98,7 @@ def predict(
         network: In evaluation mode afterwards.
         dataset: Of (image, label).
         accelerator: Knows the device and the other processes.
-        batch_size: Images a step and process.
+        batch_size: Images a step and process; fewer where they do not fit the device's memory.
         workers: Processes that read images.
         title: Of the progress bar, which is not shown where it is empty.
         progress: False shows no bar; None shows it in a terminal.
@@ -110,7 +110,8 @@ def predict(
     mine = dataset if world == 1 else Subset(dataset, range(rank, len(dataset), world))
     index, bad = [], []
 
-    def readable():
+    def readable(batch_size: int):
+        index.clear(), bad.clear()
         batches = _loader(mine, batch_size, workers)
         show = title and accelerator.is_main_process and progress is not False
         for images, labels, i, reasons in tqdm(
@@ -120,8 +121,12 @@ def predict(
                 index.append(i * world + rank)
                 yield images, labels
 
+    @find_executable_batch_size(starting_batch_size=batch_size)
+    def found_with(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return predict_logits(network, readable(batch_size), accelerator.device)
+
     with accelerator.autocast():
-        found = predict_logits(network, readable(), accelerator.device) if len(mine) else None
+        found = found_with() if len(mine) else None
     if world > 1:
         everything = gather_object([(*(found or (None, None)), torch.cat(index) if index else None, bad)])
         bad = [reason for part in everything for reason in part[3]]
@@ -150,6 +155,18 @@ def largest_batch(step: Callable[[int], None], start: int) -> int:
         clear_device_cache(garbage_collection=True)
         start //= 2
     return 0
+
+
+class BatchTooLarge(RuntimeError):
+    """A step does not fit the device's memory.
+
+    Attributes:
+        fits: The batch size that was tried and fits, over all processes; 0 where not even one image does.
+    """
+
+    def __init__(self, message: str, fits: int):
+        super().__init__(message)
+        self.fits = fits
 
 
 @dataclasses.dataclass
@@ -242,7 +259,7 @@ def fit(
 
     Raises:
         FloatingPointError: The loss is no longer finite; the checkpoints before it stand.
-        RuntimeError: Out of memory; the batch size that would fit is named.
+        BatchTooLarge: Out of memory; the batch size that would fit is named.
         ValueError: A file cannot be read, with 'fail', or none of a whole batch can.
     """
     batch_size, world = min(config.batch_size, len(train)), accelerator.num_processes
@@ -303,7 +320,7 @@ def fit(
                             raise
                         loss = None
                     if loss is None:  # outside the handler, which holds the tensors
-                        raise RuntimeError(_out_of_memory(network, images, batch_size, world))
+                        raise _too_large(network, images, batch_size, world)
                     optimizer.step()
                     optimizer.zero_grad()
                 if ema and accelerator.sync_gradients:
@@ -399,11 +416,12 @@ def _loss(model, images, targets, smoothing, class_weights) -> torch.Tensor:
     return F.cross_entropy(model(images).float(), targets, class_weights, label_smoothing=smoothing)
 
 
-def _out_of_memory(network: torch.nn.Module, images: torch.Tensor, batch_size: int, world: int) -> str:
+def _too_large(network: torch.nn.Module, images: torch.Tensor, batch_size: int, world: int) -> BatchTooLarge:
     network.zero_grad(set_to_none=True)
     shape, device = images.shape[1:], images.device
     fits = largest_batch(lambda n: network(torch.zeros(n, *shape, device=device)).sum().backward(),
                          len(images) // 2) * world
+    network.zero_grad(set_to_none=True)
     advice = f'--batch-size {fits} fits, with --accumulate {math.ceil(batch_size / fits)} to the same effect' if fits \
         else 'not even one image fits; choose a smaller --input-size or --model'
-    return f'out of memory on {device} at batch size {batch_size}; {advice}'
+    return BatchTooLarge(f'out of memory on {device} at batch size {batch_size}; {advice}', fits)

@@ -130,7 +130,8 @@ def draw_wrong(
     if rows:
         device = next(model.parameters()).device
         images = torch.stack(pictures)
-        maps = grad_cam(model, images.to(device), torch.stack(answers).to(device))
+        maps = [grad_cam(model, image[None].to(device), answer[None].to(device))  # one at a time: memory
+                for image, answer in zip(images, answers, strict=True)]
         low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
         seen = ((images - low) / (high - low).clamp(min=1e-6)).permute(0, 2, 3, 1)
         for k, row in enumerate(rows):
@@ -138,8 +139,8 @@ def draw_wrong(
             answer, truth = _short(row['predicted']), _short(row['true'])
             _title(axes[2 * k], f"{answer} {row['confidence']:.0f} %\nis {truth}", 'firebrick')
             axes[2 * k + 1].imshow(seen[k].numpy())
-            if maps is not None:
-                axes[2 * k + 1].imshow(maps[k].cpu().numpy(), cmap='jet', alpha=0.45, vmin=0, vmax=1)
+            if maps[k] is not None:
+                axes[2 * k + 1].imshow(maps[k][0].cpu().numpy(), cmap='jet', alpha=0.45, vmin=0, vmax=1)
                 _title(axes[2 * k + 1], f'where it saw\n{answer}', 'black')
     _save(figure, path)
     return rows
