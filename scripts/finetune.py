@@ -79,11 +79,16 @@ def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
                 transfer_folder(name)  # before hours are spent
     if command.probe:
         check_place(Path(command.out))
-        rows = probe(
-            command.probe, command.data, config.split, range(config.seed, config.seed + command.seeds),
-            config.input_size, config.holdout, config.nested, on_row=emit, **common)
-        Path(command.out).mkdir(parents=True, exist_ok=True)
-        atomic_write(Path(command.out) / 'probe.json', json.dumps(rows, indent=2) + '\n')
+        rows = []
+
+        def keep(row: dict[str, Any]) -> None:  # one at a time: the next weights may be damaged
+            rows.append(row)
+            emit(row)
+            Path(command.out).mkdir(parents=True, exist_ok=True)
+            atomic_write(Path(command.out) / 'probe.json', json.dumps(rows, indent=2) + '\n')
+
+        probe(command.probe, command.data, config.split, range(config.seed, config.seed + command.seeds),
+              config.input_size, config.holdout, config.nested, on_row=keep, **common)
         for row in rows if command.record else ():
             record_transfer(row['weights'], [row])
         return rows

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import find_executable_batch_size, gather_object
+from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from timm.data import Mixup
 from timm.models import group_parameters
@@ -104,6 +104,7 @@ def predict(
         progress: False shows no bar; None shows it in a terminal.
 
     Raises:
+        RuntimeError: Out of memory with one image.
         ValueError: No image could be read.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -121,12 +122,16 @@ def predict(
                 index.append(i * world + rank)
                 yield images, labels
 
-    @find_executable_batch_size(starting_batch_size=batch_size)
-    def found_with(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return predict_logits(network, readable(batch_size), accelerator.device)
+    found = None
+
+    def run(batch_size: int) -> None:
+        nonlocal found
+        found = predict_logits(network, readable(batch_size), accelerator.device)
 
     with accelerator.autocast():
-        found = found_with() if len(mine) else None
+        if len(mine) and not largest_batch(run, batch_size):
+            raise RuntimeError(f'not even one image fits into the memory of {accelerator.device}; choose a smaller '
+                               f'--input-size or --model')
     if world > 1:
         everything = gather_object([(*(found or (None, None)), torch.cat(index) if index else None, bad)])
         bad = [reason for part in everything for reason in part[3]]
@@ -138,11 +143,16 @@ def predict(
     return Predictions(logits[by_place], labels[by_place], order[by_place], bad)
 
 
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether this says that memory was short; oneDNN, on a CPU, says it in its own words."""
+    return should_reduce_batch_size(error) or str(error).startswith('could not create a ')
+
+
 def largest_batch(step: Callable[[int], None], start: int) -> int:
     """The largest of `start`, `start / 2`, `start / 4`... that fits the device's memory; 0 if none does.
 
     Args:
-        step: Runs a training step of this batch size.
+        step: Runs with this batch size.
         start: First size tried.
     """
     while start:
@@ -150,7 +160,7 @@ def largest_batch(step: Callable[[int], None], start: int) -> int:
             step(start)
             return start
         except RuntimeError as e:
-            if not should_reduce_batch_size(e):
+            if not _out_of_memory(e):
                 raise
         clear_device_cache(garbage_collection=True)
         start //= 2
@@ -316,7 +326,7 @@ def fit(
                         loss = _loss(model, images, targets, config.label_smoothing if not mix else 0., class_weights)
                         accelerator.backward(loss)
                     except RuntimeError as e:
-                        if not should_reduce_batch_size(e):
+                        if not _out_of_memory(e):
                             raise
                         loss = None
                     if loss is None:  # outside the handler, which holds the tensors
