@@ -112,7 +112,7 @@ def as_it_is(data):
     (as_it_is, ('--seeds', '0'), 'seeds is 0; it must be at least 1'),
     (as_it_is, ('--model', 'no/where'), 'no weights folder at no/where'),
     (as_it_is, ('--model', 'wrn16_1.cifar'), "wrn16_1 has no tag 'cifar'; nearest: cifar10"),
-    (as_it_is, ('--model', 'wrn16_l'), 'timm knows no model wrn16_l; nearest: wrn16_1'),
+    (as_it_is, ('--model', 'wrn16_l'), 'timm knows no model wrn16_l; nearest: wrn16_'),
     (as_it_is, ('--model', 'resnet18', '--no-pretrained', '--stem', 'imagenet'), 'resnet18 has no option stem'),
     (as_it_is, ('--model', 'vit_tiny_patch16_224', '--no-pretrained'), 'takes images of 224 px alone'),
     (as_it_is, ('--device', 'tpu'), "device is 'tpu'; choose 'cpu'"),

@@ -393,14 +393,17 @@ def test_data_sets_that_timm_knows_by_name(weights, parts, tmp_path):
     assert 'holdout_accuracy' in (tmp_path / 'three' / 'history.csv').read_text()
 
 
-@pytest.mark.parametrize('name', ['hfds', 'hfids'])  # whole, and streamed
-def test_data_sets_of_the_hub(weights, parts, tmp_path, name, offline):
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # timm's reader leaves files open
+def test_data_sets_of_the_hub(weights, parts, tmp_path, offline, capsys):
     """A folder of photographs by the `datasets` library gives figures on the same files, with the same classes."""
     pytest.importorskip('datasets')
     offline()
-    assert tune(f'{name}/{parts}', weights, tmp_path / 'run', '--epochs', '2', '--parts', 'train', 'validation') == 0
+    options = ('--epochs', '2', '--parts', 'train', 'validation')
+    assert tune(f'hfds/{parts}', weights, tmp_path / 'run', *options) == 0
     metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
     assert metrics['images'] == 12 and tuple(metrics['per_class']) == CLASSES
+    assert tune(f'hfids/{parts}', weights, tmp_path / 'streamed', *options) == 1
+    assert 'Its size is not recorded; give it by hfds/' in capsys.readouterr().err
 
 
 def test_weights_of_other_networks_beside_ours(photographs, no_weights, tmp_path):
