@@ -25,8 +25,8 @@ import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.hub import finish_weights_folder
 from wrn_timm.train.finetune import FinetuneConfig, finetune_seeds
 from wrn_timm.train.probe import probe
-from wrn_timm.train.rundir import atomic_write
-from wrn_timm.train.transfer import record_transfer
+from wrn_timm.train.rundir import atomic_write, check_place
+from wrn_timm.train.transfer import record_transfer, transfer_folder
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
 
@@ -73,12 +73,22 @@ def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
         if command.messages == 'json':
             print(json.dumps(row), flush=True)
 
+    if command.record:
+        for name in command.probe or [config.model]:
+            if name != 'all':
+                transfer_folder(name)  # before hours are spent
     if command.probe:
-        rows = probe(
-            command.probe, command.data, config.split, range(config.seed, config.seed + command.seeds),
-            config.input_size, config.holdout, config.nested, on_row=emit, **common)
-        Path(command.out).mkdir(parents=True, exist_ok=True)
-        atomic_write(Path(command.out) / 'probe.json', json.dumps(rows, indent=2) + '\n')
+        check_place(Path(command.out))
+        rows = []
+
+        def keep(row: dict[str, Any]) -> None:  # one at a time: the next weights may be damaged
+            rows.append(row)
+            emit(row)
+            Path(command.out).mkdir(parents=True, exist_ok=True)
+            atomic_write(Path(command.out) / 'probe.json', json.dumps(rows, indent=2) + '\n')
+
+        probe(command.probe, command.data, config.split, range(config.seed, config.seed + command.seeds),
+              config.input_size, config.holdout, config.nested, on_row=keep, **common)
         for row in rows if command.record else ():
             record_transfer(row['weights'], [row])
         return rows

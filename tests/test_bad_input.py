@@ -1,6 +1,7 @@
 """What goes wrong in fine-tuning, each case with a message that names it, no traceback and nothing lost."""
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -8,12 +9,11 @@ import sys
 
 import finetune as finetune_script
 import pytest
-import torch
 from conftest import ROOT, SAMPLE
 from PIL import Image
 
-from wrn_timm import WideResNet
 from wrn_timm.train.finetune import FinetuneConfig, finetune, prepare_split
+from wrn_timm.train.rundir import check_place
 from wrn_timm.train.validate import open_model
 
 
@@ -66,6 +66,21 @@ def csv_without_labels(data):
     return data / 'list.csv'
 
 
+def csv_with_another_class_to_test_on(data):
+    rows = [f'{name}/image_{i:04d}.jpg,{name},train' for name in ('ketch', 'pizza') for i in (1, 2)]
+    (data / 'list.csv').write_text('\n'.join(['path,label,split', *rows, 'ketch/image_0003.jpg,watch,test\n']))
+    return data / 'list.csv'
+
+
+def a_file(data):
+    return data / 'ketch' / 'image_0001.jpg'
+
+
+def empty_folder(data):
+    (data.parent / 'empty').mkdir()
+    return data.parent / 'empty'
+
+
 def nothing_there(data):
     return data / 'nowhere'
 
@@ -97,6 +112,13 @@ def as_it_is(data):
     (as_it_is, ('--seeds', '0'), 'seeds is 0; it must be at least 1'),
     (as_it_is, ('--model', 'no/where'), 'no weights folder at no/where'),
     (as_it_is, ('--model', 'wrn16_1.cifar'), "wrn16_1 has no tag 'cifar'; nearest: cifar10"),
+    (as_it_is, ('--model', 'wrn16_l'), 'timm knows no model wrn16_l; nearest: wrn16_'),
+    (as_it_is, ('--model', 'resnet18', '--no-pretrained', '--stem', 'imagenet'), 'resnet18 has no option stem'),
+    (as_it_is, ('--model', 'vit_tiny_patch16_224', '--no-pretrained'), 'takes images of 224 px alone'),
+    (as_it_is, ('--device', 'tpu'), "device is 'tpu'; choose 'cpu'"),
+    (a_file, (), 'no folder at'),
+    (empty_folder, (), 'holds no class folders'),
+    (csv_with_another_class_to_test_on, (), 'classes in test and not in train: watch'),
     (as_it_is, ('--resume',), 'holds no run to resume'),
     (as_it_is, ('--lr', '1e30', '--epochs', '2'), 'try a smaller --lr than 1e+30'),
 ])
@@ -136,7 +158,7 @@ def link_to_itself(data):
 
 
 def odd_names(data):
-    for name in ('a b', 'comma, "quote"', "l'été 鳥", '<b>$x$'):
+    for name in ('a b', 'comma, "quote"', "l'été 鳥", '<b>$x$', 'two\nlines'):
         shutil.copytree(SAMPLE / 'watch', data / name)
         (data / name / f'{name}.txt').write_text('no image')
     return '.txt is not an image'
@@ -162,7 +184,7 @@ def test_a_run_with_all_of_these(data, weights, tmp_path):
     metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
     for message in messages:
         assert any(message in reason for reason in metrics['skipped'])
-    assert len(metrics['per_class']) == 6
+    assert len(metrics['per_class']) == 7
     assert open_model(str(tmp_path / 'run' / 'best')).pretrained_cfg['label_names'] == sorted(metrics['per_class'])
     assert '&lt;b&gt;$x$' in (tmp_path / 'run' / 'report.html').read_text()
 
@@ -199,6 +221,31 @@ def test_files_removed_while_training_runs(data, weights, tmp_path, on_bad):
         assert metrics['skipped'] == [f'{path} is not there' for _, path in removed] and metrics['images'] == 3
 
 
+def test_what_a_run_needs_is_checked_before_the_data_is_read(weights, tmp_path, capsys):
+    """Of data that is not there nothing is said: the place of the run comes first."""
+    run = tmp_path / 'run'
+    run.mkdir()
+    (run / 'recipe.json').write_text('{}')
+    assert tune('nowhere', weights, run) == 1
+    assert 'already holds a run' in capsys.readouterr().err
+    (tmp_path / 'seeds' / 'seed-2').mkdir(parents=True)
+    (tmp_path / 'seeds' / 'seed-2' / 'recipe.json').write_text('{}')
+    assert tune('nowhere', weights, tmp_path / 'seeds', '--seeds', '3') == 1
+    assert 'seed-2 already holds a run' in capsys.readouterr().err
+    assert tune('nowhere', weights, '/proc/run') == 1
+    assert '/proc/run cannot be written to' in capsys.readouterr().err
+    with pytest.raises(OSError, match='take up to 1000000000000 MB, and .* MB are free at'):
+        check_place(tmp_path / 'new' / 'run', 10 ** 18)
+    assert not (tmp_path / 'new').exists()
+
+
+def test_a_download_that_fails_says_how_to_do_without(weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')
+    assert tune(f'caltech101:{tmp_path}', weights, tmp_path / 'run', '--download') == 1
+    error = capsys.readouterr().err
+    assert 'failed: ' in error and 'caltech-101.zip elsewhere, unpack it' in error and not (tmp_path / 'run').exists()
+
+
 def test_no_place_to_write(data, weights, tmp_path, capsys):
     (tmp_path / 'file').write_text('')
     assert tune(data, weights, tmp_path / 'file' / 'run') == 1
@@ -219,22 +266,42 @@ def test_disk_full_at_a_checkpoint(data, weights, tmp_path):
     open_model(str(tmp_path / 'run' / 'best'))
 
 
-@pytest.fixture
-def small_memory(monkeypatch):
-    """A device that holds five images: the error is the one that CUDA raises."""
-    forward = WideResNet.forward
-
-    def limited(self, x):
-        if len(x) > 5 and self.training:
-            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
-        return forward(self, x)
-
-    monkeypatch.setattr(WideResNet, 'forward', limited)
+# As `finetune.py`, but the process may take so many bytes more than it has when it is loaded.
+LIMITED = '''
+import re, resource, sys
+import finetune, torch
+torch.backends.mkldnn.enabled = False  # it does not survive a lack of memory: then it crashes, or fails ever after
+has = 1024 * int(re.search('VmData:\\\\s*(\\\\d+) kB', open('/proc/self/status').read())[1])
+resource.setrlimit(resource.RLIMIT_DATA, (has + int(sys.argv[1]),) * 2)
+sys.exit(finetune.main(sys.argv[2:]))
+'''
 
 
-def test_out_of_memory_names_the_batch_size_that_fits(data, weights, tmp_path, capsys, small_memory):
-    assert tune(data, weights, tmp_path / 'run', '--batch-size', '8') == 1
-    error = capsys.readouterr().err
-    assert 'out of memory on cpu at batch size 8; --batch-size 4 fits, with --accumulate 2' in error
-    assert tune(data, weights, tmp_path / 'auto', '--batch-size', 'auto') == 0
-    assert len(json.loads((tmp_path / 'auto' / 'metrics.json').read_text())['per_class']) == 2
+def tune_in_little_memory(data, out, *argv):
+    """WRN-16-1 at 192 px takes some 37 MB an image in training, so that eight do not fit and four do."""
+    return subprocess.run(
+        [sys.executable, '-c', LIMITED, '250_000_000', '--data', str(data), '--out', str(out), '--device', 'cpu',
+         '--split', '50-50', '--input-size', '192', '--epochs', '1', '--holdout', '0', '--messages', 'quiet', *argv],
+        capture_output=True, text=True,
+        env={**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "scripts"}', 'OMP_NUM_THREADS': '1',
+             'MALLOC_MMAP_THRESHOLD_': '65536'})  # what is freed goes back at once
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='limits the memory of a process as Linux does')
+def test_out_of_memory_names_a_batch_size_that_fits(data, tmp_path):
+    done = tune_in_little_memory(data, tmp_path / 'run', '--batch-size', '8')
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    found = re.search('out of memory on cpu at batch size 8; --batch-size ([124]) fits, with --accumulate ([248]) to '
+                      'the same effect', done.stderr)
+    assert found, done.stderr
+    again = tune_in_little_memory(data, tmp_path / 'again', '--batch-size', found[1], '--accumulate', found[2])
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='limits the memory of a process as Linux does')
+def test_a_batch_size_that_fits_is_found(data, tmp_path):
+    """Through training, measuring and the report."""
+    done = tune_in_little_memory(data, tmp_path / 'run', '--batch-size', 'auto')
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / 'run' / 'metrics.json').read_text())['images'] == 8
+    assert (tmp_path / 'run' / 'report.html').is_file()

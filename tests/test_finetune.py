@@ -32,6 +32,7 @@ from wrn_timm.train import finetune as ft
 from wrn_timm.train.fit import Features, _Unfreezing, largest_batch, predict
 from wrn_timm.train.probe import extract_features, knn, linear_probe
 from wrn_timm.train.report import grad_cam
+from wrn_timm.train.rundir import export_weights
 from wrn_timm.train.validate import eval_transform, open_model
 
 CLASSES = ('ketch', 'pizza', 'sunflower')
@@ -390,6 +391,33 @@ def test_data_sets_that_timm_knows_by_name(weights, parts, tmp_path):
     assert weights_of(tmp_path / 'named') == weights_of(tmp_path / 'folder')
     assert tune(source, weights, tmp_path / 'three', *options, '--parts', 'train', 'val', 'val') == 0
     assert 'holdout_accuracy' in (tmp_path / 'three' / 'history.csv').read_text()
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # timm's reader leaves files open
+def test_data_sets_of_the_hub(weights, parts, tmp_path, offline, capsys):
+    """A folder of photographs by the `datasets` library gives figures on the same files, with the same classes."""
+    pytest.importorskip('datasets')
+    offline()
+    options = ('--epochs', '1', '--parts', 'train', 'validation')
+    assert tune(f'hfids/{parts}', weights, tmp_path / 'unknown', *options) == 1
+    assert 'Its size is not recorded; give it as hfds/' in capsys.readouterr().err
+    for name in ('hfds', 'hfids'):  # a stream has a size once the data set has been prepared
+        assert tune(f'{name}/{parts}', weights, tmp_path / name, *options) == 0
+        metrics = json.loads((tmp_path / name / 'metrics.json').read_text())
+        assert metrics['images'] == 12 and tuple(metrics['per_class']) == CLASSES
+
+
+def test_weights_of_other_networks_beside_ours(photographs, no_weights, tmp_path):
+    """ImageNet's WRN-50-2 and a ResNet-18, untrained here, by the same command; their figures are kept beside them."""
+    for name in ('wrn50_2.racm_in1k', 'resnet18.a1_in1k'):
+        export_weights(timm.create_model(name.partition('.')[0]), no_weights / name, {'tag': name.partition('.')[2]})
+        options = ('--train', 'head', '--epochs', '1', '--record')
+        assert tune(photographs, name, tmp_path / name, *options) == 0
+        row, = json.loads((no_weights / name / 'transfer.json').read_text())
+        assert row['top1']['mean'] == json.loads((tmp_path / name / 'metrics.json').read_text())['top1']
+    assert tune(photographs, 'wrn16_1', tmp_path / 'probe', '--probe', 'all') == 0
+    rows = json.loads((tmp_path / 'probe' / 'probe.json').read_text())
+    assert [Path(r['weights']).name for r in rows[::2]] == ['wrn50_2.racm_in1k', 'resnet18.a1_in1k']
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # webdataset leaves its files open

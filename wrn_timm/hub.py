@@ -216,7 +216,7 @@ def finish_weights_folder(folder: str | Path, metrics: dict[str, Any], photograp
     first = [min(d.iterdir()) for d in sorted(Path(photographs).iterdir())]
     images = torch.stack([pil_to_tensor(center_crop(resize(read_rgb(str(p)), size), [size, size])) for p in first])
     with torch.inference_mode():
-        logits = model(normalised(images, model))
+        logits = torch.cat([model(one) for one in normalised(images, model).split(1)])  # however little the memory
     card = model_card(folder, metrics)
     atomic_write(
         folder / GOLDEN_FILE, lambda p: np.savez_compressed(p, images=images.numpy(), logits=logits.numpy()))

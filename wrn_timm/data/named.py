@@ -45,7 +45,9 @@ class NamedImages:
             self.dataset = create_dataset(
                 name, root=root or None, split=split, is_training=training, download=download)
         except (ImportError, AssertionError, KeyError, ValueError, RuntimeError, OSError) as e:
-            raise ValueError(f'{source}: timm cannot open the split {split!r}: {type(e).__name__}: {e}') from e
+            remedy = '. Its size is not recorded; give it as hfds/...' if 'num_samples' in str(e) else ''
+            raise ValueError(
+                f'{source}: timm cannot open the split {split!r}: {type(e).__name__}: {e}{remedy}') from e
         self.source, self.split = source, split
         self.classes = tuple(classes or _classes(self.dataset))
         if not self.classes:

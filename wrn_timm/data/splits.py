@@ -18,6 +18,8 @@ __all__ = ['Split', 'check_protocol', 'data_name', 'list_source', 'make_split', 
 
 CALTECH101 = 'caltech101:'
 CALTECH101_BACKGROUND = 'BACKGROUND_Google'  # what others leave out too: 101 classes, 8,677 files
+_CALTECH101_ARCHIVE = 'https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip'
+_CALTECH101_FILES = 8677
 _COLUMNS = ['part', 'label', 'path']
 _PROTOCOL = re.compile(r'(?P<which>first|random)(?P<count>[1-9]\d*)|(?P<train>\d+)-(?P<test>\d+)')
 
@@ -43,7 +45,10 @@ def source_root(source: str, download: bool = False) -> Path:
         try:
             Caltech101(str(root), download=True)
         except (OSError, RuntimeError, ValueError, ImportError) as e:
-            raise FileNotFoundError(f'caltech101: the download into {root} failed: {e}') from e
+            raise FileNotFoundError(
+                f'caltech101: the download into {root} failed: {e}; without a network, fetch {_CALTECH101_ARCHIVE} '
+                f'elsewhere, unpack it and the 101_ObjectCategories.tar.gz in it, and give the folder that holds {name}'
+            ) from e
         return places[-1]
     if not folder:
         raise FileNotFoundError(f'caltech101: no {name} with the class folders in {root.resolve()}; give the folder '
@@ -70,10 +75,14 @@ def list_source(source: str, nested: bool = False, download: bool = False) -> Fo
     classes = tuple(c for c in files.classes if c != CALTECH101_BACKGROUND)
     number = {files.classes.index(c): i for i, c in enumerate(classes)}
     kept = [i for i, label in enumerate(files.labels) if label in number]
-    left_out = f'{CALTECH101_BACKGROUND} is left out ({len(files) - len(kept)} files): it is no object category'
-    return dataclasses.replace(
-        scan, notes=(left_out,) if len(classes) < len(files.classes) else (), train=ImageFiles(
-            (files.paths[i] for i in kept), [number[files.labels[i]] for i in kept], classes))
+    notes = []
+    if len(classes) < len(files.classes):
+        notes.append(f'{CALTECH101_BACKGROUND} is left out ({len(files) - len(kept)} files): it is no object category')
+    if (len(kept), len(classes)) != (_CALTECH101_FILES, 101):
+        notes.append(f'Caltech 101 has {_CALTECH101_FILES:,} files of 101 classes, here are {len(kept):,} of '
+                     f'{len(classes)}: figures are not comparable')
+    return dataclasses.replace(scan, notes=tuple(notes), train=ImageFiles(
+        (files.paths[i] for i in kept), [number[files.labels[i]] for i in kept], classes))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import time
@@ -33,12 +34,12 @@ from ..data.splits import (
     source_root,
     write_split,
 )
-from .fit import Features, Fitted, Predictions, fit, largest_batch, predict
+from .fit import BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
 from .metrics import classification_metrics
 from .probe import extract_features, summarise
 from .report import write_report
-from .rundir import RunDir, atomic_write, environment, export_weights
-from .validate import eval_transform, open_model
+from .rundir import RunDir, atomic_write, check_place, environment, export_weights
+from .validate import eval_transform, open_model, source_of
 
 __all__ = ['FinetuneConfig', 'finetune', 'finetune_seeds', 'prepare_split']
 
@@ -184,14 +185,15 @@ def finetune(
     accelerator = _accelerator(config, device)
     main = accelerator.is_main_process
     model = _build(config)
-    run, split, found = _open_run(config, str(data), Path(out), accelerator, on_bad, resume, download)
+    run, split, found = _open_run(config, model, str(data), Path(out), accelerator, on_bad, resume, download)
     name, classes = data_name(str(data)), split.train.classes
 
     random_seed(config.seed)  # whatever was drawn before
     model.reset_classifier(len(classes))
     model.to(accelerator.device, memory_format=torch.channels_last)
     transforms, cfg = _preprocessing(config, model, name, classes)
-    if config.batch_size == 'auto':
+    find = config.batch_size == 'auto'
+    if find:
         config = dataclasses.replace(config, batch_size=_find_batch_size(model, cfg['input_size'], accelerator))
     config = dataclasses.replace(config, lr=config.lr or (1. if config.cached else 0.05))
     _logger.info('%d classes, %d files to train on, %d to choose the epoch by, %d to test on; %s at %d px on %s',
@@ -199,9 +201,22 @@ def finetune(
                  cfg['input_size'][-1], accelerator.device)
 
     train_began = time.monotonic()
-    network, fitted = _train(
-        config, model, split, transforms, run, accelerator, workers=workers, on_bad=on_bad, resume=resume,
-        deadline=started + time_budget, progress=progress, on_epoch=on_epoch)
+    before = copy.deepcopy(model.state_dict()) if find else {}
+    while True:
+        try:
+            network, fitted = _train(
+                config, model, split, transforms, run, accelerator, workers=workers, on_bad=on_bad, resume=resume,
+                deadline=started + time_budget, progress=progress, on_epoch=on_epoch)
+            break
+        except BatchTooLarge as e:  # the optimiser and the averaged weights take their share too
+            if not (find and e.fits) or accelerator.num_processes > 1:
+                raise
+            smaller = e.fits
+        _logger.info('batch size %d instead', smaller)
+        config = dataclasses.replace(config, batch_size=smaller)
+        accelerator.free_memory()
+        model.load_state_dict(before)
+        resume = True  # from the last epoch, where there is one
     train_seconds = time.monotonic() - train_began
     if fitted.stopped:
         _logger.info('stopped by %s after epoch %d; it can go on with --resume', fitted.stopped,
@@ -227,8 +242,22 @@ def finetune(
     return metrics
 
 
+def _settings(config: FinetuneConfig, data: str) -> dict[str, Any]:
+    return {'finetune': dataclasses.asdict(config), 'data': data_name(data)}
+
+
+def _room(config: FinetuneConfig, model: torch.nn.Module) -> int:
+    """Bytes of `last/`, `best/` and the checkpoints: the last two, the best and the one that is being written."""
+    def size(module: torch.nn.Module) -> int:
+        return sum(t.nbytes for t in module.state_dict().values())
+
+    fitted = size(model.get_classifier() if config.cached else model)
+    return 2 * size(model) + 4 * fitted * (3 if config.ema_decay else 2)  # momentum too
+
+
 def _open_run(
         config: FinetuneConfig,
+        model: torch.nn.Module,
         data: str,
         out: Path,
         accelerator: Accelerator,
@@ -238,12 +267,15 @@ def _open_run(
 ) -> tuple[RunDir, Split, dict[str, Any]]:
     """The run directory, with the split in it, that the first process makes and the others read."""
     main, named = accelerator.is_main_process, is_named(data)
-    split, found = None, {}
+    split, found, settings = None, {}, _settings(config, data)
+    if main:
+        RunDir.check(out, settings, resume)
+        check_place(out, 0 if resume else _room(config, model))
     if named:
         split, found = _named_split(config, data, download)
     elif main:
         split, found = prepare_split(config, data, on_bad, download, out if resume else None)
-    run = RunDir(out, {'finetune': dataclasses.asdict(config), 'data': data_name(data)}, resume, write=main)
+    run = RunDir(out, settings, resume, write=main)
     if main and not named:
         atomic_write(run.path / 'split.csv', write_split(split, source_root(data)))
         atomic_write(run.path / 'scan.json', json.dumps(found, indent=2) + '\n')
@@ -278,6 +310,8 @@ def _train(
 
 
 def _accelerator(config: FinetuneConfig, device: str) -> Accelerator:
+    if device not in ('cpu', 'cuda') or (device == 'cuda' and not torch.cuda.is_available()):
+        raise ValueError(f"device is {device!r}; choose 'cpu', or 'cuda' on a machine where torch finds a GPU")
     AcceleratorState._reset_state()  # another run of this process may have had another precision
     precision = config.precision
     if precision == 'auto':
@@ -342,10 +376,15 @@ def _named_split(config: FinetuneConfig, data: str, download: bool) -> tuple[Spl
 
 def _build(config: FinetuneConfig) -> torch.nn.Module:
     kwargs = _model_args(config)
-    if config.pretrained:
-        return open_model(config.model, **kwargs)
     random_seed(config.seed)
-    return timm.create_model(f'local-dir:{config.model}' if Path(config.model).is_dir() else config.model, **kwargs)
+    try:
+        model = timm.create_model(source_of(config.model), pretrained=config.pretrained, **kwargs).eval()
+    except TypeError as e:
+        raise ValueError(f'{config.model} has no option {" nor ".join(kwargs)}') from e
+    own = model.pretrained_cfg.get('input_size', (0,))[-1]
+    if model.pretrained_cfg.get('fixed_input_size') and config.input_size not in (0, own):
+        raise ValueError(f'{config.model} takes images of {own} px alone; leave out --input-size')
+    return model
 
 
 def _model_args(config: FinetuneConfig) -> dict[str, Any]:
@@ -469,11 +508,15 @@ def finetune_seeds(
     """
     if seeds < 1:
         raise ValueError(f'seeds is {seeds}; it must be at least 1')
-    runs = []
+    planned = []
     for seed in range(config.seed, config.seed + seeds):
         folder = Path(out) / f'seed-{seed}' if seeds > 1 else Path(out)
         resume = kwargs.get('resume', False) and (seeds == 1 or (folder / 'recipe.json').is_file())
-        runs.append(finetune(dataclasses.replace(config, seed=seed), data, folder, **kwargs | {'resume': resume}))
+        planned.append((dataclasses.replace(config, seed=seed), folder, resume))
+    if int(os.environ.get('RANK', 0)) == 0:  # of all, before the first is run; others would not find what it makes
+        for own, folder, resume in planned:
+            RunDir.check(folder, _settings(own, str(data)), resume)
+    runs = [finetune(own, data, folder, **kwargs | {'resume': resume}) for own, folder, resume in planned]
     summary = {
         'way': config.train if config.pretrained else 'from scratch', 'dataset': runs[0]['dataset'],
         'protocol': runs[0]['split'], 'input_size': runs[0]['input_size'], 'epochs': config.epochs, 'seeds': seeds,

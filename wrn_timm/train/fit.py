@@ -25,7 +25,7 @@ from ..data.folders import ReadableOnly, collate_readable, some
 from .metrics import predict_logits
 from .rundir import RunDir
 
-__all__ = ['Features', 'Fitted', 'Predictions', 'fit', 'largest_batch', 'predict']
+__all__ = ['BatchTooLarge', 'Features', 'Fitted', 'Predictions', 'fit', 'largest_batch', 'predict']
 
 _SECONDS_BETWEEN_DRAWINGS = 30
 
@@ -98,19 +98,21 @@ def predict(
         network: In evaluation mode afterwards.
         dataset: Of (image, label).
         accelerator: Knows the device and the other processes.
-        batch_size: Images a step and process.
+        batch_size: Images a step and process; fewer where they do not fit the device's memory.
         workers: Processes that read images.
         title: Of the progress bar, which is not shown where it is empty.
         progress: False shows no bar; None shows it in a terminal.
 
     Raises:
+        RuntimeError: Out of memory with one image.
         ValueError: No image could be read.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = dataset if world == 1 else Subset(dataset, range(rank, len(dataset), world))
     index, bad = [], []
 
-    def readable():
+    def readable(batch_size: int):
+        index.clear(), bad.clear()
         batches = _loader(mine, batch_size, workers)
         show = title and accelerator.is_main_process and progress is not False
         for images, labels, i, reasons in tqdm(
@@ -120,8 +122,16 @@ def predict(
                 index.append(i * world + rank)
                 yield images, labels
 
+    found = None
+
+    def run(batch_size: int) -> None:
+        nonlocal found
+        found = predict_logits(network, readable(batch_size), accelerator.device)
+
     with accelerator.autocast():
-        found = predict_logits(network, readable(), accelerator.device) if len(mine) else None
+        if len(mine) and not largest_batch(run, batch_size):
+            raise RuntimeError(f'not even one image fits into the memory of {accelerator.device}; choose a smaller '
+                               f'--input-size or --model')
     if world > 1:
         everything = gather_object([(*(found or (None, None)), torch.cat(index) if index else None, bad)])
         bad = [reason for part in everything for reason in part[3]]
@@ -133,11 +143,16 @@ def predict(
     return Predictions(logits[by_place], labels[by_place], order[by_place], bad)
 
 
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether this says that memory was short; oneDNN, on a CPU, says it in its own words."""
+    return should_reduce_batch_size(error) or str(error).startswith('could not create a ')
+
+
 def largest_batch(step: Callable[[int], None], start: int) -> int:
     """The largest of `start`, `start / 2`, `start / 4`... that fits the device's memory; 0 if none does.
 
     Args:
-        step: Runs a training step of this batch size.
+        step: Runs with this batch size.
         start: First size tried.
     """
     while start:
@@ -145,11 +160,23 @@ def largest_batch(step: Callable[[int], None], start: int) -> int:
             step(start)
             return start
         except RuntimeError as e:
-            if not should_reduce_batch_size(e):
+            if not _out_of_memory(e):
                 raise
         clear_device_cache(garbage_collection=True)
         start //= 2
     return 0
+
+
+class BatchTooLarge(RuntimeError):
+    """A step does not fit the device's memory.
+
+    Attributes:
+        fits: The batch size that was tried and fits, over all processes; 0 where not even one image does.
+    """
+
+    def __init__(self, message: str, fits: int):
+        super().__init__(message)
+        self.fits = fits
 
 
 @dataclasses.dataclass
@@ -242,7 +269,7 @@ def fit(
 
     Raises:
         FloatingPointError: The loss is no longer finite; the checkpoints before it stand.
-        RuntimeError: Out of memory; the batch size that would fit is named.
+        BatchTooLarge: Out of memory; the batch size that would fit is named.
         ValueError: A file cannot be read, with 'fail', or none of a whole batch can.
     """
     batch_size, world = min(config.batch_size, len(train)), accelerator.num_processes
@@ -299,11 +326,11 @@ def fit(
                         loss = _loss(model, images, targets, config.label_smoothing if not mix else 0., class_weights)
                         accelerator.backward(loss)
                     except RuntimeError as e:
-                        if not should_reduce_batch_size(e):
+                        if not _out_of_memory(e):
                             raise
                         loss = None
                     if loss is None:  # outside the handler, which holds the tensors
-                        raise RuntimeError(_out_of_memory(network, images, batch_size, world))
+                        raise _too_large(network, images, batch_size, world)
                     optimizer.step()
                     optimizer.zero_grad()
                 if ema and accelerator.sync_gradients:
@@ -399,11 +426,12 @@ def _loss(model, images, targets, smoothing, class_weights) -> torch.Tensor:
     return F.cross_entropy(model(images).float(), targets, class_weights, label_smoothing=smoothing)
 
 
-def _out_of_memory(network: torch.nn.Module, images: torch.Tensor, batch_size: int, world: int) -> str:
+def _too_large(network: torch.nn.Module, images: torch.Tensor, batch_size: int, world: int) -> BatchTooLarge:
     network.zero_grad(set_to_none=True)
     shape, device = images.shape[1:], images.device
     fits = largest_batch(lambda n: network(torch.zeros(n, *shape, device=device)).sum().backward(),
                          len(images) // 2) * world
+    network.zero_grad(set_to_none=True)
     advice = f'--batch-size {fits} fits, with --accumulate {math.ceil(batch_size / fits)} to the same effect' if fits \
         else 'not even one image fits; choose a smaller --input-size or --model'
-    return f'out of memory on {device} at batch size {batch_size}; {advice}'
+    return BatchTooLarge(f'out of memory on {device} at batch size {batch_size}; {advice}', fits)

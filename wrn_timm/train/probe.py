@@ -10,12 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from huggingface_hub import try_to_load_from_cache
 from timm.data import create_transform, resolve_model_data_config
 from torch.utils.data import Dataset
 
 from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine
 from ..data.splits import data_name, list_source, make_split
-from ..weights import list_weights
+from ..weights import WEIGHTS_FILE, list_weights, places
 from .fit import Predictions, predict
 from .metrics import classification_metrics
 from .validate import open_model
@@ -24,6 +25,7 @@ __all__ = ['extract_features', 'knn', 'linear_probe', 'probe']
 
 _logger = logging.getLogger(__name__)
 
+HUB = 'hf-hub:'
 NEIGHBOURS = 20
 TEMPERATURE = 0.07  # arXiv:1805.01978, section 3.4
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -128,6 +130,19 @@ def _chosen_probe(parts: dict[str, tuple[torch.Tensor, torch.Tensor]], classes: 
     return _apply(linear_probe(train, labels, classes, penalty), test)
 
 
+def _at_hand() -> list[str]:
+    """The weights on this machine, in folders or in the cache of the Hub's client; the others are named in the log."""
+    listed = list_weights()
+    here = [w.name for w in listed if not w.location.startswith(HUB) or isinstance(
+        try_to_load_from_cache(w.location.removeprefix(HUB).partition('@')[0], WEIGHTS_FILE), str)]
+    if absent := [w.name for w in listed if w.name not in here]:
+        _logger.info('not on this machine, and left out: %s; name them to fetch them', ', '.join(absent))
+    known = {w.name for w in listed}
+    others = {folder.name: str(folder) for place in reversed(places()) if place.is_dir()
+              for folder in sorted(place.iterdir()) if folder.name not in known and (folder / WEIGHTS_FILE).is_file()}
+    return [*here, *others.values()]
+
+
 def probe(
         names: Sequence[str],
         data: str,
@@ -146,7 +161,8 @@ def probe(
     """Score backbones on a data set, each file going once through each.
 
     Args:
-        names: timm names or weights folders; 'all' stands for every weight on this machine or the Hub.
+        names: timm names or weights folders; 'all' stands for every weight on this machine (other networks' in
+            $WRN_TIMM_WEIGHTS too, and what the Hub's client has in its cache).
         data: As in `finetune`.
         protocol: As `split` of `FinetuneConfig`, but no file.
         seeds: Of the split.
@@ -168,7 +184,7 @@ def probe(
     Raises:
         What `list_source`, `examine` and `make_split` raise.
     """
-    names = [n for name in names for n in ([w.name for w in list_weights()] if name == 'all' else [name])]
+    names = [n for name in names for n in (_at_hand() if name == 'all' else [name])]
     scan = examine(list_source(data, nested, download), on_bad, at_most=EXAMINED_AT_MOST)
     for line in scan.summary():
         _logger.info('%s', line)

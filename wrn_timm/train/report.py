@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ..data.folders import ImageFiles
@@ -61,7 +62,7 @@ def _grid(count: int, columns: int = 6) -> tuple[Figure, list]:
 def _save(figure: Figure, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph .* missing from font')  # a class name in another script
-        atomic_write(path, lambda p: figure.savefig(p, dpi=80))
+        atomic_write(path, lambda p: figure.savefig(p, dpi=100))
 
 
 def _show(axis: Any, files: ImageFiles | NamedImages, i: int) -> None:
@@ -71,6 +72,12 @@ def _show(axis: Any, files: ImageFiles | NamedImages, i: int) -> None:
         return
     image.thumbnail((320, 320))
     axis.imshow(image)
+
+
+def _short(name: str, most: int = 24) -> str:
+    """A class name that leaves room in a picture for the picture."""
+    name = ' '.join(name.split())
+    return name if len(name) <= most else f'{name[:most - 1]}…'
 
 
 def _title(axis: Any, text: str, colour: str) -> None:
@@ -87,8 +94,8 @@ def draw_predictions(files: ImageFiles | NamedImages, result: Predictions, path:
         _show(axis, files, int(result.index[row]))
         share = 100 * result.logits[row].softmax(0)[predicted].item()
         right = predicted == true
-        _title(axis, f'{files.classes[predicted]} {share:.0f} %' + ('' if right else f'\nis {files.classes[true]}'),
-               'green' if right else 'firebrick')
+        answer, truth = _short(files.classes[predicted]), _short(files.classes[true])
+        _title(axis, f'{answer} {share:.0f} %' + ('' if right else f'\nis {truth}'), 'green' if right else 'firebrick')
     _save(figure, path)
 
 
@@ -123,16 +130,18 @@ def draw_wrong(
     if rows:
         device = next(model.parameters()).device
         images = torch.stack(pictures)
-        maps = grad_cam(model, images.to(device), torch.stack(answers).to(device))
+        maps = [grad_cam(model, image[None].to(device), answer[None].to(device))  # one at a time: memory
+                for image, answer in zip(images, answers, strict=True)]
         low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
         seen = ((images - low) / (high - low).clamp(min=1e-6)).permute(0, 2, 3, 1)
         for k, row in enumerate(rows):
             _show(axes[2 * k], files, places[k])
-            _title(axes[2 * k], f"{row['predicted']} {row['confidence']:.0f} %\nis {row['true']}", 'firebrick')
+            answer, truth = _short(row['predicted']), _short(row['true'])
+            _title(axes[2 * k], f"{answer} {row['confidence']:.0f} %\nis {truth}", 'firebrick')
             axes[2 * k + 1].imshow(seen[k].numpy())
-            if maps is not None:
-                axes[2 * k + 1].imshow(maps[k].cpu().numpy(), cmap='jet', alpha=0.45, vmin=0, vmax=1)
-                _title(axes[2 * k + 1], f"where it saw\n{row['predicted']}", 'black')
+            if maps[k] is not None:
+                axes[2 * k + 1].imshow(maps[k][0].cpu().numpy(), cmap='jet', alpha=0.45, vmin=0, vmax=1)
+                _title(axes[2 * k + 1], f'where it saw\n{answer}', 'black')
     _save(figure, path)
     return rows
 
@@ -150,7 +159,7 @@ def draw_confusion(result: Predictions, classes: tuple[str, ...], path: Path) ->
     axes.set(xlabel='predicted', ylabel='true')
     if n <= _MOST_NAMES:
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_ticks(range(n), classes, parse_math=False, fontsize=8)
+            axis.set_ticks(range(n), [_short(c) for c in classes], parse_math=False, fontsize=8)
         axes.tick_params('x', rotation=90)
     if n <= 15:
         for i, row in enumerate(share.tolist()):
@@ -184,14 +193,46 @@ def write_report(
     draw_confusion(result, files.classes, folder / 'confusion.png')
     draw_predictions(files, result, folder / 'predictions.png')
     wrong = draw_wrong(model, files, result, transform, folder / 'wrong.png')
-    atomic_write(folder / 'report.html', _page(folder, metrics, wrong, summary))
+    atomic_write(folder / 'report.html', _page(
+        folder, metrics, wrong, _mistakes(result, files.classes), summary))
+
+
+_STYLE = '''
+:root { color-scheme: light dark; --line: #8884; --quiet: light-dark(#666, #aaa); }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; }
+h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+h1, dd, li { overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .8rem; }
+dl div { display: flex; flex-direction: column-reverse; justify-content: flex-end; padding-left: .7rem;
+         border-left: 3px solid var(--line); }
+dt, figcaption { color: var(--quiet); font-size: .85rem; }
+dd { margin: 0; font-size: 1.15rem; font-weight: 600; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { border-bottom: 1px solid var(--line); padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
+td { max-width: 24rem; overflow-wrap: break-word; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+figure { margin: 1rem 0; }
+.wide { overflow-x: auto; }
+img { display: block; max-width: 100%; background: white; }
+'''
+_NARROWEST = 640  # pixels of a picture, below which its text is too small: it is scrolled
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     def line(cells: Sequence[Any], tag: str) -> str:
-        return '<tr>' + ''.join(f'<{tag}>{html.escape(_shown(c))}</{tag}>' for c in cells) + '</tr>'
+        return '<tr>' + ''.join(f'<{tag}{kind}>{html.escape(_shown(c))}</{tag}>'
+                                for c, kind in zip(cells, kinds, strict=True)) + '</tr>'
 
-    return '\n'.join(['<table>', line(header, 'th'), *(line(row, 'td') for row in rows), '</table>'])
+    kinds = [' class="number"' * all(c is None or isinstance(c, (int, float)) for c in column)
+             for column in zip(*rows, strict=True)]
+    return '\n'.join(['<div class="wide"><table>', line(header, 'th'), *(line(row, 'td') for row in rows),
+                      '</table></div>'])
+
+
+def _facts(facts: Sequence[tuple[str, Any]]) -> str:
+    return '<dl>' + ''.join(f'<div><dt>{html.escape(name)}</dt><dd>{html.escape(_shown(value))}</dd></div>'
+                            for name, value in facts) + '</dl>'
 
 
 def _shown(cell: Any) -> str:
@@ -199,12 +240,29 @@ def _shown(cell: Any) -> str:
 
 
 def _figure(file: Path, caption: str) -> str:
-    data = base64.b64encode(file.read_bytes()).decode()
-    return (f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
-            f'<figcaption>{html.escape(caption)}</figcaption></figure>')
+    with Image.open(file) as image:
+        width = image.width
+    data, caption = base64.b64encode(file.read_bytes()).decode(), html.escape(caption)
+    return (f'<figure><div class="wide"><img alt="{caption}" style="min-width: {min(width, _NARROWEST)}px" '
+            f'src="data:image/png;base64,{data}"></div><figcaption>{caption}</figcaption></figure>')
 
 
-def _page(folder: Path, metrics: dict[str, Any], wrong: list[dict[str, Any]], summary: Sequence[str]) -> str:
+def _mistakes(result: Predictions, classes: tuple[str, ...], most: int = 10) -> list[tuple[str, str, int, float]]:
+    """Class, what it was taken for, how often, and in % of the class; the most frequent first."""
+    counts = multiclass_confusion_matrix(result.logits.argmax(1), result.labels, len(classes))
+    size = counts.sum(1)
+    count, place = counts.fill_diagonal_(0).flatten().topk(min(most, counts.numel()))
+    return [(classes[i // len(classes)], classes[i % len(classes)], n, 100 * n / size[i // len(classes)].item())
+            for n, i in zip(count.tolist(), place.tolist(), strict=True) if n]
+
+
+def _page(
+        folder: Path,
+        metrics: dict[str, Any],
+        wrong: list[dict[str, Any]],
+        mistakes: list[tuple[str, str, int, float]],
+        summary: Sequence[str],
+) -> str:
     title = f"{metrics['dataset']}: {metrics['top1']:.1f} % of {metrics['images']:,} test files"
     facts = [(label, metrics[key]) for key, label in (
         ('top1', 'accuracy, %'), ('top5', 'accuracy within five answers, %'),
@@ -222,27 +280,20 @@ def _page(folder: Path, metrics: dict[str, Any], wrong: list[dict[str, Any]], su
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; margin: 1rem 0; }}
-th, td {{ border-bottom: 1px solid #ddd; padding: .2rem .8rem; text-align: left; }}
-td:nth-child(n + 2) {{ font-variant-numeric: tabular-nums; }}
-figure {{ margin: 1rem 0; }}
-img {{ max-width: 100%; }}
-figcaption {{ color: #666; }}
-</style>
+<style>{_STYLE}</style>
 </head>
 <body>
 <h1>{html.escape(title)}</h1>
-{_table(('', ''), facts)}
+{_facts(facts)}
 <h2>Training</h2>
 {_figure(folder / 'curves.png', 'Loss, accuracy on the held-out files and learning rate over the epochs')}
 <h2>What it mistakes for what</h2>
 {_figure(folder / 'confusion.png', 'Confusion matrix of the test files')}
+{_table(('true', 'predicted', 'files', '% of the class'), mistakes) if mistakes else ''}
 <h2>Wrong with most confidence</h2>
 {_figure(folder / 'wrong.png', 'Test files, and where the network looked (Grad-CAM)') if wrong else '<p>None.</p>'}
-{_table(('file', 'predicted', 'confidence, %', 'true'), [tuple(row[k] for k in ('file', 'predicted', 'confidence',
-        'true')) for row in wrong]) if wrong else ''}
+{_table(('predicted', 'true', 'confidence, %', 'file'), [tuple(row[k] for k in ('predicted', 'true', 'confidence',
+        'file')) for row in wrong]) if wrong else ''}
 <h2>Some of the test files</h2>
 {_figure(folder / 'predictions.png', 'Predicted and true class')}
 <h2>Classes, the weakest first</h2>
@@ -250,7 +301,7 @@ figcaption {{ color: #666; }}
 <h2>Data</h2>
 <ul>{notes}</ul>
 <h2>Made with</h2>
-{_table(('', ''), list(metrics['environment'].items()))}
+{_facts(list(metrics['environment'].items()))}
 </body>
 </html>
 '''

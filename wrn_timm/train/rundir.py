@@ -20,6 +20,7 @@ import platform
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,11 +34,13 @@ from timm.models import save_for_hf
 from ..weights import WEIGHTS_FILE, sha256_of
 
 __all__ = [
-    'RunDir', 'atomic_write', 'carried_files', 'environment', 'export_weights', 'is_best', 'plot_history',
-    'stop_requests',
+    'RunDir', 'atomic_write', 'carried_files', 'check_place', 'environment', 'export_weights', 'is_best',
+    'plot_history', 'stop_requests',
 ]
 
 _logger = logging.getLogger(__name__)
+
+_RECIPE = 'recipe.json'
 
 
 def atomic_write(path: Path, content: str | Callable[[Path], None]) -> None:
@@ -117,6 +120,27 @@ def _newest_first(checkpoints: Path) -> list[Path]:
     return sorted(checkpoints.glob('epoch-*.pt'), reverse=True)
 
 
+def check_place(path: Path, wanted: int = 0) -> None:
+    """Make sure that files can be written to a folder, which need not be there yet, before work is done for them.
+
+    Args:
+        path: The folder; nothing is left in it.
+        wanted: Bytes that there must be room for.
+
+    Raises:
+        OSError: It cannot be written to, or has too little room.
+    """
+    there = next(p for p in (path, *path.parents) if os.path.lexists(p))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            free = shutil.disk_usage(there).free
+    except OSError as e:
+        raise OSError(f'{path} cannot be written to ({there}: {e.strerror}); choose another --out') from e
+    if free < wanted:
+        raise OSError(f'the weights and checkpoints of a run take up to {wanted / 1e6:.0f} MB, and {free / 1e6:.0f} MB '
+                      f'are free at {there}; make room or choose another --out')
+
+
 class RunDir:
     """Opens (or makes) a run directory.
 
@@ -142,28 +166,30 @@ class RunDir:
             device: str | torch.device = 'cpu',
     ):
         self.path = Path(path)
-        self.recipe_file = self.path / 'recipe.json'
+        self.recipe_file = self.path / _RECIPE
         self.checkpoints = self.path / 'checkpoints'
         self.write = write
         if not write:
             return
-        resumable = resume is not None
-        exists = self.recipe_file.is_file()
-        if exists and not resume:
-            raise FileExistsError(
-                f'{self.path} already holds a run; choose another --out{", or go on with --resume" * resumable}')
-        if resume and not exists:
-            raise FileNotFoundError(f'{self.path} holds no run to resume')
-        if exists:
-            old = json.loads(self.recipe_file.read_text())
-            differ = _differences(old, json.loads(json.dumps(settings)))
-            if differ:
-                raise ValueError(f'{self.path} was started with other settings ({", ".join(differ)}); '
-                                 f'resume with the same, or choose another --out')
-        else:
+        self.check(self.path, settings, resume)
+        if not self.recipe_file.is_file():
             self.path.mkdir(parents=True, exist_ok=True)
             record = {**settings, 'environment': environment(device)}
             atomic_write(self.recipe_file, json.dumps(record, indent=2) + '\n')
+
+    @staticmethod
+    def check(path: str | Path, settings: dict[str, Any], resume: bool | None = False) -> None:
+        """Raise what opening the run directory would, and leave nothing: for before the work that comes first."""
+        recipe_file = Path(path) / _RECIPE
+        exists = recipe_file.is_file()
+        if exists and not resume:
+            raise FileExistsError(f'{path} already holds a run; choose another --out'
+                                  f'{", or go on with --resume" * (resume is not None)}')
+        if resume and not exists:
+            raise FileNotFoundError(f'{path} holds no run to resume')
+        if exists and (differ := _differences(json.loads(recipe_file.read_text()), json.loads(json.dumps(settings)))):
+            raise ValueError(f'{path} was started with other settings ({", ".join(differ)}); '
+                             f'resume with the same, or choose another --out')
 
     def log(self, message: str, *args: Any, level: int = logging.INFO) -> None:
         """Log a message, and keep it in `train.log`."""

@@ -8,10 +8,22 @@ from typing import Any
 from ..weights import find
 from .rundir import atomic_write, environment
 
-__all__ = ['TRANSFER_FILE', 'read_transfer', 'record_transfer']
+__all__ = ['TRANSFER_FILE', 'read_transfer', 'record_transfer', 'transfer_folder']
 
 TRANSFER_FILE = 'transfer.json'
 _KEY = ('way', 'dataset', 'protocol', 'input_size')
+
+
+def transfer_folder(weights: str) -> Path:
+    """The weights folder of `<arch>.<tag>`, or the one named.
+
+    Raises:
+        FileNotFoundError: The weights have no folder on this machine.
+    """
+    folder = Path(weights) if Path(weights).is_dir() else find(weights)
+    if not folder:
+        raise FileNotFoundError(f'{weights} has no weights folder on this machine to record results in')
+    return folder
 
 
 def record_transfer(weights: str, rows: list[dict[str, Any]]) -> Path:
@@ -23,11 +35,9 @@ def record_transfer(weights: str, rows: list[dict[str, Any]]) -> Path:
             `seeds`, `mean_per_class` and `top1` (each `mean`, `std`, `values`, in %), `seconds`.
 
     Raises:
-        FileNotFoundError: The weights have no folder on this machine.
+        What `transfer_folder` raises.
     """
-    folder = Path(weights) if Path(weights).is_dir() else find(weights)
-    if not folder:
-        raise FileNotFoundError(f'{weights} has no weights folder on this machine to record results in')
+    folder = transfer_folder(weights)
     made_with = {k: v for k, v in environment().items() if k in ('torch', 'timm', 'hardware')}
     results = {tuple(row[k] for k in _KEY): row for row in [
         *read_transfer(folder), *({**row, 'environment': made_with} for row in rows)]}

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,38 @@ from tqdm import tqdm
 from ..data.corrupt import CORRUPTIONS, corrupt
 from ..data.datasets import ImageArrays, load, parse_spec
 from ..data.folders import ImageFiles, scan_folder
+from ..weights import find
 from .metrics import classification_metrics, predict_logits
 from .rundir import environment
 
-__all__ = ['eval_transform', 'normalised', 'open_model', 'validate']
+__all__ = ['eval_transform', 'normalised', 'open_model', 'source_of', 'validate']
 
 
 def open_model(name: str, **kwargs: Any) -> torch.nn.Module:
-    """A pretrained model by timm name (`wrn16_1.cifar10`) or weights folder, in evaluation mode."""
+    """A pretrained model by timm name (`wrn16_1.cifar10`) or weights folder, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: timm knows no such model; the nearest are named.
+        What `timm.create_model` raises.
+    """
+    return timm.create_model(source_of(name), pretrained=True, **kwargs).eval()
+
+
+def source_of(name: str) -> str:
+    """What `timm.create_model` takes for a timm name or a weights folder; it raises the same as `open_model`."""
     if Path(name).is_dir():
-        name = f'local-dir:{name}'
-    elif os.sep in name and ':' not in name:
+        return f'local-dir:{name}'
+    if ':' in name:
+        return name
+    if os.sep in name:
         raise FileNotFoundError(f'no weights folder at {name}')
-    return timm.create_model(name, pretrained=True, **kwargs).eval()
+    if not timm.is_model(name):
+        nearest = difflib.get_close_matches(name.partition('.')[0], timm.list_models(), n=3, cutoff=0.5)
+        raise ValueError(f'timm knows no model {name}; nearest: {", ".join(nearest) or "none"}')
+    if name not in timm.list_models('wrn*', include_tags=True) and (folder := find(name)):
+        return f'local-dir:{folder}'  # another network's weights, beside ours
+    return name
 
 
 def eval_transform(model: torch.nn.Module) -> Any:
