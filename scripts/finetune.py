@@ -40,7 +40,7 @@ class Command:
     """Run directory."""
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu'
     """'cpu' or 'cuda'."""
-    workers: int = 0
+    workers: int = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
     """Processes that read photographs."""
     on_bad: Literal['skip', 'fail'] = 'skip'
     """What to do with unreadable files: leave them out and name them, or stop."""

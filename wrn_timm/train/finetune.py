@@ -45,6 +45,8 @@ __all__ = ['FinetuneConfig', 'finetune', 'finetune_seeds', 'prepare_split']
 
 _logger = logging.getLogger(__name__)
 
+_LEAST_STEPS = 20  # an epoch, below which a batch size that is found serves nobody
+
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
@@ -77,7 +79,7 @@ class FinetuneConfig:
     epochs: int = 30
     """Passes over the training files."""
     batch_size: int | Literal['auto'] = 16
-    """Files a step, over all processes; 'auto' takes the largest power of two up to 256 that fits."""
+    """Files a step, over all processes; 'auto' finds how many fit, up to 256 a process, and twenty steps an epoch."""
     accumulate: int = 1
     """Steps whose gradients are added up."""
     opt: str = 'nesterov'
@@ -194,7 +196,8 @@ def finetune(
     transforms, cfg = _preprocessing(config, model, name, classes)
     find = config.batch_size == 'auto'
     if find:
-        config = dataclasses.replace(config, batch_size=_find_batch_size(model, cfg['input_size'], accelerator))
+        most = max(8, min(256, len(split.train) // _LEAST_STEPS // accelerator.num_processes))
+        config = dataclasses.replace(config, batch_size=_find_batch_size(model, cfg['input_size'], accelerator, most))
     config = dataclasses.replace(config, lr=config.lr or (1. if config.cached else 0.05))
     _logger.info('%d classes, %d files to train on, %d to choose the epoch by, %d to test on; %s at %d px on %s',
                  len(classes), len(split.train), len(split.holdout or ()), len(split.test), config.model,
@@ -235,7 +238,8 @@ def finetune(
         'train_files': len(split.train), 'holdout_files': len(split.holdout or ()),
         'leaks': found.get('leaks', []), 'skipped': [*found.get('bad', []), *fitted.bad, *result.bad],
         'train_seconds': round(train_seconds, 1), 'seconds': round(time.monotonic() - started, 1),
-        'environment': environment(), 'measured_by': 'scripts/finetune.py'}
+        'mixed_precision': accelerator.mixed_precision, 'environment': environment(accelerator.device),
+        'measured_by': 'scripts/finetune.py'}
     if main:
         _finish(run, metrics, best, split.test, result, transform, found)
     accelerator.wait_for_everyone()
@@ -275,7 +279,7 @@ def _open_run(
         split, found = _named_split(config, data, download)
     elif main:
         split, found = prepare_split(config, data, on_bad, download, out if resume else None)
-    run = RunDir(out, settings, resume, write=main)
+    run = RunDir(out, settings, resume, write=main, device=accelerator.device)
     if main and not named:
         atomic_write(run.path / 'split.csv', write_split(split, source_root(data)))
         atomic_write(run.path / 'scan.json', json.dumps(found, indent=2) + '\n')
@@ -414,7 +418,13 @@ def _preprocessing(
     return {'train': train, 'test': test}, cfg
 
 
-def _find_batch_size(model: torch.nn.Module, size: tuple[int, int, int], accelerator: Accelerator) -> int:
+def _find_batch_size(
+        model: torch.nn.Module,
+        size: tuple[int, int, int],
+        accelerator: Accelerator,
+        most: int,
+) -> int:
+    """Images a step, at most `most` a process, that the memory of every process has room for."""
     before = copy.deepcopy(model.state_dict())  # the trial moves BatchNorm's statistics
 
     def step(n: int) -> None:
@@ -423,7 +433,7 @@ def _find_batch_size(model: torch.nn.Module, size: tuple[int, int, int], acceler
             loss = model.train()(images).float().sum()
         loss.backward()
 
-    found = largest_batch(step, 256)
+    found = largest_batch(step, most)
     model.zero_grad(set_to_none=True)
     model.load_state_dict(before)
     if not found:

@@ -23,11 +23,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.folders import ReadableOnly, collate_readable, some
 from .metrics import predict_logits
-from .rundir import RunDir
+from .rundir import RunDir, is_best
 
 __all__ = ['BatchTooLarge', 'Features', 'Fitted', 'Predictions', 'fit', 'largest_batch', 'predict']
 
 _SECONDS_BETWEEN_DRAWINGS = 30
+_SHARE_OF_SAVING = 10  # of the time, at most one part is spent on checkpoints
 
 
 class Features(Dataset):
@@ -56,7 +57,8 @@ def _loader(dataset: Dataset, batch_size: int, workers: int, **kwargs: Any) -> D
         if inner is not dataset:
             raise ValueError('a data set that is streamed runs in one process')
         return DataLoader(dataset, batch_size, collate_fn=_with_none_unread, drop_last=kwargs.get('drop_last', False))
-    return DataLoader(ReadableOnly(dataset), batch_size, num_workers=workers, collate_fn=collate_readable, **kwargs)
+    return DataLoader(ReadableOnly(dataset), batch_size, num_workers=workers, collate_fn=collate_readable,
+                      pin_memory=torch.cuda.is_available(), **kwargs)
 
 
 def _with_none_unread(batch: Any) -> Any:
@@ -295,7 +297,8 @@ def fit(
     main = accelerator.is_main_process
     bad, stopped, began = [], '', time.monotonic() - state.seconds
     measured = ema.module if ema else network
-    drawn = -math.inf
+    drawn = saved = -math.inf
+    saving, saved_epoch = 0., state.epoch
 
     bar = tqdm(total=config.epochs * steps, initial=state.epoch * steps, unit='batch', leave=False, smoothing=0.05,
                disable=None if main and progress is not False else True)
@@ -317,13 +320,14 @@ def fit(
                 scheduler.step_update(state.epoch * steps + step)
                 if images.ndim == 4:
                     images = images.contiguous(memory_format=torch.channels_last)
-                targets = labels
-                if mix:
+                targets, smoothing = labels, config.label_smoothing
+                if mix and len(images) > 1:
                     even = len(images) - len(images) % 2
                     images, targets = mix(images[:even], labels[:even])
+                    smoothing = 0.  # the mixed targets have it
                 with accelerator.accumulate(model):
                     try:
-                        loss = _loss(model, images, targets, config.label_smoothing if not mix else 0., class_weights)
+                        loss = _loss(model, images, targets, smoothing, class_weights)
                         accelerator.backward(loss)
                     except RuntimeError as e:
                         if not _out_of_memory(e):
@@ -338,7 +342,7 @@ def fit(
                 total += loss.detach()
                 seen += len(labels)
                 bar.update()
-                if step % 10 == 0:
+                if step % 10 == 0 and not bar.disable:
                     bar.set_postfix(loss=f'{total.item() / (step + 1):.3f}')
             mean_loss = accelerator.reduce(total, 'mean').item() / steps
             if not math.isfinite(mean_loss):
@@ -356,16 +360,22 @@ def fit(
             state.seconds = time.monotonic() - began
             state.epoch_seconds = time.monotonic() - epoch_began
             state.history.append({**row, 'seconds': round(state.seconds, 1)})
-            draw = time.monotonic() - drawn > _SECONDS_BETWEEN_DRAWINGS
-            drawn = time.monotonic() if draw else drawn
-            run.save(state.to_dict(), state.history, draw)
+            now = time.monotonic()
+            if now - saved >= _SHARE_OF_SAVING * saving or is_best(state.history):
+                draw = now - drawn > _SECONDS_BETWEEN_DRAWINGS
+                drawn = now if draw else drawn
+                run.save(state.to_dict(), state.history, draw)
+                saved, saved_epoch = time.monotonic(), state.epoch
+                saving = saved - now
             if main:
                 accuracy = f"  held-out accuracy {row['holdout_accuracy']:5.1f} %" if holdout is not None else ''
                 run.log('epoch %2d/%d  loss %.3f%s  %.0f images/s  %.0f s', state.epoch, config.epochs, mean_loss,
                         accuracy, row['images_per_second'], state.seconds)
                 if on_epoch:
                     on_epoch(state.history[-1])
-    if main:
+    if saved_epoch != state.epoch:
+        run.save(state.to_dict(), state.history)
+    elif main:
         run.write_history(state.history)
     accelerator.wait_for_everyone()
     for parameter in network.parameters():

@@ -120,6 +120,13 @@ def _newest_first(checkpoints: Path) -> list[Path]:
     return sorted(checkpoints.glob('epoch-*.pt'), reverse=True)
 
 
+def _link(source: Path, to: Path) -> None:
+    try:
+        os.link(source, to)
+    except OSError:  # some file systems have no hard links
+        shutil.copyfile(source, to)
+
+
 def check_place(path: Path, wanted: int = 0) -> None:
     """Make sure that files can be written to a folder, which need not be there yet, before work is done for them.
 
@@ -220,7 +227,7 @@ class RunDir:
             raise OSError(f'{newest} cannot be written ({str(e).splitlines()[0]}); {free:.0f} MB are free there. What '
                           f'was written before is whole: make room and go on with --resume') from e
         if state['step'] == 0 and is_best(history):
-            atomic_write(self.checkpoints / 'best.pt', lambda p: shutil.copyfile(newest, p))
+            atomic_write(self.checkpoints / 'best.pt', lambda p: _link(newest, p))
         for old in _newest_first(self.checkpoints)[2:]:
             old.unlink()
 
