@@ -49,7 +49,7 @@ from wrn_timm.export import OptimizedModel, alternate, inference_forms, to_onnx
 from wrn_timm.train import finetune as tuning
 from wrn_timm.train.fit import _loader, fit
 from wrn_timm.train.loop import Learner, create_model
-from wrn_timm.train.recipes import Recipe
+from wrn_timm.train.recipes import FinetuneConfig, Recipe
 from wrn_timm.train.rundir import RunDir, environment, export_weights
 from wrn_timm.train.validate import open_model
 from wrn_timm.weights import WEIGHTS_FILE
@@ -66,8 +66,8 @@ Row = dict[str, Any]
 class Command:
     sections: tyro.conf.Positional[tuple[str, ...]] = ()
     """evaluate, int8, train, latency, growth, augment, start, head, finetune; by default all."""
-    config: Annotated[tuning.FinetuneConfig, tyro.conf.arg(name='')] = dataclasses.field(
-        default_factory=tuning.FinetuneConfig)
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name='')] = dataclasses.field(
+        default_factory=FinetuneConfig)
     models: tuple[str, ...] = ('wrn16_4', 'wrn28_10', 'wrn50_2')
     """Networks that evaluate, train, latency, growth and start measure."""
     batch: int = 0
@@ -230,6 +230,7 @@ def onnx_session(file: str | Path) -> Callable[[torch.Tensor], torch.Tensor]:
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # in the next contestant's time
     session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
     return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
 
@@ -580,7 +581,7 @@ def finetune(command: Command) -> Iterator[Case]:
     model.reset_classifier(len(split.train.classes))
     model.to(accelerator.device, memory_format=torch.channels_last)
     transforms, cfg = tuning._preprocessing(config, model, 'benchmark', split.train.classes)
-    files = split.train.as_dataset(transforms['train'])
+    files = tuning.training_set(config, split, transforms['train'], cfg['input_size'][-1])
     batch = min(config.batch_size, len(files))
     ready = [files[i] for i in range(min(len(files) - len(files) % batch, 16 * batch))]
 

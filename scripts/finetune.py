@@ -23,8 +23,9 @@ import tyro
 
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.hub import finish_weights_folder
-from wrn_timm.train.finetune import FinetuneConfig, finetune_seeds
+from wrn_timm.train.finetune import finetune_seeds
 from wrn_timm.train.probe import probe
+from wrn_timm.train.recipes import FinetuneConfig
 from wrn_timm.train.rundir import atomic_write, check_place
 from wrn_timm.train.transfer import record_transfer, transfer_folder
 

@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT, SAMPLE
 from PIL import Image
 
-from wrn_timm.train.finetune import FinetuneConfig, finetune, prepare_split
+from wrn_timm.train.finetune import finetune, prepare_split
+from wrn_timm.train.recipes import FinetuneConfig
 from wrn_timm.train.rundir import check_place
 from wrn_timm.train.validate import open_model
 

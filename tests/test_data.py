@@ -150,6 +150,22 @@ def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
     assert read_rgb(tmp_path / 'x.jpg').size == (4, 8)
 
 
+def test_large_photographs_are_decoded_at_a_part_of_their_size(tmp_path):
+    photograph = read_rgb(next((SAMPLE / 'ketch').iterdir())).resize((1600, 1200), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    photograph.save(tmp_path / 'large.jpg', quality=95, exif=exif)
+    photograph.save(tmp_path / 'large.png')
+    for least, size in ((1201, (1200, 1600)), (400, (600, 800)), (90, (150, 200)), (1, (150, 200))):
+        reduced = read_rgb(tmp_path / 'large.jpg', least)
+        assert reduced.size == size
+        whole = read_rgb(tmp_path / 'large.jpg').resize(size, Image.Resampling.BOX)
+        assert np.abs(np.asarray(reduced, float) - np.asarray(whole, float)).mean() < 2  # of 255
+    assert read_rgb(tmp_path / 'large.png', 90).size == (1600, 1200)
+    dataset = list_folder(SAMPLE).as_dataset(lambda image: image.size, least=20)
+    assert all(20 <= min(dataset[i][0]) <= 160 for i in range(0, len(dataset), 24))
+
+
 def test_bad_files_are_skipped_and_named_or_refused(folder):
     (folder / 'pizza' / 'notes.txt').write_text('no image')
     (folder / 'pizza' / 'empty.jpg').write_bytes(b'')

@@ -21,8 +21,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from .data.folders import read_rgb
 from .download import hub_fault
-from .train.finetune import FinetuneConfig
-from .train.recipes import RECIPES
+from .train.recipes import RECIPES, FinetuneConfig
 from .train.rundir import atomic_write
 from .train.transfer import TRANSFER_FILE
 from .train.validate import normalised, open_model

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
@@ -26,7 +26,6 @@ from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine, some
 from ..data.named import NamedImages, is_named
 from ..data.splits import (
     Split,
-    check_protocol,
     data_name,
     list_source,
     make_split,
@@ -37,114 +36,16 @@ from ..data.splits import (
 from .fit import BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
 from .metrics import classification_metrics
 from .probe import extract_features, summarise
+from .recipes import FinetuneConfig
 from .report import write_report
 from .rundir import RunDir, atomic_write, check_place, environment, export_weights
 from .validate import eval_transform, open_model, source_of
 
-__all__ = ['FinetuneConfig', 'finetune', 'finetune_seeds', 'prepare_split']
+__all__ = ['finetune', 'finetune_seeds', 'prepare_split', 'training_set']
 
 _logger = logging.getLogger(__name__)
 
 _LEAST_STEPS = 20  # an epoch, below which a batch size that is found serves nobody
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneConfig:
-    """How weights are fine-tuned; by default all layers, by SGD with Nesterov momentum and a cosine."""
-
-    model: str = 'wrn16_1.cifar10'
-    """timm name with tag, or a weights folder."""
-    pretrained: bool = True
-    """Start from the weights, not from random ones."""
-    stem: str = ''
-    """'imagenet' puts the 7x7 stem on a 6N + 4 network, for large photographs; the 3x3 stem's weights are dropped."""
-    train: Literal['all', 'gradual', 'head'] = 'all'
-    """All layers; gradually, from the classifier down, all from the middle on; or the classifier alone."""
-    cache: bool = True
-    """With 'head', run the backbone once over the photographs as they are, and train on its features."""
-    split: str = '70-30'
-    """Where the data is not split already: first30, random30 (files a class to train on), 70-30 (per cent), or the
-    split.csv of another run."""
-    holdout: float = 0.1
-    """Share of the training files that the epoch is chosen by; 0 trains on all and takes the last epoch."""
-    parts: tuple[str, ...] = ('train', 'validation')
-    """What timm's named data sets call the parts to train on, to choose the epoch by (if there are three) and to test
-    on."""
-    num_classes: int = 0
-    """Of a named data set that does not say it."""
-    nested: bool = False
-    """Every folder that holds files is a class, named by its path."""
-    input_size: int = 0
-    """Side of the square input, in pixels; 0 takes the weights' own, but 64 where that is less."""
-    epochs: int = 30
-    """Passes over the training files."""
-    batch_size: int | Literal['auto'] = 16
-    """Files a step, over all processes; 'auto' finds how many fit, up to 256 a process, and twenty steps an epoch."""
-    accumulate: int = 1
-    """Steps whose gradients are added up."""
-    opt: str = 'nesterov'
-    """timm's name of the optimiser."""
-    lr: float = 0.
-    """Peak learning rate of the last layers; 0 takes 0.05, and 1 for the classifier alone on cached features."""
-    momentum: float = 0.9
-    """Of the optimisers that have it."""
-    weight_decay: float = 5e-4
-    """L2 penalty on weights; biases and BatchNorm are left out."""
-    layer_decay: float = 0.9
-    """Factor of the learning rate from each block to the one below it."""
-    schedule: Literal['cosine', 'step'] = 'cosine'
-    """Cosine to 0, or times 0.1 after each third."""
-    warmup_epochs: int = 1
-    """Linear rise from lr / 100."""
-    label_smoothing: float = 0.1
-    """Mass moved from the label to all classes."""
-    class_weights: bool = False
-    """Weigh each class in the loss by the inverse of its count."""
-    ema_decay: float = 0.
-    """Decay a step of the averaged weights, which are then the ones exported; 0 exports the last."""
-    augment: bool = True
-    """Crop, mirror and colour at random."""
-    min_scale: float = 0.5
-    """Least share of a photograph's area in a training crop."""
-    color_jitter: float = 0.2
-    """Strength of the change of colours."""
-    auto_augment: str = ''
-    """timm's augmentation policy, in place of the change of colours: rand-m9-mstd0.5, augmix-m5, original..."""
-    random_erase: float = 0.
-    """Chance that a rectangle is set to the mean."""
-    mixup: float = 0.
-    """Alpha of mixup (arXiv:1710.09412); 0 for none."""
-    cutmix: float = 0.
-    """Alpha of CutMix (arXiv:1905.04899); with mixup too, each batch takes one of both."""
-    patience: int = 0
-    """Epochs without a better held-out accuracy after which the run ends; 0 for no such end."""
-    precision: Literal['auto', 'no', 'fp16', 'bf16'] = 'auto'
-    """Of the computation; 'auto' is bf16 on CUDA and float32 on a CPU."""
-    seed: int = 0
-    """Of the split, the order, the crops and the new classifier."""
-
-    def __post_init__(self):
-        limits = {
-            'epochs': (1, math.inf), 'accumulate': (1, math.inf), 'label_smoothing': (0, 0.999), 'holdout': (0, 0.9),
-            'min_scale': (0.001, 1), 'input_size': (0, 4096), 'ema_decay': (0, 0.99999), 'random_erase': (0, 1),
-            'warmup_epochs': (0, self.epochs), 'layer_decay': (0.001, 1), 'patience': (0, math.inf),
-            'lr': (0, math.inf), 'seed': (0, 40_000), 'mixup': (0, math.inf), 'cutmix': (0, math.inf)}
-        if self.batch_size != 'auto':
-            limits['batch_size'] = 1, math.inf
-        for field, (low, high) in limits.items():
-            if not low <= getattr(self, field) <= high:
-                raise ValueError(f'{field} is {getattr(self, field)}; it must be from {low} to {high}')
-        if self.patience and not self.holdout:
-            raise ValueError('patience needs held-out files to look at; give a holdout above 0')
-        if len(self.parts) not in (2, 3):
-            raise ValueError(f'parts are {", ".join(self.parts)}; two or three are wanted')
-        if not self.split.endswith('.csv'):
-            check_protocol(self.split)
-
-    @property
-    def cached(self) -> bool:
-        """Whether the classifier is trained on features."""
-        return self.train == 'head' and self.cache
 
 
 def finetune(
@@ -208,8 +109,8 @@ def finetune(
     while True:
         try:
             network, fitted = _train(
-                config, model, split, transforms, run, accelerator, workers=workers, on_bad=on_bad, resume=resume,
-                deadline=started + time_budget, progress=progress, on_epoch=on_epoch)
+                config, model, split, transforms, cfg['input_size'][-1], run, accelerator, workers=workers,
+                on_bad=on_bad, resume=resume, deadline=started + time_budget, progress=progress, on_epoch=on_epoch)
             break
         except BatchTooLarge as e:  # the optimiser and the averaged weights take their share too
             if not (find and e.fits) or accelerator.num_processes > 1:
@@ -292,6 +193,7 @@ def _train(
         model: torch.nn.Module,
         split: Split,
         transforms: dict[str, Any],
+        size: int,
         run: RunDir,
         accelerator: Accelerator,
         **kwargs: Any,
@@ -309,8 +211,18 @@ def _train(
     mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
                 num_classes=len(split.train.classes)) if config.mixup or config.cutmix else None
     holdout = split.holdout.as_dataset(transforms['test']) if split.holdout else None
-    return model, fit(model, split.train.as_dataset(transforms['train']), holdout, config, run, accelerator,
+    return model, fit(model, training_set(config, split, transforms['train'], size), holdout, config, run, accelerator,
                       way=config.train, class_weights=weights, mix=mix, **kwargs)
+
+
+def training_set(config: FinetuneConfig, split: Split, transform: Any, size: int) -> Dataset:
+    """The training files through `transform`, for inputs of `size` pixels.
+
+    Large photographs are decoded at a part of their size, such that the smallest crop still has the input's pixels.
+    """
+    if not config.augment or not isinstance(split.train, ImageFiles):
+        return split.train.as_dataset(transform)
+    return split.train.as_dataset(transform, least=math.ceil(size / math.sqrt(config.min_scale)))
 
 
 def _accelerator(config: FinetuneConfig, device: str) -> Accelerator:

@@ -23,6 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.folders import ReadableOnly, collate_readable, some
 from .metrics import predict_logits
+from .recipes import FinetuneConfig
 from .rundir import RunDir, is_best
 
 __all__ = ['BatchTooLarge', 'Features', 'Fitted', 'Predictions', 'fit', 'largest_batch', 'predict']
@@ -235,7 +236,7 @@ def fit(
         network: torch.nn.Module,
         train: Dataset,
         holdout: Dataset | None,
-        config: Any,
+        config: FinetuneConfig,
         run: RunDir,
         accelerator: Accelerator,
         way: str = 'all',
@@ -256,7 +257,7 @@ def fit(
         network: On the accelerator's device.
         train: Of (image, label).
         holdout: Measured every epoch, to choose the epoch by; None for none.
-        config: A `FinetuneConfig`.
+        config: How.
         run: Where checkpoints and history go.
         accelerator: Device, precision, processes and accumulation; it shares each batch among the processes.
         way: 'all', 'gradual', or 'head' (the classifier alone).
