@@ -162,7 +162,7 @@ def test_large_photographs_are_decoded_at_a_part_of_their_size(tmp_path):
         whole = read_rgb(tmp_path / 'large.jpg').resize(size, Image.Resampling.BOX)
         assert np.abs(np.asarray(reduced, float) - np.asarray(whole, float)).mean() < 2  # of 255
     assert read_rgb(tmp_path / 'large.png', 90).size == (1600, 1200)
-    dataset = list_folder(SAMPLE).as_dataset(lambda image: image.size, least=20)
+    dataset = list_folder(SAMPLE).train.as_dataset(lambda image: image.size, least=20)
     assert all(20 <= min(dataset[i][0]) <= 160 for i in range(0, len(dataset), 24))
 
 

@@ -24,6 +24,7 @@ import wrn_timm  # noqa: F401
 from wrn_timm.data.voc import read_voc
 from wrn_timm.detection import faster_rcnn, fpn_backbone, retinanet
 from wrn_timm.train.detect import _backbone_in_bfloat16, evaluate_detector, load_detector
+from wrn_timm.weights import sha256_of
 
 BCCD = Path(__file__).parent / 'data' / 'bccd_sample'
 TARGET = {'boxes': torch.tensor([[10., 10, 60, 70]]), 'labels': torch.tensor([1])}
@@ -226,7 +227,7 @@ def test_stopped_and_resumed_gives_the_same_detector(run, tmp_path, capsys):
     assert detect_script.main(['--out', str(tmp_path / 'run'), '--draw', 'x.jpg']) == 1
     assert 'holds no detector' in capsys.readouterr().err
     assert detect_script.main([*args, '--resume']) == 0
-    a, b = ((r / 'weights' / 'model.safetensors').read_bytes() for r in (run, tmp_path / 'run'))
+    a, b = (sha256_of(r / 'weights' / 'model.safetensors') for r in (run, tmp_path / 'run'))
     assert a == b
 
 
@@ -243,7 +244,7 @@ def test_sigterm_leaves_a_run_that_resumes_to_the_same_detector(whole_epochs, tm
     checkpoint, = (out / 'checkpoints').iterdir()
     assert checkpoint.name in ('epoch-0000-step-000001.pt', 'epoch-0000-step-000002.pt')
     assert detect_script.main([*IN_STEPS, '--out', str(out), '--resume']) == 0
-    a, b = ((r / 'weights' / 'model.safetensors').read_bytes() for r in (whole_epochs, out))
+    a, b = (sha256_of(r / 'weights' / 'model.safetensors') for r in (whole_epochs, out))
     assert a == b
     a, b = (csv.DictReader((r / 'history.csv').read_text().splitlines()) for r in (whole_epochs, out))
     assert [row['train_loss'] for row in a] == [row['train_loss'] for row in b]
