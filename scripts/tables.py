@@ -80,12 +80,13 @@ def transfer_table() -> str:
         for result in read_transfer(folder):
             score = result['mean_per_class']
             rows.append([
-                f'`{folder.name}`', result['way'], str(result['input_size']), str(result.get('epochs', '-')),
+                f'`{folder.name}`', result['way'] + (f", {result['stem']} stem" if result.get('stem') else ''),
+                str(result['input_size']), str(result.get('epochs', '-')),
                 f"{result['dataset']}, {result['protocol']}", str(result['seeds']),
                 f"{score['mean']:.1f}" + (f" ± {score['std']:.1f}" if result['seeds'] > 1 else ''),
-                f"{result['top1']['mean']:.1f}", f"{result['seconds'] / 60:.0f}"])
+                f"{result['top1']['mean']:.1f}", f"{result['seconds'] / 60 / result['seeds']:.1f}"])
     header = ['weights', 'way', 'px', 'epochs', 'data, protocol', 'seeds', 'mean of the classes, %', 'all files, %',
-              'minutes, all seeds']
+              'minutes a seed']
     return table(header, rows)
 
 

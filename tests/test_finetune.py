@@ -33,6 +33,7 @@ from wrn_timm.train.fit import Features, _Unfreezing, largest_batch, predict
 from wrn_timm.train.probe import extract_features, knn, linear_probe
 from wrn_timm.train.report import grad_cam
 from wrn_timm.train.rundir import export_weights
+from wrn_timm.train.transfer import read_transfer, record_transfer
 from wrn_timm.train.validate import eval_transform, open_model
 from wrn_timm.weights import sha256_of
 
@@ -284,6 +285,16 @@ def test_probe_scores(weights, photographs, tmp_path, capsys):
     assert min(row['mean_per_class']['mean'] for row in rows[2:]) > 60  # chance is 33
     transfer = json.loads((Path(weights) / 'transfer.json').read_text())
     assert [t['mean_per_class'] for t in transfer] == [r['mean_per_class'] for r in rows[:2]]
+
+
+def test_results_of_other_kinds_are_kept_beside_one_another(tmp_path):
+    row = {'way': 'all', 'dataset': 'caltech101', 'protocol': 'random30', 'input_size': 64, 'epochs': 10, 'stem': ''}
+    for change in ({}, {'epochs': 5}, {'stem': 'imagenet'}, {'input_size': 32}, {'seeds': 3}):
+        record_transfer(str(tmp_path), [row | change])
+    kept = read_transfer(tmp_path)
+    assert [(r['input_size'], r['epochs'], r['stem'], r.get('seeds')) for r in kept] == [
+        (64, 10, '', 3), (64, 5, '', None), (64, 10, 'imagenet', None), (32, 10, '', None)]
+    assert all(r['environment']['torch'] == torch.__version__ for r in kept)
 
 
 def test_nearest_neighbours_are_those_of_a_plain_search():

@@ -421,7 +421,7 @@ def finetune_seeds(
     Several runs leave `out/metrics.json` with the same as is returned, but `runs`.
 
     Returns:
-        `way`, `dataset`, `protocol`, `input_size`, `epochs`, `seeds`, `seconds` of all, `settings` (the fields of
+        `way`, `dataset`, `protocol`, `input_size`, `epochs`, `stem`, `seeds`, `seconds` of all, `settings` (the fields of
         `config` that are not the default), `runs` (their metrics), and of `top1`, `mean_per_class` and `ece` the
         `mean`, the sample standard deviation `std` and the `values`.
 
@@ -441,7 +441,8 @@ def finetune_seeds(
     runs = [finetune(own, data, folder, **kwargs | {'resume': resume}) for own, folder, resume in planned]
     summary = {
         'way': config.train if config.pretrained else 'from scratch', 'dataset': runs[0]['dataset'],
-        'protocol': runs[0]['split'], 'input_size': runs[0]['input_size'], 'epochs': config.epochs, 'seeds': seeds,
+        'protocol': runs[0]['split'], 'input_size': runs[0]['input_size'], 'epochs': config.epochs,
+        'stem': config.stem, 'seeds': seeds,
         'seconds': round(sum(run['seconds'] for run in runs), 1),
         'settings': {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
                      if f.name != 'model' and getattr(config, f.name) != f.default},

@@ -11,7 +11,7 @@ from .rundir import atomic_write, environment
 __all__ = ['TRANSFER_FILE', 'read_transfer', 'record_transfer', 'transfer_folder']
 
 TRANSFER_FILE = 'transfer.json'
-_KEY = ('way', 'dataset', 'protocol', 'input_size')
+_KEY = ('way', 'dataset', 'protocol', 'input_size', 'epochs', 'stem')
 
 
 def transfer_folder(weights: str) -> Path:
@@ -32,14 +32,15 @@ def record_transfer(weights: str, rows: list[dict[str, Any]]) -> Path:
     Args:
         weights: `<arch>.<tag>` or a weights folder.
         rows: Each with `way` ('linear probe', 'kNN', 'all', 'from scratch'...), `dataset`, `protocol`, `input_size`,
-            `seeds`, `mean_per_class` and `top1` (each `mean`, `std`, `values`, in %), `seconds`.
+            `seeds`, `mean_per_class` and `top1` (each `mean`, `std`, `values`, in %), `seconds`; and `epochs` and
+            `stem` where they apply.
 
     Raises:
         What `transfer_folder` raises.
     """
     folder = transfer_folder(weights)
     made_with = {k: v for k, v in environment().items() if k in ('torch', 'timm', 'hardware')}
-    results = {tuple(row[k] for k in _KEY): row for row in [
+    results = {tuple(row.get(k) for k in _KEY): row for row in [
         *read_transfer(folder), *({**row, 'environment': made_with} for row in rows)]}
     atomic_write(folder / TRANSFER_FILE, json.dumps(list(results.values()), indent=2) + '\n')
     return folder / TRANSFER_FILE
