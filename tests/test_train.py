@@ -163,18 +163,14 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing in the loop may catch it."""
 
 
-def _train_at_full_speed(out, resume):
-    torch.set_num_threads(1)
-    train(KILLED, '', out, checkpoint_every=0., resume=resume)
-
-
-def test_twenty_times_killed_the_weights_are_those_of_a_run_never_killed(tmp_path):
+def test_twenty_times_killed_the_weights_are_those_of_a_run_never_killed(tmp_path, monkeypatch):
     """Real SIGKILLs at random moments: in a step, in the writing of a checkpoint, of the curves, of the weights."""
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
     server = multiprocessing.get_context('forkserver')  # children start with torch imported
     server.set_forkserver_preload(['wrn_timm.train.loop', 'torch._dynamo', 'matplotlib.figure'])
 
     def start(out, resume):
-        process = server.Process(target=_train_at_full_speed, args=(out, resume))
+        process = server.Process(target=train, args=(KILLED, '', out), kwargs={'checkpoint_every': 0., 'resume': resume})
         process.start()
         return process
 
