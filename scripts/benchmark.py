@@ -45,7 +45,7 @@ from wrn_timm.checkpoints import convert_state_dict, fit_to_model
 from wrn_timm.data.augment import AutoAugment, RandAugment, TrivialAugment
 from wrn_timm.data.datasets import ImageArrays, load, parse_spec
 from wrn_timm.data.device import DeviceLoader
-from wrn_timm.export import OptimizedModel, alternate, inference_forms, to_onnx
+from wrn_timm.export import OnnxModel, OptimizedModel, alternate, inference_forms, to_onnx
 from wrn_timm.train import finetune as tuning
 from wrn_timm.train.fit import _loader, fit
 from wrn_timm.train.loop import Learner, create_model
@@ -225,16 +225,6 @@ def peers(name: str) -> tuple[nn.Module, dict[str, nn.Module | str]]:
     return ours.eval(), {n: m.eval() if isinstance(m, nn.Module) else m for n, m in others.items()}
 
 
-def onnx_session(file: str | Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What runs an ONNX file on as many threads as torch has."""
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # in the next contestant's time
-    session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
-    return lambda images: torch.from_numpy(session.run(None, {'images': images.numpy()})[0])
-
-
 def through_onnx(model: nn.Module, device: str) -> Callable[[torch.Tensor], torch.Tensor] | str:
     """The exported file run by onnxruntime, or why it cannot be."""
     if device != 'cpu':
@@ -242,7 +232,7 @@ def through_onnx(model: nn.Module, device: str) -> Callable[[torch.Tensor], torc
     try:
         with tempfile.TemporaryDirectory() as folder:
             to_onnx(model, Path(folder) / 'model.onnx')
-            return onnx_session(Path(folder) / 'model.onnx')
+            return OnnxModel(Path(folder) / 'model.onnx')
     except ImportError as e:
         return str(e)
 
@@ -364,7 +354,7 @@ def int8(command: Command) -> Iterator[Case]:
         forms = inference_forms(model, batch, compile=command.compile)
         found = {'plain eager': forms.pop('plain'),
                  **{f'folded, channels_last, {n}': form for n, form in forms.items()},
-                 'onnxruntime float32': onnx_session(floats), 'onnxruntime int8': onnx_session(ints)}
+                 'onnxruntime float32': OnnxModel(floats), 'onnxruntime int8': OnnxModel(ints)}
         rows, _ = measure({n: functools.partial(network, batch) for n, network in found.items()},
                           command.rounds, 'cpu', len(batch))
         for row in rows:

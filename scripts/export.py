@@ -2,6 +2,7 @@
 """Write a pretrained network as one file that other programs run, and check the file against the network.
 
     python scripts/export.py --model wrn16_1.cifar10 --to onnx --out wrn16_1.onnx    # or pt2, ts
+    python scripts/export.py --model wrn16_1.cifar10 --features --to onnx --out backbone.onnx
 """
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--model', required=True, help='timm name or weights folder')
     parser.add_argument('--to', required=True, choices=EXPORTERS, help='ONNX, torch.export or TorchScript')
     parser.add_argument('--out', required=True, metavar='FILE', help='its name ends in .onnx, .pt2 or .ts')
+    parser.add_argument('--features', action='store_true', help='the feature maps (features_only) in place of logits')
     args = parser.parse_args(argv)
     out = Path(args.out)
     if out.suffix != f'.{args.to}':
@@ -29,17 +31,17 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f'{out} is there already; choose another --out')
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        model = open_model(args.model)
+        model = open_model(args.model, **{'features_only': True} if args.features else {})
         EXPORTERS[args.to](model, out)
-        images = torch.randn(3, model.in_chans, 72, 56)
+        images = torch.randn(3, model.pretrained_cfg['input_size'][0], 72, 56)
         with torch.no_grad():
-            logits = model(images)
-            difference = ((run_exported(out, images) - logits).abs().max() / logits.abs().max()).item()
+            expected, found = (list(o) if args.features else [o] for o in (model(images), run_exported(out, images)))
+        difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True))
     except (ImportError, OSError, RuntimeError, ValueError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 1
-    print(f'{out}: {out.stat().st_size / 1e6:.1f} MB; its logits differ from the network\'s by {difference:.1g} of the '
-          f'largest, on 3 images of 72 x 56')
+    print(f'{out}: {out.stat().st_size / 1e6:.1f} MB; its {"maps" if args.features else "logits"} differ from the '
+          f'network\'s by {difference:.1g} of the largest, on 3 images of 72 x 56')
     return 0
 
 

@@ -121,6 +121,18 @@ def test_optimize_of_features(photographs):
         assert largest_difference(a, b) < 1e-5
 
 
+def test_onnxruntime_takes_part_where_it_is_asked_for(trained, photographs):
+    forms = inference_forms(trained, photographs, compile=False, onnx=True)
+    assert set(forms) == {'plain', 'float32', 'onnxruntime'}
+    for images in (photographs, photographs[:3, :, :24].double().to(memory_format=torch.channels_last)):
+        out = forms['onnxruntime'](images)
+        assert out.dtype == images.dtype and largest_difference(out, trained(images.float())) < 1e-5
+    fast = optimize(trained, photographs, compile=False, onnx=True, rounds=1)
+    assert set(fast.images_per_second) == set(forms)
+    with pytest.raises(ValueError, match='onnx is run on the CPU, and the images are on meta'):
+        optimize(trained, photographs.to('meta'), onnx=True)
+
+
 def test_optimize_goes_on_without_a_compiler(trained, photographs, monkeypatch, tmp_path, caplog):
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
     torch.compiler.reset()
@@ -144,6 +156,20 @@ def test_exported_file_gives_the_logits_of_photographs(to, trained, photographs,
     with pytest.raises(SystemExit):
         export_script.main(args)
     assert 'is there already' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('to', ['onnx', 'pt2', 'ts'])
+def test_exported_backbone_gives_the_feature_maps(to, photographs, tmp_path, capsys):
+    out = tmp_path / f'backbone.{to}'
+    args = ['--model', 'wrn16_1.cifar10', '--features', '--to', to, '--out', str(out)]
+    assert export_script.main(args) == 0
+    assert 'its maps differ from the network' in capsys.readouterr().out
+    backbone = timm.create_model('wrn16_1', pretrained=True, features_only=True).eval()
+    for images in (photographs, photographs[:1, :, :24]):
+        for a, b in zip(run_exported(out, images), backbone(images), strict=True):
+            assert largest_difference(a, b) < 1e-5
+    if to == 'onnx':
+        assert [o.name for o in onnx.load(out).graph.output] == backbone.feature_info.module_name()
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(stem='cifar', in_chans=1)])

@@ -170,7 +170,8 @@ def test_twenty_times_killed_the_weights_are_those_of_a_run_never_killed(tmp_pat
     server.set_forkserver_preload(['wrn_timm.train.loop', 'torch._dynamo', 'matplotlib.figure'])
 
     def start(out, resume):
-        process = server.Process(target=train, args=(KILLED, '', out), kwargs={'checkpoint_every': 0., 'resume': resume})
+        process = server.Process(
+            target=train, args=(KILLED, '', out), kwargs={'checkpoint_every': 0., 'resume': resume})
         process.start()
         return process
 

@@ -9,6 +9,7 @@ import copy
 import json
 import logging
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.fx
 from timm.data import resolve_model_data_config
+from timm.models import FeatureInfo
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_map
@@ -24,8 +26,8 @@ from torch.utils._pytree import tree_map
 from .train.rundir import atomic_write
 
 __all__ = [
-    'EXPORTERS', 'OptimizedModel', 'alternate', 'fold_batchnorm', 'inference_forms', 'optimize', 'run_exported',
-    'to_exported_program', 'to_onnx', 'to_torchscript',
+    'EXPORTERS', 'OnnxModel', 'OptimizedModel', 'alternate', 'fold_batchnorm', 'inference_forms', 'optimize',
+    'run_exported', 'to_exported_program', 'to_onnx', 'to_torchscript',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -113,10 +115,13 @@ def inference_forms(
         images: torch.Tensor,
         dtypes: Sequence[torch.dtype] = (torch.float32,),
         compile: bool = True,
+        onnx: bool = False,
 ) -> dict[str, OptimizedModel]:
     """The forms that `optimize` chooses from, by name, each run once; see there."""
     if unknown := set(dtypes) - {torch.float32, torch.bfloat16, torch.float16}:
         raise ValueError(f'dtypes has {unknown.pop()}; choose of torch.float32, torch.bfloat16 and torch.float16')
+    if onnx and images.device.type != 'cpu':
+        raise ValueError(f'onnx is run on the CPU, and the images are on {images.device}; move them or leave it off')
     forms = {'plain': OptimizedModel(copy.deepcopy(model).eval(), images.dtype, torch.preserve_format)}
     folded = fold_batchnorm(model).requires_grad_(False)
     for dtype in dtypes:
@@ -133,6 +138,11 @@ def inference_forms(
             compile = False
         else:
             forms[f'{name} compiled'] = compiled
+    if onnx:
+        with tempfile.TemporaryDirectory() as folder:
+            to_onnx(model, Path(folder) / 'model.onnx')
+            forms['onnxruntime'] = OptimizedModel(
+                OnnxModel(Path(folder) / 'model.onnx'), torch.float32, torch.contiguous_format)
     return forms
 
 
@@ -141,6 +151,7 @@ def optimize(
         images: torch.Tensor,
         dtypes: Sequence[torch.dtype] = (torch.float32,),
         compile: bool = True,
+        onnx: bool = False,
         rounds: int = 7,
 ) -> OptimizedModel:
     """The network in the form that runs fastest here, by measurement on `images`; it is not changed itself.
@@ -156,12 +167,15 @@ def optimize(
             logits, but is compiled anew.
         dtypes: Types to compute in that you accept; add `torch.bfloat16` where its rounding does no harm.
         compile: Try `torch.compile` (seconds, once). Where it fails (it needs a C++ compiler) a warning says so.
+        onnx: Try onnxruntime too (seconds, once), in float32 on the CPU; it needs the extra `export`.
         rounds: Measurements of each form.
 
     Raises:
-        ValueError: `torch.fx` cannot trace the model, or a type is none of float32, bfloat16 and float16.
+        ImportError: `onnx`, and the extra is not installed.
+        ValueError: `torch.fx` cannot trace the model, a type is none of float32, bfloat16 and float16, or `onnx` with
+            images that are not on the CPU.
     """
-    forms = inference_forms(model, images, dtypes, compile)
+    forms = inference_forms(model, images, dtypes, compile, onnx)
     calls = {name: lambda form=form: form(images) for name, form in forms.items()}
     times = alternate(calls, rounds, images.device.type)
     seconds = {name: statistics.median(t) for name, t in times.items()}
@@ -187,6 +201,8 @@ def _prepared(model: nn.Module) -> tuple[nn.Module, torch.Tensor, str]:
 def to_onnx(model: nn.Module, path: str | Path) -> None:
     """Write an ONNX file of one input `images` (batch, C, height, width) and one output `logits`, all sizes dynamic.
 
+    A `features_only` model has an output a feature map, called as its module (`layer1`...).
+
     BatchNorm is folded. The preprocessing and class names are JSON in the file's metadata, under `config`.
 
     Raises:
@@ -199,14 +215,18 @@ def to_onnx(model: nn.Module, path: str | Path) -> None:
     except ImportError as e:
         raise ImportError(f"ONNX export needs the extra: pip install 'wrn_timm[export]' ({e})") from e
     model, images, config = _prepared(model)
+    info = getattr(model, 'feature_info', None)
+    maps = [n.replace('.', '_') for n in info.module_name()] if isinstance(info, FeatureInfo) else []
     if torch.__version__ >= (2, 9):  # a TorchVersion, which compares with tuples
         options = dict(dynamo=True, dynamic_shapes=(_DYNAMIC,), external_data=False)
     else:  # its exporter by torch.export fails on BatchNorm
-        options = dict(dynamo=False, dynamic_axes={'images': _DYNAMIC, 'logits': {0: 'batch'}})
+        sizes = {n: {0: 'batch', 2: f'{n}_height', 3: f'{n}_width'} for n in maps} or {'logits': {0: 'batch'}}
+        options = dict(dynamo=False, dynamic_axes={'images': _DYNAMIC, **sizes})
 
     def write(beside: Path) -> None:
         torch.onnx.export(
-            model, (images,), str(beside), verbose=False, input_names=['images'], output_names=['logits'], **options)
+            model, (images,), str(beside), verbose=False, input_names=['images'], output_names=maps or ['logits'],
+            **options)
         written = onnx.load(beside)
         onnx.helper.set_model_props(written, {'config': config})
         onnx.checker.check_model(written, full_check=True)
@@ -248,16 +268,41 @@ def to_torchscript(model: nn.Module, path: str | Path) -> None:
 EXPORTERS = {'onnx': to_onnx, 'pt2': to_exported_program, 'ts': to_torchscript}
 
 
-def run_exported(path: str | Path, images: torch.Tensor) -> torch.Tensor:
-    """Logits of images (B, C, H, W) by an exported file: `.onnx` (by onnxruntime), `.pt2` or `.ts`.
+class OnnxModel(nn.Module):
+    """A file of `to_onnx` run by onnxruntime on the CPU, on as many threads as torch has when it is opened.
+
+    Args:
+        file: Read at once, and needed no more.
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+    """
+
+    def __init__(self, file: str | Path):
+        super().__init__()
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        # threads that wait leave the cores to the rest of the program
+        options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+        self._session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
+        self._classifies = [output.name for output in self._session.get_outputs()] == ['logits']
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Float32 images (B, C, H, W) to logits (B, classes), or the feature maps of a backbone."""
+        out = [torch.from_numpy(o) for o in self._session.run(None, {'images': images.numpy()})]
+        return out[0] if self._classifies else out
+
+
+def run_exported(path: str | Path, images: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    """What an exported file gives for images (B, C, H, W): `.onnx` (by onnxruntime), `.pt2` or `.ts`.
 
     Raises:
         ValueError: The file's name ends otherwise.
     """
     path = Path(path)
     if path.suffix == '.onnx':
-        import onnxruntime
-        return torch.from_numpy(onnxruntime.InferenceSession(path).run(None, {'images': images.numpy()})[0])
+        return OnnxModel(path)(images)
     if path.suffix == '.pt2':
         return torch.export.load(path).module()(images)
     if path.suffix == '.ts':

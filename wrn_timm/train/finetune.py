@@ -218,8 +218,8 @@ def _train(
 def training_set(config: FinetuneConfig, split: Split, transform: Any, size: int) -> Dataset:
     """The training files through `transform`, for inputs of `size` pixels.
 
-    Large photographs are decoded at a part of their size, such that the smallest crop still has twice the input's pixels
-    a side: with the input's own it was less accurate, as the test photographs are resized from their whole size.
+    Large photographs are decoded at a part of their size, such that the smallest crop still has twice the pixels of the
+    input a side: nearer to it was less accurate, as the test photographs are resized from their whole size.
     """
     if not config.augment or not isinstance(split.train, ImageFiles):
         return split.train.as_dataset(transform)
@@ -422,8 +422,8 @@ def finetune_seeds(
     Several runs leave `out/metrics.json` with the same as is returned, but `runs`.
 
     Returns:
-        `way`, `dataset`, `protocol`, `input_size`, `epochs`, `stem`, `seeds`, `seconds` of all, `settings` (the fields of
-        `config` that are not the default), `runs` (their metrics), and of `top1`, `mean_per_class` and `ece` the
+        `way`, `dataset`, `protocol`, `input_size`, `epochs`, `stem`, `seeds`, `seconds` of all, `settings` (the fields
+        of `config` that are not the default), `runs` (their metrics), and of `top1`, `mean_per_class` and `ece` the
         `mean`, the sample standard deviation `std` and the `values`.
 
     Raises:
