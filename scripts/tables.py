@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Write what is generated from the models and the weights folders: tables of README.md and weights/README.md, and
-`wrn_timm/released.json`, by which the package knows released weights that are not on the machine.
+"""Write what is made from the models, the weights folders and `scripts/benchmarks/`: the tables of README.md and
+weights/README.md, and `wrn_timm/released.json`, by which the package knows released weights that are not on the
+machine.
 
     python scripts/tables.py            # write
     python scripts/tables.py --check    # exit 1 where they are out of date
@@ -26,6 +27,7 @@ from wrn_timm.wrn import VARIANTS
 from wrn_timm.wrn_imagenet import default_cfgs as imagenet_cfgs
 
 ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / 'scripts' / 'benchmarks'  # what `benchmark.py SECTION --json` printed, a file a section
 
 # Test error in %: the lowest of the public checkpoints of the same network, pytorchcv's.
 DOWNLOADABLE = {
@@ -35,6 +37,9 @@ DOWNLOADABLE = {
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
+    """Of what has a value in any row."""
+    kept = [i for i in range(len(header)) if any(row[i] != '-' for row in rows)]
+    header, *rows = ([row[i] for i in kept] for row in [header, *rows])
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, ['---'] * len(header), *rows])
 
 
@@ -70,24 +75,52 @@ def weights_table() -> str:
             f'[`{folder.name}`](/weights/{folder.name})', f"**{100 - metrics['top1']:.2f}**", *published,
             f"{metrics['ece']:.2f}", f"{(folder / WEIGHTS_FILE).stat().st_size / 1e6:.1f} MB",
             f"{run['recipe']['epochs']} epochs, {run['environment']['hardware']}", f"`{config['sha256'][:12]}`"])
-    return table(['weights', 'ours', 'paper', 'best downloadable', 'ECE', 'file', 'training', 'sha256'], rows)
+    header = ['weights', 'test error, %', 'paper', 'best downloadable', 'ECE, %', 'file', 'training', 'sha256']
+    return table(header, rows)
 
 
 def transfer_table() -> str:
     """What each released folder's `transfer.json` says of other data sets."""
+    ways = ('kNN', 'linear probe', 'head', 'gradual', 'all', 'from scratch')
     rows = []
     for folder, *_ in weights_folders():
-        for result in read_transfer(folder):
-            score = result['mean_per_class']
+        results = read_transfer(folder)
+        for result in sorted(results, key=lambda r: (ways.index(r['way']), r.get('stem', ''), r['input_size'])):
+            several = result['seeds'] > 1
+            scores = (f"{s['mean']:.1f}" + (f" ± {s['std']:.1f}" if several else '')
+                      for s in (result['mean_per_class'], result['top1']))
             rows.append([
                 f'`{folder.name}`', result['way'] + (f", {result['stem']} stem" if result.get('stem') else ''),
                 str(result['input_size']), str(result.get('epochs', '-')),
-                f"{result['dataset']}, {result['protocol']}", str(result['seeds']),
-                f"{score['mean']:.1f}" + (f" ± {score['std']:.1f}" if result['seeds'] > 1 else ''),
-                f"{result['top1']['mean']:.1f}", f"{result['seconds'] / 60 / result['seeds']:.1f}"])
+                f"{result['dataset']}, {result['protocol']}", str(result['seeds']), *scores,
+                f"{result['seconds'] / 60 / result['seeds']:.1f}"])
     header = ['weights', 'way', 'px', 'epochs', 'data, protocol', 'seeds', 'mean of the classes, %', 'all files, %',
               'minutes a seed']
     return table(header, rows)
+
+
+def compared(sections: list[str], first: Callable[[dict[str, Any]], str], cell: Callable[[dict[str, Any]], str]) -> str:
+    """Measurements of `benchmark.py`: a column a case, a row a contestant, the first of which the others are over."""
+    cases = [c for s in sections for c in json.loads((BENCHMARKS / f'{s}.json').read_text())['sections'][s]]
+    names = list(dict.fromkeys(row['name'] for case in cases for row in case['rows']))
+    rows = []
+    for name in names:
+        found = [next((r for r in case['rows'] if r['name'] == name and 'ratio' in r), None) for case in cases]
+        show = first if name == names[0] else cell
+        rows.append([name, *(show(row) if row else '-' for row in found)])
+    return table(['times as fast as the first', *(case['name'] for case in cases)], rows)
+
+
+def inference_table() -> str:
+    """Speed of inference, in batches and one image at a time."""
+    return compared(['evaluate', 'latency'], lambda row: f"{row['images_per_second']:.0f} images/s"
+                    if 'images_per_second' in row else f"{row['ms']:.1f} ms", lambda row: f"{row['ratio']:.2f}")
+
+
+def training_table() -> str:
+    """Speed and peak memory of training steps."""
+    return compared(['train'], lambda row: f"{row['images_per_second']:.1f} images/s, {row['peak_mb']:.0f} MB",
+                    lambda row: f"{row['ratio']:.2f}, memory {row['memory']:.2f}")
 
 
 def released() -> str:
@@ -100,7 +133,8 @@ def released() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    'models': models_table, 'weights': weights_table, 'transfer': transfer_table}
+    'models': models_table, 'weights': weights_table, 'transfer': transfer_table, 'inference': inference_table,
+    'training': training_table}
 
 
 def rewritten(text: str) -> str:

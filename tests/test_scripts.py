@@ -1,11 +1,12 @@
 """Generated tables, what the package imports, and README's first code."""
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import tables as tables_script
-from conftest import ROOT
+from conftest import ROOT, SAMPLE
 
 import wrn_timm  # noqa: F401
 
@@ -27,8 +28,10 @@ def test_importing_the_package_loads_no_training_dependency():
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT).stdout == '[]\n'
 
 
-def test_readme_code_runs():
-    code = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), flags=re.S)[1]
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+def test_readme_code_runs(tmp_path):
+    shutil.copy(next((SAMPLE / 'airplanes').iterdir()), tmp_path / 'photo.jpg')
+    use = re.search(r'## Use\n(.*?)\n## ', (ROOT / 'README.md').read_text(), flags=re.S)[1]
+    code = '\n'.join(re.findall(r'```python\n(.*?)```', use, flags=re.S))
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert 'torch.Size([1, 64, 16, 16])' in done.stdout
+    assert 'torch.Size([1, 64, 16, 16])' in done.stdout and done.stdout.splitlines()[-1] == 'airplane'
