@@ -243,6 +243,7 @@ def networks(name: str, images: torch.Tensor, compile: bool) -> dict[str, Callab
     Raises:
         ValueError: They do not.
     """
+    torch.compiler.reset()  # torch compiles a class eight times at most, whatever its instances
     device = images.device.type
     ours, others = peers(name)
     ours.to(device)
@@ -392,6 +393,7 @@ def trainer_step(name: str, device: str, batch: int, loader: DeviceLoader, check
 
 def training_steps(name: str, size: int, batch: int, device: str) -> dict[str, Callable[[], Call | str]]:
     """What makes each contestant's step, or says why there is none."""
+    torch.compiler.reset()
     torch.manual_seed(0)
     data = ImageArrays(torch.randint(256, (4 * batch, 3, size, size), dtype=torch.uint8),
                        torch.randint(CLASSES, (4 * batch,)), tuple(map(str, range(CLASSES))), (0.5,) * 3, (0.25,) * 3)
@@ -423,11 +425,19 @@ def _peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def peak_memory(contestant: str, name: str, size: int, batch: int, device: str) -> float:
-    """MB that two training steps need at most, in a process of their own: resident on a CPU, allocated on CUDA."""
+def peak_memory(contestant: str, name: str, size: int, batch: int, device: str) -> float | None:
+    """MB that two training steps need at most, in a process of their own: resident on a CPU, allocated on CUDA.
+
+    None where there is not so much beside this process.
+    """
+    if device == 'cuda':
+        torch.cuda.empty_cache()
     # forked by a server, which is small: a process that this one starts takes over its peak
     with ProcessPoolExecutor(1, multiprocessing.get_context('forkserver')) as pool:
-        return pool.submit(_peak_in_this_process, contestant, name, size, batch, device).result()
+        try:
+            return pool.submit(_peak_in_this_process, contestant, name, size, batch, device).result()
+        except torch.OutOfMemoryError:
+            return None
 
 
 def train(command: Command) -> Iterator[Case]:
@@ -455,7 +465,8 @@ def train(command: Command) -> Iterator[Case]:
                 row |= {'matmul': rate / matmul_rate(command.device, dtype), 'first_step_s': first[row['name']]}
                 if command.memory:
                     row['peak_mb'] = peak_memory(row['name'], *settings)
-                    row['memory'] = row['peak_mb'] / rows[0]['peak_mb']
+                    if row['peak_mb'] and rows[0]['peak_mb']:
+                        row['memory'] = row['peak_mb'] / rows[0]['peak_mb']
         yield Case(f'{name}, {size} px, batch {settings[2]}', rows)
 
 
@@ -610,6 +621,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = tyro.cli(Command, args=argv, prog='benchmark.py', description=__doc__)
         torch.backends.cudnn.benchmark = command.device == 'cuda'
+        if command.device == 'cuda':  # convolutions compute in TF32, and so does what they are compared with
+            torch.backends.cuda.matmul.allow_tf32 = True
         results: dict[str, list[dict[str, Any]]] = {}
         for name in command.sections or SECTIONS:
             for case in SECTIONS[name](command):

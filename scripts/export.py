@@ -33,15 +33,17 @@ def main(argv: list[str] | None = None) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         model = open_model(args.model, **{'features_only': True} if args.features else {})
         EXPORTERS[args.to](model, out)
-        images = torch.randn(3, model.pretrained_cfg['input_size'][0], 72, 56)
+        least = 2 * model.feature_info[-1]['reduction']  # of to_exported_program
+        images = torch.randn(3, model.pretrained_cfg['input_size'][0], least + 8, least + 24)
         with torch.no_grad():
             expected, found = (list(o) if args.features else [o] for o in (model(images), run_exported(out, images)))
         difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True))
-    except (ImportError, OSError, RuntimeError, ValueError) as e:
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as e:
+        out.unlink(missing_ok=True)  # it was not there before
         print(f'error: {e}', file=sys.stderr)
         return 1
     print(f'{out}: {out.stat().st_size / 1e6:.1f} MB; its {"maps" if args.features else "logits"} differ from the '
-          f'network\'s by {difference:.1g} of the largest, on 3 images of 72 x 56')
+          f'network\'s by {difference:.1g} of the largest, on 3 images of {least + 8} x {least + 24}')
     return 0
 
 

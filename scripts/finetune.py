@@ -74,6 +74,9 @@ def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
         if command.messages == 'json':
             print(json.dumps(row), flush=True)
 
+    main = os.environ.get('RANK', '0') == '0'
+    if command.probe and os.environ.get('WORLD_SIZE', '1') != '1':
+        raise ValueError('--probe runs in one process; start it without torchrun')
     if command.record:
         for name in command.probe or [config.model]:
             if name != 'all':
@@ -95,13 +98,13 @@ def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
         return rows
     common |= dict(resume=command.resume, time_budget=command.time_budget, on_epoch=emit)
     result = finetune_seeds(config, command.data, command.out, command.seeds, **common)
-    if os.environ.get('RANK', '0') == '0':
+    if main:
         for folder in sorted(Path(command.out).glob('seed-*/best' if command.seeds > 1 else 'best')):
-            metrics = json.loads((folder / 'metrics.json').read_text())
+            metrics = json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
             for private in ('skipped', 'leaks'):  # paths of this machine; the folder may be published
                 metrics.pop(private, None)
             finish_weights_folder(folder, metrics, SAMPLE)
-    if command.record:
+    if command.record and main:
         record_transfer(config.model, [{k: v for k, v in result.items() if k != 'runs'}])
     return result if command.seeds > 1 else result['runs'][0]
 

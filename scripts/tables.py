@@ -36,6 +36,10 @@ DOWNLOADABLE = {
 }
 
 
+def read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding='utf-8'))
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Of what has a value in any row."""
     kept = [i for i in range(len(header)) if any(row[i] != '-' for row in rows)]
@@ -63,7 +67,7 @@ def weights_folders() -> list[tuple[Path, dict[str, Any], dict[str, Any], dict[s
     """Each released folder, with its metrics, recipe and configuration."""
     folders = sorted((p for p in (ROOT / 'weights').iterdir() if p.is_dir()),
                      key=lambda p: timm.models._registry._natural_key(p.name))
-    return [(f, *(json.loads((f / f'{n}.json').read_text()) for n in ('metrics', 'recipe', 'config'))) for f in folders]
+    return [(f, *(read(f / f'{n}.json') for n in ('metrics', 'recipe', 'config'))) for f in folders]
 
 
 def weights_table() -> str:
@@ -101,7 +105,7 @@ def transfer_table() -> str:
 
 def compared(sections: list[str], first: Callable[[dict[str, Any]], str], cell: Callable[[dict[str, Any]], str]) -> str:
     """Measurements of `benchmark.py`: a column a case, a row a contestant, the first of which the others are over."""
-    cases = [c for s in sections for c in json.loads((BENCHMARKS / f'{s}.json').read_text())['sections'][s]]
+    cases = [c for s in sections for c in read(BENCHMARKS / f'{s}.json')['sections'][s]]
     names = list(dict.fromkeys(row['name'] for case in cases for row in case['rows']))
     rows = []
     for name in names:
@@ -151,13 +155,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--check', action='store_true')
     args = parser.parse_args(argv)
     stale = 0
-    made = {path: rewritten(path.read_text()) for path in (ROOT / 'README.md', ROOT / 'weights' / 'README.md')}
+    made = {path: rewritten(path.read_text(encoding='utf-8'))
+            for path in (ROOT / 'README.md', ROOT / 'weights' / 'README.md')}
     for path, new in {**made, ROOT / 'wrn_timm' / 'released.json': released()}.items():
-        if path.read_text() != new:
+        if path.read_text(encoding='utf-8') != new:
             stale += 1
             print(f'{path.name} of {path.parent.name}/ {"is out of date" if args.check else "written"}')
             if not args.check:
-                path.write_text(new)
+                path.write_text(new, encoding='utf-8')
     return 1 if args.check and stale else 0
 
 

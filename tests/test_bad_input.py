@@ -162,6 +162,9 @@ def odd_names(data):
     for name in ('a b', 'comma, "quote"', "l'été 鳥", '<b>$x$', 'two\nlines'):
         shutil.copytree(SAMPLE / 'watch', data / name)
         (data / name / f'{name}.txt').write_text('no image')
+    if sys.platform == 'linux':  # where names are bytes, and these are not UTF-8
+        shutil.copy(data / 'a b' / 'image_0001.jpg', data / 'a b' / os.fsdecode(b'\xe9.jpg'))
+        (data / 'a b' / os.fsdecode(b'\xe9.txt')).write_text('no image')
     return '.txt is not an image'
 
 

@@ -12,6 +12,7 @@ from torch import nn
 import wrn_timm
 from wrn_timm.data.folders import read_rgb
 from wrn_timm.export import fold_batchnorm, inference_forms, optimize, run_exported
+from wrn_timm.train.rundir import export_weights
 from wrn_timm.train.validate import eval_transform, open_model
 
 
@@ -177,7 +178,9 @@ def test_an_imagenet_network_is_exported_for_every_size(kwargs, tmp_path):
     if not kwargs and torch.__version__ < (2, 9):
         pytest.skip('torch 2.6 cannot export the max pool for every size')
     model = randomise(timm.create_model('wrn18_1_5', **kwargs))
-    wrn_timm.export.to_exported_program(model, tmp_path / 'wrn.pt2')
+    export_weights(model, tmp_path / 'weights', {'tag': 'test'}, model_args=kwargs)
+    args = ['--model', str(tmp_path / 'weights'), '--to', 'pt2', '--out', str(tmp_path / 'wrn.pt2')]
+    assert export_script.main(args) == 0
     smallest = 2 * model.feature_info[-1]['reduction']
     for size in ((1, smallest, smallest), (3, 72, 96)):
         images = torch.randn(size[0], model.in_chans, *size[1:])
@@ -204,5 +207,6 @@ def test_clear_errors(tmp_path, capsys, trained):
     assert '--to onnx writes a .onnx file; wrn.pt2 is named otherwise' in capsys.readouterr().err
     assert export_script.main(['--model', 'wrn16_1.cifar', '--to', 'ts', '--out', str(tmp_path / 'a.ts')]) == 1
     assert "wrn16_1 has no tag 'cifar'; nearest: cifar10" in capsys.readouterr().err
+    assert not (tmp_path / 'a.ts').exists()
     with pytest.raises(ValueError, match=r'a\.bin is not a file of this kind; its name ends in \.onnx, \.pt2, \.ts'):
         run_exported('a.bin', torch.randn(1, 3, 32, 32))

@@ -29,6 +29,7 @@ from PIL import Image
 from wrn_timm.data.folders import list_folder, read_rgb
 from wrn_timm.hub import check_golden
 from wrn_timm.train import finetune as ft
+from wrn_timm.train.devices import accelerator_on
 from wrn_timm.train.fit import Features, _Unfreezing, largest_batch, predict
 from wrn_timm.train.probe import extract_features, knn, linear_probe
 from wrn_timm.train.report import grad_cam
@@ -131,7 +132,9 @@ def test_card_of_a_fine_tuned_run(run, photographs, tmp_path):
     shutil.copytree(run / 'best', folder)
     assert validate_script.main(['--model', str(folder), '--data', f'folder:{photographs}', '--write']) == 0
     assert json.loads((folder / 'metrics.json').read_text())['split'] == 'all files'
-    assert 'python scripts/finetune.py --model' in (folder / 'README.md').read_text()
+    card = (folder / 'README.md').read_text()
+    assert 'python scripts/finetune.py --model' in card
+    assert 'weights of the epoch most accurate on files held out of training' in card
     assert check_golden(folder) < 1e-5
 
 
@@ -287,6 +290,17 @@ def test_probe_scores(weights, photographs, tmp_path, capsys):
     assert [t['mean_per_class'] for t in transfer] == [r['mean_per_class'] for r in rows[:2]]
 
 
+def test_each_run_of_a_process_has_its_own_device(monkeypatch):
+    assert accelerator_on('cpu').device.type == 'cpu'
+    with pytest.raises(ValueError, match="device is 'tpu'; choose 'cpu', or 'cuda'"):
+        accelerator_on('tpu')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    assert accelerator_on('cuda').device.type == 'cuda'
+    monkeypatch.undo()
+    assert accelerator_on('cpu').device.type == 'cpu'
+
+
 def test_results_of_other_kinds_are_kept_beside_one_another(tmp_path):
     row = {'way': 'all', 'dataset': 'caltech101', 'protocol': 'random30', 'input_size': 64, 'epochs': 10, 'stem': ''}
     for change in ({}, {'epochs': 5}, {'stem': 'imagenet'}, {'input_size': 32}, {'seeds': 3}):
@@ -345,16 +359,19 @@ def test_grad_cam_of_a_pooled_classifier_is_its_class_activation_map():
 
 
 def test_two_processes_share_a_run(weights, photographs, tmp_path):
+    own = shutil.copytree(weights, tmp_path / 'wrn16_1.test')
+    (own / 'transfer.json').unlink(missing_ok=True)
     done = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-         str(ROOT / 'scripts' / 'finetune.py'), '--data', str(photographs), '--model', weights, '--out',
+         str(ROOT / 'scripts' / 'finetune.py'), '--data', str(photographs), '--model', str(own), '--out',
          str(tmp_path / 'run'), '--device', 'cpu', '--input-size', '32', '--epochs', '2', '--train', 'gradual',
-         '--messages', 'json'],
+         '--messages', 'json', '--record'],
         capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
     assert [line.get('epoch') for line in lines] == [1, 2, None] and lines[-1]['images'] == 12
     assert len((tmp_path / 'run' / 'split.csv').read_text().splitlines()) == 37
+    assert [row['protocol'] for row in read_transfer(own)] == ['70-30']
     open_model(str(tmp_path / 'run' / 'best'))
 
 

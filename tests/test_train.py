@@ -251,8 +251,18 @@ def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, caplog):
     newest = max(out.glob('checkpoints/epoch-*.pt'))
     newest.write_bytes(newest.read_bytes()[:1000])
     train(SMOKE, '', out, resume=True)
-    assert f'{newest} is damaged' in caplog.text
+    assert f'{newest} is damaged' in caplog.text and newest.with_suffix('.damaged').is_file()
     assert final_weights(out) == final_weights(run)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path):
+    out = tmp_path / 'run'
+    train(SMOKE, '', out, time_budget=0)
+    only, = out.glob('checkpoints/*.pt')
+    only.write_bytes(only.read_bytes()[:1000])
+    with pytest.raises(ValueError, match='no checkpoint in .* is whole; begin again with another --out'):
+        train(SMOKE, '', out, resume=True)
+    assert only.is_file()
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
@@ -337,7 +347,7 @@ def test_torchrun_trains_stops_and_resumes(tmp_path):
     whole, out = tmp_path / 'whole', tmp_path / 'run'
     dropout = '--conv-drop-rate', '0.1'
     torchrun(*script(whole, *dropout)[1:])
-    stopped = torchrun(*script(out, *dropout, '--time-budget', '0')[1:])
+    stopped = torchrun(*script(out, *dropout, '--time-budget', '0', '--tracker', 'tensorboard')[1:])
     assert 'stopped by the time budget' in stopped.stderr and not (out / 'weights').exists()
     torchrun(*script(out, *dropout, '--resume')[1:])
     history = list(csv.DictReader((out / 'history.csv').read_text().splitlines()))

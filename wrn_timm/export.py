@@ -130,7 +130,8 @@ def inference_forms(
         forms[name] = OptimizedModel(network, dtype, torch.channels_last)
         if not compile:
             continue
-        compiled = OptimizedModel(torch.compile(network, options={'freezing': True}), dtype, torch.channels_last)
+        compiled = OptimizedModel(
+            torch.compile(network, dynamic=False, options={'freezing': True}), dtype, torch.channels_last)
         try:
             compiled(images)
         except Exception as e:  # the compiler's errors are of no one type

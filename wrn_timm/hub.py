@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from timm.data import resolve_model_data_config
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-from .data.folders import read_rgb
+from .data.folders import read_rgb, walk_files
 from .download import hub_fault
 from .train.recipes import RECIPES, FinetuneConfig
 from .train.rundir import atomic_write
@@ -94,7 +94,10 @@ def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
     recipe = run.get('recipe', {})
     title = _TITLES.get(metrics['dataset'], metrics['dataset'])
     top5 = f"; top-5 {metrics['top5']:.2f} %" if metrics.get('top5') is not None else ''
-    weights = f"{'averaged' if recipe.get('ema_decay') else 'last'} weights of the last epoch"
+    averaged = (recipe or run.get('finetune', {})).get('ema_decay')
+    weights = f"{'averaged ' if averaged else ''}weights of the last epoch"
+    if metrics.get('holdout_files', run.get('finetune', {}).get('holdout')):
+        weights = f"{'averaged ' if averaged else ''}weights of the epoch most accurate on files held out of training"
     text = (
         f"Top-1 **{metrics['top1']:.2f} %** (error {100 - metrics['top1']:.2f} %){top5}; expected calibration error "
         f"{metrics['ece']:.2f} %. Measured by `{metrics.get('measured_by', 'scripts/validate.py')}` on "
@@ -123,14 +126,14 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
         metrics: In place of those in `metrics.json`.
     """
     folder = Path(folder)
-    config, run = (json.loads((folder / f'{name}.json').read_text()) for name in ('config', 'recipe'))
-    metrics = metrics or json.loads((folder / 'metrics.json').read_text())
+    config, run = (json.loads((folder / f'{name}.json').read_text(encoding='utf-8')) for name in ('config', 'recipe'))
+    metrics = metrics or json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
     settings = run.get('recipe') or run['finetune']
     arch, cfg = config['architecture'], config['pretrained_cfg']
     name = f"{arch}.{cfg['tag']}"
     dataset = metrics['dataset']
     title = _TITLES.get(dataset, dataset)
-    history = (folder / 'history.csv').read_text().splitlines()
+    history = (folder / 'history.csv').read_text(encoding='utf-8').splitlines()
     last = dict(zip(history[0].split(','), history[-1].split(','), strict=True))
     size = cfg['input_size'][-1]
     data = ModelCardData(
@@ -212,7 +215,7 @@ def finish_weights_folder(folder: str | Path, metrics: dict[str, Any], photograp
     folder = Path(folder)
     model = open_model(str(folder))
     size = resolve_model_data_config(model)['input_size'][-1]
-    first = [min(d.iterdir()) for d in sorted(Path(photographs).iterdir())]
+    first = [next(walk_files(d)) for d in sorted(Path(photographs).iterdir()) if d.is_dir()]
     images = torch.stack([pil_to_tensor(center_crop(resize(read_rgb(str(p)), size), [size, size])) for p in first])
     with torch.inference_mode():
         logits = torch.cat([model(one) for one in normalised(images, model).split(1)])  # however little the memory
@@ -251,7 +254,7 @@ def _content_faults(folder: Path) -> Iterator[str]:
     try:
         verify(folder)
         config, metrics, run = (
-            json.loads((folder / f'{n}.json').read_text()) for n in ('config', 'metrics', 'recipe'))
+            json.loads((folder / f'{n}.json').read_text(encoding='utf-8')) for n in ('config', 'metrics', 'recipe'))
         if 'sha256' not in config:
             yield f'config.json names no sha256 of {WEIGHTS_FILE}'
         if not config['pretrained_cfg'].get('license'):
@@ -261,7 +264,7 @@ def _content_faults(folder: Path) -> Iterator[str]:
         difference = check_golden(folder)
         if not difference <= GOLDEN_TOLERANCE:
             yield f'the logits differ by {difference:.2g} from {GOLDEN_FILE}; the limit is {GOLDEN_TOLERANCE:g}'
-        yield from _card_faults((folder / 'README.md').read_text(), config['pretrained_cfg'], metrics)
+        yield from _card_faults((folder / 'README.md').read_text(encoding='utf-8'), config['pretrained_cfg'], metrics)
     except Exception as e:  # a damaged archive, JSON, YAML or weights file raises what it likes
         yield f'{type(e).__name__}: {e}'
 
@@ -300,7 +303,7 @@ def check_folder(folder: str | Path) -> str:
     faults = list(_file_faults(folder)) or list(_content_faults(folder))
     if faults:
         raise ValueError('\n  '.join([f'{folder} is not fit to be published:', *faults]))
-    config = json.loads((folder / 'config.json').read_text())
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     return f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
 
 

@@ -76,7 +76,7 @@ def sha256_of(path: Path) -> str:
 @cache
 def released() -> dict[str, dict[str, Any]]:
     """Size, sha256, licence and accuracy of each released `<arch>.<tag>`, as `scripts/tables.py` wrote them down."""
-    return json.loads((Path(__file__).resolve().parent / 'released.json').read_text())
+    return json.loads((Path(__file__).resolve().parent / 'released.json').read_text(encoding='utf-8'))
 
 
 def version_tag(sha256: str) -> str:
@@ -257,7 +257,7 @@ def list_weights() -> list[Weights]:
         known = {'size': None, 'sha256': None, 'license': cfg.license or '', 'top1': None}
         if folder := find(name):
             file, metrics = folder / WEIGHTS_FILE, folder / 'metrics.json'
-            top1 = json.loads(metrics.read_text()).get('top1') if metrics.is_file() else None
+            top1 = json.loads(metrics.read_text(encoding='utf-8')).get('top1') if metrics.is_file() else None
             known.update(size=file.stat().st_size, sha256=sha256_of(file), top1=top1)
             rows.append(Weights(name, str(folder), **known))
         elif hub_id := _hub_id(name) if name in released() else cfg.hf_hub_id:

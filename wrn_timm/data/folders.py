@@ -433,13 +433,19 @@ def _examine_file(path: str) -> _Examined:
     return _Examined(None, hashlib.blake2b(content, digest_size=16).digest(), size)
 
 
-def examine(scan: FolderScan, on_bad: str = 'skip', at_most: int | None = None) -> FolderScan:
+def examine(
+        scan: FolderScan,
+        on_bad: str = 'skip',
+        at_most: int | None = None,
+        only: str = '',
+) -> FolderScan:
     """Read every listed file once: find those that are no whole images, and those that have the same content.
 
     Args:
         scan: From `list_folder` or `list_csv`.
         on_bad: 'skip' leaves unreadable files out, 'fail' raises.
         at_most: Where there are more files, none is read.
+        only: The one part to read; '' reads all.
 
     Raises:
         ValueError: A class without readable images, or, with 'fail', unreadable files; each is named.
@@ -451,6 +457,8 @@ def examine(scan: FolderScan, on_bad: str = 'skip', at_most: int | None = None) 
     bad, sizes, parts = list(scan.bad), Counter(), {}
     content: dict[bytes, list[str]] = defaultdict(list)
     for name, files in scan.parts().items():
+        if only not in ('', name):
+            continue
         with ThreadPoolExecutor() as pool:
             results = list(pool.map(_examine_file, files.paths))
         unread = [r.reason for r in results if r.reason]

@@ -117,7 +117,7 @@ def unpack(shards: str | Path, out: str | Path) -> Path:
         raise FileNotFoundError(f'{shards} holds no {INDEX_FILE}')
     if out.exists():
         raise FileExistsError(f'{out} is there already; choose another folder')
-    rows = json.loads(index.read_text())['shards']
+    rows = json.loads(index.read_text(encoding='utf-8'))['shards']
     missing = [row['name'] for row in rows if not (shards / row['name']).is_file()]
     if missing:
         raise FileNotFoundError(f'{shards} lacks {len(missing)} of {len(rows)} shards: {", ".join(missing[:5])}')

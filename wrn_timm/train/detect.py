@@ -168,7 +168,8 @@ def detect(
         config: How.
         data: Folder as `read_voc` reads it.
         out: Run directory.
-        device: 'cpu' or 'cuda'; on CUDA the backbone computes in bfloat16 while it trains.
+        device: 'cpu' or 'cuda'; on CUDA the backbone computes in bfloat16 while it trains, where the
+            GPU has it.
         workers: Processes that read photographs.
         on_bad: 'skip' leaves bad boxes and files out and names them, 'fail' stops.
         time_budget: Seconds after which the run stops, to be resumed.
@@ -201,17 +202,18 @@ def detect(
     run = RunDir(
         out, {'detect': dataclasses.asdict(config), 'data': name, 'classes': train.classes}, resume, device=device)
     history, position, total, seconds = [], 0, 0., 0.  # position: steps of the whole run; total: this epoch's loss
-    if resume and (saved := run.load_checkpoint(torch.device(device))):
+    if resume and (saved := run.load_checkpoint()):
         detector.load_state_dict(saved['model'])
         optimizer.load_state_dict(saved['optimizer'])
-        torch.set_rng_state(saved['rng'].cpu())
+        torch.set_rng_state(saved['rng'])
         history, total, seconds = saved['history'], saved['total'], saved['seconds']
         position = saved['epoch'] * steps + saved['step']
+        del saved
 
     with contextlib.ExitStack() as stack:
         asked = stack.enter_context(stop_requests())
         stack.enter_context(logging_redirect_tqdm())
-        if device != 'cpu':
+        if device != 'cpu' and torch.cuda.is_bf16_supported(including_emulation=False):
             stack.enter_context(_backbone_in_bfloat16(detector, torch.device(device)))
         run.log('%d classes, %d images to train on, %d to test; %s on %s at %d px on %s', len(train.classes),
                 len(train), len(test), config.detector, config.model, config.image_size, device)
@@ -295,7 +297,7 @@ def _export(detector: nn.Module, run: RunDir) -> None:
     folder.mkdir(exist_ok=True)
     tensors = {k: v.contiguous() for k, v in detector.state_dict().items()}
     atomic_write(folder / 'model.safetensors', lambda p: save_file(tensors, p))
-    atomic_write(folder / 'detector.json', run.recipe_file.read_text())
+    atomic_write(folder / 'detector.json', run.recipe_file.read_text(encoding='utf-8'))
 
 
 def load_detector(run: str | Path, device: str = 'cpu') -> tuple[nn.Module, tuple[str, ...]]:
@@ -307,7 +309,7 @@ def load_detector(run: str | Path, device: str = 'cpu') -> tuple[nn.Module, tupl
     folder = Path(run) / 'weights'
     if not (folder / 'detector.json').is_file():
         raise FileNotFoundError(f'{run} holds no detector; train one with --out {run}')
-    settings = json.loads((folder / 'detector.json').read_text())
+    settings = json.loads((folder / 'detector.json').read_text(encoding='utf-8'))
     detector = _build(DetectConfig(**settings['detect']), len(settings['classes']), pretrained=False)
     detector.load_state_dict(load_file(folder / 'model.safetensors'))
     return detector.to(device).eval(), tuple(settings['classes'])

@@ -17,7 +17,6 @@ from typing import Any
 import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
 from timm.data import Mixup, create_transform, resolve_model_data_config
 from timm.utils import random_seed
 from torch.utils.data import Dataset
@@ -33,6 +32,7 @@ from ..data.splits import (
     source_root,
     write_split,
 )
+from .devices import accelerator_on
 from .fit import BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
 from .metrics import classification_metrics
 from .probe import extract_features, summarise
@@ -227,15 +227,13 @@ def training_set(config: FinetuneConfig, split: Split, transform: Any, size: int
 
 
 def _accelerator(config: FinetuneConfig, device: str) -> Accelerator:
-    if device not in ('cpu', 'cuda') or (device == 'cuda' and not torch.cuda.is_available()):
-        raise ValueError(f"device is {device!r}; choose 'cpu', or 'cuda' on a machine where torch finds a GPU")
-    AcceleratorState._reset_state()  # another run of this process may have had another precision
     precision = config.precision
     if precision == 'auto':
-        precision = 'bf16' if device == 'cuda' and torch.cuda.is_bf16_supported() else 'no'
-    return Accelerator(
-        cpu=device == 'cpu', mixed_precision=precision, gradient_accumulation_steps=config.accumulate,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        precision = 'no' if device != 'cuda' or not torch.cuda.is_available() else (
+            'bf16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'fp16')
+    return accelerator_on(
+        device, mixed_precision=precision, gradient_accumulation_steps=config.accumulate,
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.train != 'all')])
 
 
@@ -263,7 +261,8 @@ def prepare_split(
     """
     data = str(data)
     if run and (run / 'scan.json').is_file():
-        return read_split(run / 'split.csv', source_root(data)), json.loads((run / 'scan.json').read_text())
+        found = json.loads((run / 'scan.json').read_text(encoding='utf-8'))
+        return read_split(run / 'split.csv', source_root(data)), found
     if config.split.endswith('.csv'):
         return read_split(config.split, source_root(data, download)), {
             'split': config.split, 'bad': [], 'leaks': [], 'summary': [f'split by {config.split}']}
@@ -389,7 +388,7 @@ def _export(
     """Write `last/` and `best/`. `network` is what was fitted: the model or its classifier."""
     network.load_state_dict(fitted.network.state_dict())
     export_weights(model, run.path / 'last', cfg, model_args=model_args)
-    if best := run.load_best(torch.device('cpu')):
+    if best := run.load_best():
         network.load_state_dict(best['ema'] or best['model'])
     export_weights(model, run.path / 'best', cfg, model_args=model_args)
 
@@ -448,6 +447,6 @@ def finetune_seeds(
         'settings': {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
                      if f.name != 'model' and getattr(config, f.name) != f.default},
         **{key: summarise([run[key] for run in runs]) for key in ('top1', 'mean_per_class', 'ece')}}
-    if seeds > 1:
+    if seeds > 1 and int(os.environ.get('RANK', 0)) == 0:
         atomic_write(Path(out) / 'metrics.json', json.dumps(summary, indent=2) + '\n')
     return {**summary, 'runs': runs}

@@ -49,7 +49,7 @@ class Features(Dataset):
         return self.features[index], self.labels[index], index, []
 
 
-def _loader(dataset: Dataset, batch_size: int, workers: int, **kwargs: Any) -> DataLoader:
+def _loader(dataset: Dataset, batch_size: int, workers: int, pin: bool = False, **kwargs: Any) -> DataLoader:
     """Batches of (images, labels, indices, why others could not be read)."""
     inner = dataset.dataset if isinstance(dataset, Subset) else dataset
     if isinstance(inner, Features):
@@ -58,8 +58,9 @@ def _loader(dataset: Dataset, batch_size: int, workers: int, **kwargs: Any) -> D
         if inner is not dataset:
             raise ValueError('a data set that is streamed runs in one process')
         return DataLoader(dataset, batch_size, collate_fn=_with_none_unread, drop_last=kwargs.get('drop_last', False))
-    return DataLoader(ReadableOnly(dataset), batch_size, num_workers=workers, collate_fn=collate_readable,
-                      pin_memory=torch.cuda.is_available(), **kwargs)
+    return DataLoader(
+        ReadableOnly(dataset), batch_size, num_workers=min(workers, math.ceil(len(dataset) / batch_size)),
+        collate_fn=collate_readable, pin_memory=pin, **kwargs)
 
 
 def _with_none_unread(batch: Any) -> Any:
@@ -116,7 +117,7 @@ def predict(
 
     def readable(batch_size: int):
         index.clear(), bad.clear()
-        batches = _loader(mine, batch_size, workers)
+        batches = _loader(mine, batch_size, workers, accelerator.device.type == 'cuda')
         show = title and accelerator.is_main_process and progress is not False
         for images, labels, i, reasons in tqdm(
                 batches, desc=title, unit='batch', leave=False, disable=None if show else True):
@@ -279,15 +280,17 @@ def fit(
     if batch_size % world:
         raise ValueError(f'batch size {batch_size} does not divide among {world} processes')
     order = torch.Generator()
-    loader = _loader(train, batch_size, workers, shuffle=True, drop_last=True, generator=order)
+    loader = _loader(
+        train, batch_size, workers, accelerator.device.type == 'cuda', shuffle=True, drop_last=True, generator=order)
     optimizer = create_optimizer_v2(
         network, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
         layer_decay=config.layer_decay if hasattr(network, 'group_matcher') else None)
     unfreezing = _Unfreezing(network, way, config.epochs)
     ema = ModelEmaV3(network, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     state = _State(network, optimizer, ema)
-    if resume and (saved := run.load_checkpoint(accelerator.device)):
-        state.load_dict(saved)
+    if resume and (found := run.load_checkpoint()):
+        state.load_dict(found)
+        del found  # as large as the network, the optimiser and the average together
     model, optimizer, loader = accelerator.prepare(network, optimizer, loader)
     steps = len(train) // batch_size  # a stream's loader knows it less well
     scheduler, _ = create_scheduler_v2(

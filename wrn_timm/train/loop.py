@@ -76,7 +76,7 @@ class _Progress:
 class Learner:
     """A network with its optimiser, schedule and averaged weights, as a recipe has them.
 
-    On CUDA the network computes in bfloat16; in a process group it is data parallel.
+    On CUDA the network computes in bfloat16 where the GPU has it; in a process group it is data parallel.
 
     Args:
         model: On its device; trained in place.
@@ -101,11 +101,12 @@ class Learner:
         self.scheduler = _schedule(recipe, self.optimizer, steps)
         self._mix = _mixer(recipe, model.num_classes)
         self._parameters = list(model.parameters())
-        self._forward = torch.compile(model) if compile else model
+        self._forward = torch.compile(model, dynamic=False) if compile else model
         rank = 0
         if dist.is_initialized():
             self._forward, rank = DistributedDataParallel(self._forward), dist.get_rank()
         self._seed = seed * 1009 + rank
+        self._bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
 
     @property
     def averaged(self) -> torch.nn.Module:
@@ -119,7 +120,9 @@ class Learner:
         targets = labels
         if self._mix:
             images, targets = self._mix(images, labels)
-        loss, logits = self._backward(images, targets)
+            images = images.contiguous(memory_format=torch.channels_last)  # which rolling may have undone
+        with _compilation():
+            loss, logits = self._backward(images, targets)
         if self.recipe.sam_rho:
             climbed = _climb(self._parameters, self.recipe.sam_rho)
             self._backward(images, targets)
@@ -131,7 +134,7 @@ class Learner:
 
     def _backward(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == 'cuda'):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
             logits = self._forward(images)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
         loss.backward()
@@ -149,6 +152,18 @@ class Learner:
         self.optimizer.load_state_dict(saved['optimizer'])
         if self.ema:
             self.ema.module.load_state_dict(saved['ema'])
+
+
+@contextlib.contextmanager
+def _compilation() -> Iterator[None]:
+    """Say what to do where the compiler fails, as it does without Triton or a C++ compiler."""
+    try:
+        yield
+    except Exception as e:
+        if not isinstance(e, torch._dynamo.exc.TorchDynamoException):
+            raise
+        raise RuntimeError(
+            f'torch.compile failed ({" ".join(str(e).split()[:40])}); --no-compile trains without it') from e
 
 
 def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
@@ -187,7 +202,8 @@ def _processes(device: torch.device) -> Iterator[tuple[int, int]]:
     if joining:
         dist.init_process_group('nccl' if cuda else 'gloo')
     yield rank, world
-    if joining:  # not after an error: it would wait for the others
+    # not after an error: it would wait for the others; and accelerate's trackers end it themselves
+    if joining and dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -279,7 +295,7 @@ def train(
         recipe: How.
         data_dir: Folder of the data set's official files.
         out: Run directory.
-        device: 'cpu' or 'cuda'. On CUDA the network computes in bfloat16.
+        device: 'cpu' or 'cuda'. On CUDA the network computes in bfloat16 where the GPU has it.
         seed: Of the weights, the order and the augmentation.
         time_budget: Seconds after which the run stops, to be resumed.
         checkpoint_every: Seconds between checkpoints; the best epoch and a run that stops have theirs at once.
@@ -319,9 +335,11 @@ def train(
         settings = {'recipe': dataclasses.asdict(recipe), 'seed': seed}
         run = RunDir(out, settings, resume, write=not rank, device=device)
         tracking = stack.enter_context(_tracker(tracker, run, settings, device))
-        if resume and (saved := run.load_checkpoint(device)):
+        if resume and (saved := run.load_checkpoint()):
             learner.load_state_dict(saved)
             progress = _Progress(**{f.name: saved[f.name] for f in dataclasses.fields(_Progress)})
+            progress.sums = progress.sums.to(device)
+            del saved  # as large as the network, the optimiser and the average together
         run.log('%s on %s, %d process(es), from epoch %d, step %d', recipe.model, device, world, progress.epoch,
                 progress.step)
         run.log(', '.join(f'{k} {v}' for k, v in environment(device).items()))

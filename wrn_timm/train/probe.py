@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine
 from ..data.splits import data_name, list_source, make_split
 from ..weights import WEIGHTS_FILE, list_weights, places
+from .devices import accelerator_on
 from .fit import Predictions, predict
 from .metrics import classification_metrics
 from .validate import open_model
@@ -193,7 +194,7 @@ def probe(
     files = ImageFiles(paths, [i for part in scan.parts().values() for i in part.labels], classes)
     place = {p: i for i, p in enumerate(paths)}
     splits = [make_split(scan, protocol, holdout, seed) for seed in seeds]
-    accelerator = Accelerator(cpu=device == 'cpu')
+    accelerator = accelerator_on(device)
     rows = []
     for name in names:
         began = time.monotonic()

@@ -159,7 +159,7 @@ class FinetuneConfig:
     patience: int = 0
     """Epochs without a better held-out accuracy after which the run ends; 0 for no such end."""
     precision: Literal['auto', 'no', 'fp16', 'bf16'] = 'auto'
-    """Of the computation; 'auto' is bf16 on CUDA and float32 on a CPU."""
+    """Of the computation; 'auto' is bf16 on GPUs that have it, fp16 on others, float32 on a CPU."""
     seed: int = 0
     """Of the split, the order, the crops and the new classifier."""
 

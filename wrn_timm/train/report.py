@@ -193,8 +193,8 @@ def write_report(
     draw_confusion(result, files.classes, folder / 'confusion.png')
     draw_predictions(files, result, folder / 'predictions.png')
     wrong = draw_wrong(model, files, result, transform, folder / 'wrong.png')
-    atomic_write(folder / 'report.html', _page(
-        folder, metrics, wrong, _mistakes(result, files.classes), summary))
+    page = _page(folder, metrics, wrong, _mistakes(result, files.classes), summary)
+    atomic_write(folder / 'report.html', page.encode(errors='replace').decode())  # names of files can be any bytes
 
 
 _STYLE = '''

@@ -45,12 +45,12 @@ _RECIPE = 'recipe.json'
 
 def atomic_write(path: Path, content: str | Callable[[Path], None]) -> None:
     """Write beside `path` and rename, so that a reader sees the old file or the new one and never half of it."""
-    beside = path.with_name(f'.{path.name}.part{path.suffix}')
+    beside = path.with_name(f'.{path.name}.part{os.getpid()}{path.suffix}')
     try:
         if callable(content):
             content(beside)
         else:
-            beside.write_text(content)
+            beside.write_text(content, encoding='utf-8', errors='surrogateescape')
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -194,7 +194,10 @@ class RunDir:
                                   f'{", or go on with --resume" * (resume is not None)}')
         if resume and not exists:
             raise FileNotFoundError(f'{path} holds no run to resume')
-        if exists and (differ := _differences(json.loads(recipe_file.read_text()), json.loads(json.dumps(settings)))):
+        if not exists:
+            return
+        there = json.loads(recipe_file.read_text(encoding='utf-8'))
+        if differ := _differences(there, json.loads(json.dumps(settings))):
             raise ValueError(f'{path} was started with other settings ({", ".join(differ)}); '
                              f'resume with the same, or choose another --out')
 
@@ -203,7 +206,7 @@ class RunDir:
         if not self.write:
             return
         _logger.log(level, message, *args)
-        with open(self.path / 'train.log', 'a') as f:
+        with open(self.path / 'train.log', 'a', encoding='utf-8', errors='surrogateescape') as f:
             f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message % args}\n")
 
     def save(self, state: dict[str, Any], history: list[dict[str, float]], draw: bool = True) -> None:
@@ -231,20 +234,37 @@ class RunDir:
         for old in _newest_first(self.checkpoints)[2:]:
             old.unlink()
 
-    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
-        """The last whole checkpoint, or None before the first. A damaged one is named and passed over."""
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The last whole checkpoint, on the CPU, or None before the first.
+
+        A damaged one is named, renamed `*.damaged` and passed over.
+
+        Raises:
+            OSError: One cannot be read, for reasons that are not its own.
+            ValueError: None of those that are there is whole.
+        """
+        damaged = []
         for path in _newest_first(self.checkpoints):
             try:
-                return torch.load(path, map_location=device, weights_only=True)
+                found = torch.load(path, map_location='cpu', weights_only=True)
+            except OSError:
+                raise
             except Exception as e:  # a damaged zip or pickle raises what it likes
+                damaged.append(path)
                 self.log('%s is damaged (%s); going back to the one before', path, type(e).__name__,
                          level=logging.WARNING)
+                continue
+            for other in damaged if self.write else ():  # its name would keep the next ones out
+                os.replace(other, other.with_suffix('.damaged'))
+            return found
+        if damaged:
+            raise ValueError(f'no checkpoint in {self.checkpoints} is whole; begin again with another --out')
         return None
 
-    def load_best(self, device: torch.device) -> dict[str, Any] | None:
-        """The checkpoint of the epoch most accurate on the held-out images, or None where there are none."""
+    def load_best(self) -> dict[str, Any] | None:
+        """The checkpoint of the epoch most accurate on the held-out images, on the CPU; None where there are none."""
         path = self.checkpoints / 'best.pt'
-        return torch.load(path, map_location=device, weights_only=True) if path.is_file() else None
+        return torch.load(path, map_location='cpu', weights_only=True) if path.is_file() else None
 
     def write_history(self, history: list[dict[str, float]], draw: bool = True) -> None:
         """Write `history.csv` and, with `draw`, `curves.png`."""
@@ -320,10 +340,10 @@ def export_weights(
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
                 module.half()
     save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
-    config = json.loads((folder / 'config.json').read_text())
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf merges or replaces it, by timm's version
     config['sha256'] = sha256_of(folder / WEIGHTS_FILE)
-    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     if final.exists():  # a directory can be renamed only to where there is none
         shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)

@@ -49,4 +49,4 @@ def record_transfer(weights: str, rows: list[dict[str, Any]]) -> Path:
 def read_transfer(folder: Path) -> list[dict[str, Any]]:
     """The results that a weights folder keeps; none where it has no `transfer.json`."""
     file = folder / TRANSFER_FILE
-    return json.loads(file.read_text()) if file.is_file() else []
+    return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else []

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..data.corrupt import CORRUPTIONS, corrupt
 from ..data.datasets import ImageArrays, load, parse_spec
-from ..data.folders import ImageFiles, scan_folder
+from ..data.folders import ImageFiles, examine, list_folder
 from ..weights import find
 from .metrics import classification_metrics, predict_logits
 from .rundir import environment
@@ -90,7 +90,8 @@ def validate(
     transform = eval_transform(model)
     if data.startswith('folder:'):
         source, root = 'folder', data.removeprefix('folder:')
-        scan = scan_folder(root)
+        scan = list_folder(root)
+        scan = examine(scan, only='test' if scan.test else 'train')
         part, split, skipped = scan.test or scan.train, 'test' if scan.test else 'all files', list(scan.bad)
     else:
         source, root = parse_spec(data)

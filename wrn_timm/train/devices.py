@@ -1,0 +1,27 @@
+"""What a run computes on."""
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+__all__ = ['accelerator_on']
+
+
+def accelerator_on(device: str, **kwargs: Any) -> Accelerator:
+    """accelerate on this device, whatever an earlier run of this process was on.
+
+    Args:
+        device: 'cpu' or 'cuda'.
+        **kwargs: Of `accelerate.Accelerator`.
+
+    Raises:
+        ValueError: The device is another, or torch finds no GPU.
+    """
+    if device not in ('cpu', 'cuda') or (device == 'cuda' and not torch.cuda.is_available()):
+        raise ValueError(f"device is {device!r}; choose 'cpu', or 'cuda' on a machine where torch finds a GPU")
+    AcceleratorState._reset_state(reset_partial_state=int(os.environ.get('WORLD_SIZE', 1)) == 1)
+    return Accelerator(cpu=device == 'cpu', **kwargs)
