@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 
 import carry as carry_script
 import pytest
@@ -166,6 +167,7 @@ class Killed(BaseException):
 def test_twenty_times_killed_the_weights_are_those_of_a_run_never_killed(tmp_path, monkeypatch):
     """Real SIGKILLs at random moments: in a step, in the writing of a checkpoint, of the curves, of the weights."""
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    forkserver._forkserver._stop()  # one that another test has begun would preload nothing
     server = multiprocessing.get_context('forkserver')  # children start with torch imported
     server.set_forkserver_preload(['wrn_timm.train.loop', 'torch._dynamo', 'matplotlib.figure'])
 
