@@ -219,7 +219,7 @@ def training_set(config: FinetuneConfig, split: Split, transform: Any, size: int
     """The training files through `transform`, for inputs of `size` pixels.
 
     Large photographs are decoded at a part of their size, such that the smallest crop still has twice the pixels of the
-    input a side: nearer to it was less accurate, as the test photographs are resized from their whole size.
+    input a side: they are then resized much as the test photographs are, from their whole size.
     """
     if not config.augment or not isinstance(split.train, ImageFiles):
         return split.train.as_dataset(transform)
