@@ -365,6 +365,11 @@ def int8(command: Command) -> Iterator[Case]:
     yield Case(f'{name}, 32 px, batch {len(batch)}, on {len(images)} test images', rows)
 
 
+def repeated(call: Call, times: int) -> None:
+    for _ in range(times):
+        call()
+
+
 def plain_step(model: nn.Module, device: str, images: torch.Tensor, labels: torch.Tensor) -> Call:
     """The step of a tutorial's loop: NCHW, nothing compiled or fused; bfloat16 on CUDA, as the trainer's."""
     model = model.to(device).train()
@@ -413,10 +418,15 @@ def training_steps(name: str, size: int, batch: int, device: str) -> dict[str, C
 
 
 def _peak_in_this_process(contestant: str, name: str, size: int, batch: int, device: str) -> float:
+    torch.backends.cudnn.benchmark = device == 'cuda'
     make = training_steps(name, size, batch, device)[contestant]
     before = 0 if device == 'cuda' else _peak_rss()
     step = make()
     for _ in range(2):  # the optimiser's memory comes with the first
+        step()
+    if device == 'cuda':
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()  # compiling, and choosing algorithms, took their own
         step()
     return (torch.cuda.max_memory_allocated() if device == 'cuda' else _peak_rss() - before) / 1e6
 
@@ -458,7 +468,9 @@ def train(command: Command) -> Iterator[Case]:
                     torch.cuda.synchronize()
                 first[contestant] = time.perf_counter() - began
             steps[contestant] = step
-        rows, _ = measure(steps, command.rounds, command.device, settings[2])
+        repeat = 10 if command.device == 'cuda' else 1  # a step's launches run while the one before computes
+        calls = {n: functools.partial(repeated, step, repeat) if callable(step) else step for n, step in steps.items()}
+        rows, _ = measure(calls, command.rounds, command.device, repeat * settings[2])
         for row in rows:
             if 'absent' not in row:
                 rate = 3 * flops(name, size) * row['images_per_second']

@@ -22,11 +22,12 @@ import torch
 import tyro
 
 import wrn_timm  # noqa: F401  (registers the models)
+from wrn_timm.files import atomic_write
 from wrn_timm.hub import finish_weights_folder
 from wrn_timm.train.finetune import finetune_seeds
 from wrn_timm.train.probe import probe
 from wrn_timm.train.recipes import FinetuneConfig
-from wrn_timm.train.rundir import atomic_write, check_place
+from wrn_timm.train.rundir import check_place
 from wrn_timm.train.transfer import record_transfer, transfer_folder
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
@@ -101,8 +102,6 @@ def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
     if main:
         for folder in sorted(Path(command.out).glob('seed-*/best' if command.seeds > 1 else 'best')):
             metrics = json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
-            for private in ('skipped', 'leaks'):  # paths of this machine; the folder may be published
-                metrics.pop(private, None)
             finish_weights_folder(folder, metrics, SAMPLE)
     if command.record and main:
         record_transfer(config.model, [{k: v for k, v in result.items() if k != 'runs'}])

@@ -3,6 +3,7 @@
 
     python scripts/validate.py --model wrn16_1.cifar10 --data cifar10:DIR
     python scripts/validate.py --model RUN/weights --data cifar10:DIR --write    # finish a weights folder
+    python scripts/validate.py --model RUN/best --data caltech101:DIR --split RUN/split.csv
 """
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sa
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', required=True, help='timm name or weights folder')
-    parser.add_argument('--data', required=True, help='cifar10:DIR, cifar100:DIR, svhn:DIR, synthetic or folder:DIR')
+    parser.add_argument('--data', required=True, help='cifar10:DIR, cifar100:DIR, svhn:DIR, synthetic, folder:DIR, '
+                                                      'caltech101:DIR or FILE.csv')
+    parser.add_argument('--split', default='', help='split.csv of a fine-tuned run: measure the part it tests on')
     parser.add_argument('--download', action='store_true', help='fetch the data set into DIR if it is missing')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--batch-size', type=int, default=250)
@@ -36,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f'--write needs a weights folder; {args.model} is none')
     try:
         metrics = validate(
-            args.model, args.data, args.batch_size, args.device, args.workers, args.download, args.corruptions)
+            args.model, args.data, args.batch_size, args.device, args.workers, args.download, args.corruptions,
+            args.split)
     except (ValueError, OSError, RuntimeError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 1

@@ -52,13 +52,9 @@ def test_every_section_gives_its_figures(capsys, photographs):
         rate = row['images_per_second'] * benchmark_script.flops('wrn16_1', 32)
         assert row['matmul'] == pytest.approx(rate / result['matmul_gflops_float32'] / 1e9, rel=0.01)
         assert row['images_per_second'] == pytest.approx(2000 / row['ms']) and row['logits_differ'] < 1e-5
-    small, large = sections['growth'][1]['rows']
-    assert large['linear'] == pytest.approx(4 * large['ratio'])
     assert all(row['p95_ms'] >= row['ms'] > 0 for row in sections['latency'][0]['rows'] if 'absent' not in row)
     every, cached = sections['head'][0]['rows']
     assert cached['accuracy'] == pytest.approx(every['accuracy'])  # the same features, order and start
-    both = sections['finetune'][0]['rows'][0]
-    assert 0 < both['share_of_slower'] < both['share_of_serial']
 
 
 def test_operations_are_those_of_the_paper():

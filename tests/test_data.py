@@ -5,6 +5,7 @@ import os
 import shutil
 import tracemalloc
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,17 @@ from torchvision.transforms import v2
 from wrn_timm.data import datasets
 from wrn_timm.data.corrupt import corrupt
 from wrn_timm.data.device import DeviceLoader
-from wrn_timm.data.folders import ReadableOnly, collate_readable, examine, list_csv, list_folder, read_rgb, scan_folder
-from wrn_timm.data.splits import list_source, make_split, read_split, source_root, split_files, write_split
+from wrn_timm.data.folders import ReadableOnly, collate_readable, examine, list_csv, list_folder, read_rgb
+from wrn_timm.data.named import is_named
+from wrn_timm.data.splits import (
+    data_name,
+    list_source,
+    make_split,
+    read_split,
+    source_root,
+    split_files,
+    write_split,
+)
 
 
 def arrays(n=64, size=32):
@@ -120,7 +130,7 @@ def folder(tmp_path):
 
 
 def test_scan_of_the_sample():
-    scan = scan_folder(SAMPLE)
+    scan = examine(list_folder(SAMPLE))
     assert len(scan.train) == 240 and len(scan.train.classes) == 8 and scan.test is None and not scan.bad
     train, test = split_files(scan.train, 0.3, seed=0)
     assert not set(train.paths) & set(test.paths) and len(train) + len(test) == 240
@@ -172,19 +182,19 @@ def test_bad_files_are_skipped_and_named_or_refused(folder):
     whole = (folder / 'pizza' / 'image_0001.jpg').read_bytes()
     (folder / 'pizza' / 'cut, "off" é.jpg').write_bytes(whole[:len(whole) // 2])
     (folder / 'pizza' / '.DS_Store').write_bytes(b'x')
-    scan = scan_folder(folder)
+    scan = examine(list_folder(folder))
     assert len(scan.train) == 6 and len(scan.bad) == 3
     assert any('notes.txt is not an image' in b for b in scan.bad)
     assert any('cut, "off" é.jpg cannot be read: image file is truncated' in b for b in scan.bad)
     with pytest.raises(ValueError, match='3 files are not whole images: .*empty.jpg is not an image'):
-        scan_folder(folder, on_bad='fail')
+        examine(list_folder(folder), 'fail')
 
 
 def test_given_split_is_kept_and_the_classes_must_agree(folder):
     (folder / 'train').mkdir()
     (folder / 'val').mkdir()
     with pytest.raises(ValueError, match='beside them ketch, pizza'):
-        scan_folder(folder)
+        examine(list_folder(folder))
     for name in ('pizza', 'ketch'):
         shutil.rmtree(folder / name)
     for part in ('train', 'val'):
@@ -192,20 +202,20 @@ def test_given_split_is_kept_and_the_classes_must_agree(folder):
             (folder / part / name).mkdir()
             for p in sorted((SAMPLE / name).iterdir())[:2 if part == 'train' else 1]:
                 (folder / part / name / p.name).write_bytes(p.read_bytes())
-    scan = scan_folder(folder)
+    scan = examine(list_folder(folder))
     assert (len(scan.train), len(scan.test)) == (4, 2)
     (folder / 'val' / 'watch').mkdir()
     with pytest.raises(ValueError, match='classes without images in .*val: watch'):
-        scan_folder(folder)
+        examine(list_folder(folder))
     shutil.copy(folder / 'val' / 'pizza' / 'image_0001.jpg', folder / 'val' / 'watch')
     with pytest.raises(ValueError, match='classes in test and not in train: watch; add images'):
-        scan_folder(folder)
+        examine(list_folder(folder))
     shutil.move(folder / 'val' / 'watch', folder / 'train' / 'watch')
-    scan = scan_folder(folder)
+    scan = examine(list_folder(folder))
     assert scan.test.classes == scan.train.classes == ('ketch', 'pizza', 'watch') and set(scan.test.labels) == {0, 1}
     assert 'not in the test part: watch' in scan.summary()
     shutil.copytree(folder / 'val', folder / 'test')
-    scan = scan_folder(folder)
+    scan = examine(list_folder(folder))
     assert (len(scan.train), len(scan.val), len(scan.test)) == (5, 2, 2)
     split = make_split(scan, holdout=0.5)  # what is given is not split again
     assert split.holdout == scan.val and split.train == scan.train
@@ -214,19 +224,19 @@ def test_given_split_is_kept_and_the_classes_must_agree(folder):
 
 def test_folders_that_cannot_be_trained_on(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match='no folder at .*nowhere'):
-        scan_folder(tmp_path / 'nowhere')
+        examine(list_folder(tmp_path / 'nowhere'))
     (tmp_path / 'empty').mkdir()
     with pytest.raises(ValueError, match='empty holds no class folders'):
-        scan_folder(tmp_path / 'empty')
+        examine(list_folder(tmp_path / 'empty'))
     (tmp_path / 'empty' / 'pizza').mkdir()
     with pytest.raises(ValueError, match=r'holds one class only \(pizza\); at least two are needed'):
-        scan_folder(tmp_path / 'empty')
+        examine(list_folder(tmp_path / 'empty'))
     (folder / 'watch').mkdir()
     with pytest.raises(ValueError, match='classes without images in .*: watch'):
-        scan_folder(folder)
+        examine(list_folder(folder))
     (folder / 'watch' / 'one.jpg').write_bytes((folder / 'pizza' / 'image_0001.jpg').read_bytes())
     with pytest.raises(ValueError, match='classes with a single image cannot be split: watch'):
-        split_files(scan_folder(folder).train, 0.3, seed=0)
+        split_files(examine(list_folder(folder)).train, 0.3, seed=0)
 
 
 def test_corruptions_are_what_they_say():
@@ -253,7 +263,7 @@ def test_links_are_followed_but_where_they_loop(folder):
     (folder / 'pizza' / 'up').symlink_to(folder, target_is_directory=True)
     (folder / 'loop').symlink_to(folder, target_is_directory=True)
     (folder / 'ketch' / 'self.jpg').symlink_to(folder / 'ketch' / 'self.jpg')
-    scan = scan_folder(folder)
+    scan = examine(list_folder(folder))
     assert scan.train.classes == ('ketch', 'linked', 'pizza')
     assert [scan.train.labels.count(i) for i in range(3)] == [3, 30, 3]
     assert len(scan.bad) == 3 and 'self.jpg cannot be read' in scan.bad[2]
@@ -286,6 +296,9 @@ def test_csv_of_any_names(tmp_path):
     split = make_split(scan, '50-50')
     (tmp_path / 'split.csv').write_text(write_split(split, tmp_path))
     assert read_split(tmp_path / 'split.csv', tmp_path) == split
+    (tmp_path / 'split.csv').write_text((tmp_path / 'split.csv').read_text() + 'test,zebra,x.jpg\n')
+    with pytest.raises(ValueError, match='split.csv names no files to train on of zebra'):
+        read_split(tmp_path / 'split.csv', tmp_path)
 
 
 @pytest.mark.parametrize(('text', 'message'), [
@@ -305,7 +318,7 @@ def test_csv_that_cannot_be_used(tmp_path, text, message):
 def test_same_content_is_found_within_and_across_parts(folder):
     shutil.copy(folder / 'pizza' / 'image_0001.jpg', folder / 'pizza' / 'again.jpg')
     shutil.copy(folder / 'pizza' / 'image_0001.jpg', folder / 'ketch' / 'wrong.jpg')
-    scan = scan_folder(folder)
+    scan = examine(list_folder(folder))
     assert [{os.path.basename(p) for p in g} for g in scan.twins] == [{'again.jpg', 'image_0001.jpg', 'wrong.jpg'}]
     assert any(line.startswith('same content in several classes, 1: ') for line in scan.summary())
     for seed in range(5):
@@ -400,3 +413,20 @@ def test_many_files_are_listed_in_little_memory(tmp_path):
     assert len(files) == 5000 and files.paths[4321].endswith('class4/0000321.jpg')
     assert held / 5000 < length + 30  # as strings: length + 57
     assert examine(list_folder(tmp_path / 'data'), at_most=4999).examined is False
+
+
+def test_the_first_of_a_class_are_so_by_name(tmp_path):
+    """In a CSV, whose rows may be in any order."""
+    names = ['c.jpg', 'a.jpg', 'd.jpg', 'b.jpg']
+    rows = [f'{n},{label}' for label in 'xy' for n in names]
+    (tmp_path / 'list.csv').write_text('\n'.join(['path,label', *rows]))
+    split = make_split(list_source(str(tmp_path / 'list.csv')), 'first2')
+    assert [Path(p).name for p in split.train.paths] == ['a.jpg', 'b.jpg'] * 2
+
+
+def test_what_a_source_is_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('torch/flowers').mkdir(parents=True)
+    assert data_name('birds.v2') == 'birds.v2' and data_name('lists/birds.v2.csv') == 'birds.v2'
+    assert data_name('caltech101:x') == 'caltech101'
+    assert is_named('torch/cifar10') and not is_named('torch/flowers')  # a folder of that name is a folder

@@ -183,6 +183,9 @@ def test_average_precision_of_known_detections():
     half = evaluate_detector(Finds([{'boxes': boxes[:1], 'labels': torch.tensor([1])}]), [batch], ('a', 'b'))
     assert half['map'] == half['map_50'] == pytest.approx(100 * 51 / 101, abs=0.01)
     assert half['map_per_class'] == {'a': half['map'], 'b': None}
+    # a class that is found and is not there has no precision
+    also = {'boxes': boxes, 'labels': torch.tensor([1, 2])}
+    assert evaluate_detector(Finds([also]), [batch], ('a', 'b'))['map_per_class'] == half['map_per_class']
     # overlap 0.61: enough at the thresholds 0.5, 0.55 and 0.6 of the ten
     narrow = boxes - torch.tensor([0., 0, 3.9, 0])
     loose = evaluate_detector(Finds([{'boxes': narrow, 'labels': torch.tensor([1, 1])}]), [batch], ('a',))
@@ -273,9 +276,13 @@ def test_draw_by_a_finished_run(run, tmp_path, capsys):
     assert classes == ('Platelets', 'RBC', 'WBC') and not detector.training
     photograph = tmp_path / 'photograph.jpg'
     shutil.copy(BCCD / 'JPEGImages' / 'BloodImage_00007.jpg', photograph)
-    args = ['--out', str(run), '--draw', str(photograph), '--threshold', '0', '--device', 'cpu']
+    other = tmp_path / 'other' / photograph.name
+    other.parent.mkdir()
+    shutil.copy(BCCD / 'JPEGImages' / 'BloodImage_00011.jpg', other)
+    args = ['--out', str(run), '--draw', str(photograph), str(other), '--threshold', '0', '--device', 'cpu']
     assert detect_script.main(args) == 0
-    result, = json.loads(capsys.readouterr().out)
+    result, second = json.loads(capsys.readouterr().out)
+    assert [Path(r['drawing']).name for r in (result, second)] == ['photograph.png', 'photograph_2.png']
     with torch.no_grad():
         expected = detector([torch.from_numpy(np.array(Image.open(photograph))).permute(2, 0, 1) / 255])
     assert len(result['objects']) == len(expected[0]['boxes']) > 0

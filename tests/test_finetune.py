@@ -25,17 +25,18 @@ import validate as validate_script
 from accelerate import Accelerator
 from conftest import ROOT, SAMPLE
 from PIL import Image
+from torch.utils.data import Subset
 
-from wrn_timm.data.folders import list_folder, read_rgb
+from wrn_timm.data.folders import ImageFiles, list_folder, read_rgb
 from wrn_timm.hub import check_golden
 from wrn_timm.train import finetune as ft
 from wrn_timm.train.devices import accelerator_on
-from wrn_timm.train.fit import Features, _Unfreezing, largest_batch, predict
+from wrn_timm.train.fit import Features, _loader, _Unfreezing, largest_batch, predict
 from wrn_timm.train.probe import extract_features, knn, linear_probe
 from wrn_timm.train.report import grad_cam
 from wrn_timm.train.rundir import export_weights
 from wrn_timm.train.transfer import read_transfer, record_transfer
-from wrn_timm.train.validate import eval_transform, open_model
+from wrn_timm.train.validate import eval_transform, open_model, validate
 from wrn_timm.weights import sha256_of
 
 CLASSES = ('ketch', 'pizza', 'sunflower')
@@ -98,7 +99,11 @@ def test_figures_are_those_of_the_best_weights_on_the_test_files(run, photograph
         with torch.no_grad():
             answer = model(transform(Image.open(photographs / row['path']).convert('RGB'))[None])[0].argmax()
         right += names[answer] == row['label']
-    assert json.loads((run / 'metrics.json').read_text())['top1'] == pytest.approx(100 * right / len(test), abs=1e-3)
+    metrics = json.loads((run / 'metrics.json').read_text())
+    assert metrics['top1'] == pytest.approx(100 * right / len(test), abs=1e-3)
+    again = validate(str(run / 'best'), str(photographs), split=str(run / 'split.csv'))
+    assert (again['top1'], again['ece'], again['images']) == (metrics['top1'], metrics['ece'], 12)
+    assert (again['dataset'], again['split']) == (metrics['dataset'], 'split.csv')
 
 
 class _Page(html.parser.HTMLParser):
@@ -189,7 +194,12 @@ def test_a_run_resumed_at_an_epoch_ends_as_one_that_was_not_stopped(weights, pho
     assert tune(photographs, weights, tmp_path / 'parts', *options, '--time-budget', '0') == 0
     assert json.loads((tmp_path / 'parts' / 'metrics.json').read_text())['stopped'] == 'the time budget'
     assert len((tmp_path / 'parts' / 'history.csv').read_text().splitlines()) == 2
+    before = json.loads((tmp_path / 'parts' / 'metrics.json').read_text())['train_seconds']
     assert tune(photographs, weights, tmp_path / 'parts', *options, '--resume') == 0
+    seconds = json.loads((tmp_path / 'parts' / 'metrics.json').read_text())['train_seconds']
+    assert tune(photographs, weights, tmp_path / 'parts', *options, '--resume') == 0  # which has nothing left to do
+    again = json.loads((tmp_path / 'parts' / 'metrics.json').read_text())
+    assert before < seconds <= again['train_seconds'] + 0.2 and again['seconds'] > again['train_seconds']
     assert weights_of(tmp_path / 'whole') == weights_of(tmp_path / 'parts')
     assert weights_of(tmp_path / 'whole', 'best') == weights_of(tmp_path / 'parts', 'best')
     split = tmp_path / 'whole' / 'split.csv'
@@ -303,12 +313,14 @@ def test_each_run_of_a_process_has_its_own_device(monkeypatch):
 
 def test_results_of_other_kinds_are_kept_beside_one_another(tmp_path):
     row = {'way': 'all', 'dataset': 'caltech101', 'protocol': 'random30', 'input_size': 64, 'epochs': 10, 'stem': ''}
-    for change in ({}, {'epochs': 5}, {'stem': 'imagenet'}, {'input_size': 32}, {'seeds': 3}):
+    for change in ({'skipped': ['/home/me/x.jpg']}, {'epochs': 5}, {'stem': 'imagenet'}, {'input_size': 32},
+                   {'seeds': 3}):
         record_transfer(str(tmp_path), [row | change])
     kept = read_transfer(tmp_path)
     assert [(r['input_size'], r['epochs'], r['stem'], r.get('seeds')) for r in kept] == [
         (64, 10, '', 3), (64, 5, '', None), (64, 10, 'imagenet', None), (32, 10, '', None)]
     assert all(r['environment']['torch'] == torch.__version__ for r in kept)
+    assert '/home/me' not in (tmp_path / 'transfer.json').read_text()
 
 
 def test_nearest_neighbours_are_those_of_a_plain_search():
@@ -343,6 +355,21 @@ def test_features_are_what_the_classifier_is_given(weights, photographs):
     again = predict(model.fc, Features(features, torch.tensor(files.labels)), accelerator)
     torch.testing.assert_close(again.logits, logits)
     assert again.index.tolist() == list(range(36))
+
+
+def test_a_share_of_a_data_set_keeps_its_places(photographs):
+    files = list_folder(photographs).train
+    features = Features(torch.randn(36, 2), torch.tensor(files.labels))
+    for data in (features, files.as_dataset(lambda image: torch.zeros(1))):
+        places = [i for *_, i, _ in _loader(Subset(data, range(1, 36, 3)), 5, 0)]
+        assert torch.cat(places).tolist() == list(range(1, 36, 3))
+
+
+def test_where_no_image_can_be_read_it_is_said(weights, tmp_path):
+    (tmp_path / 'x.jpg').write_bytes(b'')
+    files = ImageFiles([str(tmp_path / 'x.jpg')], [0], ('x',))
+    with pytest.raises(ValueError, match='no image can be read: .*x.jpg is not an image'):
+        predict(open_model(weights), files.as_dataset(None), Accelerator(cpu=True))
 
 
 def test_grad_cam_of_a_pooled_classifier_is_its_class_activation_map():

@@ -28,9 +28,10 @@ from wrn_timm.data.datasets import load
 from wrn_timm.data.device import DeviceLoader
 from wrn_timm.hub import check_golden, model_card
 from wrn_timm.train.carry import pack, unpack
-from wrn_timm.train.loop import _climb, _schedule, evaluate, train
+from wrn_timm.train.loop import Learner, _climb, _schedule, evaluate, train
 from wrn_timm.train.metrics import classification_metrics
 from wrn_timm.train.recipes import RECIPES, get_recipe
+from wrn_timm.train.rundir import RunDir
 from wrn_timm.weights import sha256_of
 
 SMOKE = RECIPES['smoke']
@@ -84,8 +85,12 @@ def test_another_run_is_not_written_over(run, tmp_path, capsys):
     assert 'holds no run to resume' in capsys.readouterr().err
     assert train_script.main(['--recipe', 'quik', '--out', str(tmp_path / 'none')]) == 1
     assert "recipe 'quik' is unknown; nearest: quick; known: paper_cifar10" in capsys.readouterr().err
+    assert train_script.main(['--recipe', 'smoke', '--out', str(tmp_path / 'none'), '--tracker', 'tensorbord']) == 1
+    assert "tracker 'tensorbord' is not known or not installed" in capsys.readouterr().err
     assert train_script.main(['--recipe', 'smoke', '--out', str(tmp_path / 'none'), '--model', 'wrn9_9']) == 1
     assert 'wrn9_9' in capsys.readouterr().err
+    assert train_script.main(['--recipe', 'quick', '--data', 'nowhere', '--out', str(run)]) == 1
+    assert 'already holds a run' in capsys.readouterr().err  # said before the data is looked for
     assert (run / 'recipe.json').read_bytes() == before and not (tmp_path / 'none').exists()
 
 
@@ -191,6 +196,7 @@ def test_twenty_times_killed_the_weights_are_those_of_a_run_never_killed(tmp_pat
         process.join()
         kills += 1
     assert process.exitcode == 0 and kills == 20
+    assert not list(out.rglob('*.part*'))  # of checkpoints that were being written
     assert final_weights(out) == final_weights(tmp_path / 'whole')
 
 
@@ -292,6 +298,28 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(run):
     assert torch.load(run / 'checkpoints/best.pt', weights_only=True)['epoch'] == int(best['epoch'])
 
 
+def test_the_best_is_kept_by_a_run_killed_before_it_could_be(tmp_path):
+    settings, run = {'seed': 0}, RunDir(tmp_path / 'run', {'seed': 0})
+    history = [{'epoch': 1, 'holdout_accuracy': 50.}, {'epoch': 2, 'holdout_accuracy': 60.}]
+    run.save({'epoch': 1, 'step': 0, 'history': history[:1]}, history[:1])
+    before = (run.checkpoints / 'best.pt').read_bytes()
+    run.save({'epoch': 2, 'step': 0, 'history': history}, history)
+    (run.checkpoints / 'best.pt').write_bytes(before)
+    (run.checkpoints / '.epoch-0003-step-000000.pt.part12345.pt').write_bytes(b'half')
+    again = RunDir(tmp_path / 'run', settings, resume=True)
+    assert again.load_checkpoint()['epoch'] == 2 and again.load_best()['epoch'] == 2
+    assert not list(again.path.rglob('*.part*'))
+
+
+def test_rates_are_of_the_steps_that_were_timed(tmp_path):
+    recipe = dataclasses.replace(SMOKE, batch_size=384, epochs=2, holdout=0)  # a step an epoch
+    train(recipe, '', tmp_path)
+    first, second = csv.DictReader((tmp_path / 'history.csv').read_text().splitlines())
+    assert first['images_per_second'] == '0'  # the first step of a run is not timed
+    took = float(second['seconds']) - float(first['seconds'])
+    assert int(second['images_per_second']) == pytest.approx(384 / took, rel=0.1)
+
+
 def test_recipes_and_their_overrides(tmp_path, capsys):
     paper = RECIPES['paper_cifar10']
     assert (paper.lr, paper.drop_epochs, paper.drop_factor, paper.weight_decay, paper.batch_size, paper.epochs) == (
@@ -313,10 +341,10 @@ def test_paper_schedule_drops_at_its_epochs():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], recipe.lr)
     scheduler = _schedule(recipe, optimizer, steps=390)
     rates = []
-    for epoch in range(200):
-        scheduler.step_update(epoch * 390)
+    for step in range(0, 200 * 390, 10):
+        scheduler.step_update(step)
         rates.append(optimizer.param_groups[0]['lr'])
-    expected = [.1] * 60 + [.02] * 60 + [.004] * 40 + [.0008] * 40
+    expected = [lr for lr, epochs in ((.1, 60), (.02, 60), (.004, 40), (.0008, 40)) for _ in range(39 * epochs)]
     assert rates == pytest.approx(expected)
 
 
@@ -329,6 +357,18 @@ def test_sam_climbs_along_the_gradient_to_its_radius():
     gradient = torch.cat([2 * b.flatten() for b in before])
     assert moved.norm().item() == pytest.approx(0.05, rel=1e-5)
     torch.testing.assert_close(moved / moved.norm(), gradient / gradient.norm())
+
+
+def test_sam_takes_batchnorm_statistics_once_a_step():
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    buffers = []
+    for rho in (0., 0.5):
+        torch.manual_seed(0)
+        model = timm.create_model('wrn16_1').train()
+        Learner(model, dataclasses.replace(SMOKE, sam_rho=rho), steps=8).step(0, images, labels)
+        buffers.append(dict(model.named_buffers()))
+    for name, buffer in buffers[0].items():
+        torch.testing.assert_close(buffer, buffers[1][name], rtol=0, atol=0)
 
 
 def torchrun(*argv):

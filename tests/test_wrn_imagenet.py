@@ -77,5 +77,10 @@ def test_stem_for_small_images_is_resnet18s_usual_one():
     assert set(model.state_dict()) == set(timm.create_model('resnet18').state_dict())
     backbone = timm.create_model('wrn18_1', stem='cifar', features_only=True)
     assert [32 // f.shape[-1] for f in backbone(x)] == backbone.feature_info.reduction() == [1, 1, 2, 4, 8]
+    for output_stride in (2, 4, 8):
+        dilated = timm.create_model('wrn18_1', stem='cifar', output_stride=output_stride).eval()
+        assert dilated.feature_info[-1]['reduction'] == output_stride == 32 // dilated.forward_features(x).shape[-1]
+    with pytest.raises(ValueError, match="output_stride is 16; with the 'cifar' stem it can be 2, 4, 8"):
+        timm.create_model('wrn18_1', stem='cifar', output_stride=16)
     with pytest.raises(ValueError, match="stem 'vit' is unknown; choose 'cifar' or 'imagenet'"):
         timm.create_model('wrn18_1', stem='vit')

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_map
 
-from .train.rundir import atomic_write
+from .files import atomic_write
 
 __all__ = [
     'EXPORTERS', 'OnnxModel', 'OptimizedModel', 'alternate', 'fold_batchnorm', 'inference_forms', 'optimize',

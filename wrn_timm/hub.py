@@ -21,8 +21,8 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from .data.folders import read_rgb, walk_files
 from .download import hub_fault
+from .files import atomic_write
 from .train.recipes import RECIPES, FinetuneConfig
-from .train.rundir import atomic_write
 from .train.transfer import TRANSFER_FILE
 from .train.validate import normalised, open_model
 from .weights import WEIGHTS_FILE, verify, version_tag
@@ -213,6 +213,7 @@ def finish_weights_folder(folder: str | Path, metrics: dict[str, Any], photograp
             the golden test. Never the user's own: they are published with the folder.
     """
     folder = Path(folder)
+    metrics = {k: v for k, v in metrics.items() if k not in ('skipped', 'leaks')}  # paths of this machine
     model = open_model(str(folder))
     size = resolve_model_data_config(model)['input_size'][-1]
     first = [next(walk_files(d)) for d in sorted(Path(photographs).iterdir()) if d.is_dir()]

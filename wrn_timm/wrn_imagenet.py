@@ -58,15 +58,19 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _resnet(stem: str = 'imagenet', in_chans: int = 3, **kwargs: Any) -> ResNet:
+def _resnet(stem: str = 'imagenet', in_chans: int = 3, output_stride: int | None = None, **kwargs: Any) -> ResNet:
     """timm's ResNet with either stem.
 
     Raises:
-        ValueError: The stem is unknown.
+        ValueError: The stem is unknown, or it has no such output stride.
     """
     if stem not in ('cifar', 'imagenet'):
         raise ValueError(f"stem {stem!r} is unknown; choose 'cifar' or 'imagenet'")
-    model = ResNet(in_chans=in_chans, **kwargs)
+    strides = {8 // (4 if stem == 'cifar' else 1) * 2 ** i: 8 * 2 ** i for i in range(3)}  # timm knows its own stem's
+    if output_stride not in (None, *strides):
+        raise ValueError(f'output_stride is {output_stride}; with the {stem!r} stem it can be '
+                         f'{", ".join(map(str, strides))}')
+    model = ResNet(in_chans=in_chans, output_stride=strides.get(output_stride, 32), **kwargs)
     if stem == 'cifar':
         old = model.conv1.weight
         model.conv1 = nn.Conv2d(

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, default_collate
 
 __all__ = [
     'EXAMINED_AT_MOST', 'FolderScan', 'ImageFiles', 'ReadableOnly', 'collate_readable', 'examine', 'list_csv',
-    'list_folder', 'read_rgb', 'scan_folder', 'walk_files']
+    'list_folder', 'read_rgb', 'walk_files']
 
 _PARTS = {'train': ('train', 'training'), 'test': ('test',), 'val': ('val', 'valid', 'validation')}
 
@@ -240,15 +240,6 @@ def some(names: Sequence[str], separator: str = ', ') -> str:
     """The first five names, and how many more there are."""
     more = f'{separator if separator == "; " else " "}and {len(names) - 5} more' if len(names) > 5 else ''
     return separator.join(names[:5]) + more
-
-
-def scan_folder(root: str | Path, on_bad: str = 'skip') -> FolderScan:
-    """List `root/<class>/**`, or `root/train/<class>/**` and `root/test/<class>/**`, and read every file once.
-
-    Raises:
-        What `list_folder` and `examine` raise.
-    """
-    return examine(list_folder(root), on_bad)
 
 
 def list_folder(root: str | Path, nested: bool = False) -> FolderScan:

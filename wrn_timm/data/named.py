@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -15,7 +16,7 @@ _PREFIXES = ('hfds/', 'hfids/', 'tfds/', 'wds/', 'torch/')
 
 def is_named(source: str) -> bool:
     """Whether timm reads this source by its name."""
-    return source.startswith(_PREFIXES)
+    return source.startswith(_PREFIXES) and not Path(source).exists()
 
 
 class NamedImages:

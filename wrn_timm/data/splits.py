@@ -26,7 +26,10 @@ _PROTOCOL = re.compile(r'(?P<which>first|random)(?P<count>[1-9]\d*)|(?P<train>\d
 
 def data_name(source: str) -> str:
     """What a source is called: 'caltech101', or the name of the folder or CSV file."""
-    return CALTECH101.rstrip(':') if source.startswith(CALTECH101) else Path(source).resolve().stem
+    if source.startswith(CALTECH101):
+        return CALTECH101.rstrip(':')
+    path = Path(source).resolve()
+    return path.stem if path.suffix.lower() == '.csv' else path.name
 
 
 def source_root(source: str, download: bool = False) -> Path:
@@ -169,7 +172,8 @@ def _split_by_count(files: ImageFiles, count: int, at_random: bool, seed: int) -
         raise ValueError(f'{count} files of each class to train on, and one at least to test on, need {count + 1}; '
                          f'fewer are in {some(short)}')
     rng = random.Random(seed)
-    train = {i for index in members.values() for i in (rng.sample(index, count) if at_random else index[:count])}
+    train = {i for index in members.values() for i in (
+        rng.sample(index, count) if at_random else sorted(index, key=files.name)[:count])}
     return _divided(files, set(range(len(files))) - train)
 
 
@@ -198,7 +202,7 @@ def write_split(split: Split, root: Path) -> str:
     above = f'{root}{os.sep}'
     for field in dataclasses.fields(Split):
         if files := getattr(split, field.name):
-            writer.writerows((field.name, files.classes[label], path.removeprefix(above))
+            writer.writerows((field.name, files.classes[label], path.removeprefix(above).replace(os.sep, '/'))
                              for label, path in zip(files.labels, files.paths, strict=True))
     return text.getvalue()
 
@@ -223,6 +227,8 @@ def read_split(file: str | Path, root: Path) -> Split:
         raise FileNotFoundError(f'{file} names {first}, which is not there; give the --data that it was made of')
     classes = tuple(sorted({label for _, label in rows['train']}))
     number = {c: i for i, c in enumerate(classes)}
+    if unknown := {label for pairs in rows.values() for _, label in pairs} - set(number):
+        raise ValueError(f'{file} names no files to train on of {some(sorted(unknown))}')
     return Split(**{
         part: ImageFiles((p for p, _ in rows[part]), [number[label] for _, label in rows[part]], classes)
         if rows[part] else None for part in ('train', 'holdout', 'test')})

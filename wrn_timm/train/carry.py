@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .rundir import atomic_write, carried_files
+from ..files import atomic_write
+from .rundir import carried_files
 
 __all__ = ['pack', 'unpack']
 
@@ -50,13 +51,13 @@ class _ShardReader(io.RawIOBase):
     """The shards as one stream, each checked as it is opened."""
 
     def __init__(self, shards: Iterator[bytes]):
-        self._shards, self._rest = shards, b''
+        self._shards, self._rest = shards, memoryview(b'')
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, into: Any) -> int:
-        self._rest = self._rest or next(self._shards, b'')
+        self._rest = self._rest or memoryview(next(self._shards, b''))  # whose parts are not copied
         n = min(len(into), len(self._rest))
         into[:n], self._rest = self._rest[:n], self._rest[n:]
         return n

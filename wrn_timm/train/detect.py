@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.transforms import v2
@@ -27,7 +28,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..data.folders import read_rgb
 from ..data.voc import BoxedImages, read_voc
 from ..detection import DETECTORS, anchor_generator
-from .rundir import RunDir, atomic_write, environment, stop_requests
+from ..files import atomic_write
+from .rundir import RunDir, environment, stop_requests
 
 __all__ = ['DetectConfig', 'detect', 'draw', 'evaluate_detector', 'load_detector']
 
@@ -111,9 +113,8 @@ def _loader(images: BoxedImages, transform: Any, batches: Sequence[list[int]], w
 
 def _drawn_batches(n: int, batch_size: int, seed: int) -> list[list[int]]:
     """The images of each step of an epoch; a last step that is not full is left out if others are."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-    whole = max(n - n % batch_size, min(n, batch_size))
-    return [order[i:i + batch_size] for i in range(0, whole, batch_size)]
+    order = RandomSampler(range(n), generator=torch.Generator().manual_seed(seed))
+    return list(BatchSampler(order, batch_size, drop_last=n >= batch_size))
 
 
 def _columns(rows: list[tuple[torch.Tensor, Target]]) -> tuple[list[torch.Tensor], list[Target]]:
@@ -134,7 +135,8 @@ def evaluate_detector(
     """Mean average precision as COCO defines it, in %, by torchmetrics on pycocotools.
 
     Returns:
-        `images`, `map` (mean over the overlaps 0.5 to 0.95), `map_50`, `map_75`, and `map_per_class` by name.
+        `images`, `map` (mean over the overlaps 0.5 to 0.95), `map_50`, `map_75`, and `map_per_class` by name (None
+        where the images have no box of the class).
     """
     detector.eval()
     metric = MeanAveragePrecision(class_metrics=True)
@@ -148,7 +150,7 @@ def evaluate_detector(
                          strict=True))
     return {
         'images': n, **{k: round(100 * result[k].item(), 2) for k in ('map', 'map_50', 'map_75')},
-        'map_per_class': {c: round(100 * per_class[i], 2) if i in per_class else None
+        'map_per_class': {c: round(100 * per_class[i], 2) if per_class.get(i, -1) >= 0 else None
                           for i, c in enumerate(classes, start=1)}}
 
 
@@ -189,6 +191,9 @@ def detect(
     test, bad_test = read_voc(data, config.test_split, train.classes, on_bad)
     for reason in bad + bad_test:
         _logger.warning('left out: %s', reason)
+    name = Path(data).resolve().name
+    settings = {'detect': dataclasses.asdict(config), 'data': name, 'classes': train.classes}
+    run = RunDir(out, settings, resume, device=device)
     torch.manual_seed(config.seed)
     detector = _build(config, len(train.classes), config.pretrained).to(device)
     optimizer = create_optimizer_v2(detector, config.opt, lr=config.lr, weight_decay=config.weight_decay)
@@ -198,9 +203,6 @@ def detect(
         optimizer, t_initial=config.epochs * steps, t_in_epochs=False, warmup_t=config.warmup_steps,
         warmup_lr_init=config.lr / 100)
 
-    name = Path(data).resolve().name
-    run = RunDir(
-        out, {'detect': dataclasses.asdict(config), 'data': name, 'classes': train.classes}, resume, device=device)
     history, position, total, seconds = [], 0, 0., 0.  # position: steps of the whole run; total: this epoch's loss
     if resume and (saved := run.load_checkpoint()):
         detector.load_state_dict(saved['model'])
@@ -252,7 +254,7 @@ def detect(
                 return None
 
     _export(detector, run)
-    in_order = [list(range(len(test)))[i:i + config.batch_size] for i in range(0, len(test), config.batch_size)]
+    in_order = list(BatchSampler(range(len(test)), config.batch_size, drop_last=False))
     metrics = evaluate_detector(
         detector, _loader(test, v2.Compose(_AS_TENSOR), in_order, workers, config.seed), test.classes, device)
     metrics |= {'dataset': name, 'split': config.test_split, 'left_out': bad + bad_test,
@@ -343,7 +345,7 @@ def draw(
     """
     colours = ('red', 'blue', 'green', 'purple', 'orange', 'teal', 'brown', 'magenta')
     folder.mkdir(parents=True, exist_ok=True)
-    results = []
+    results, taken = [], set()
     for path in photographs:
         image = v2.Compose(_AS_TENSOR)(read_rgb(path)).as_subclass(torch.Tensor)
         found = {k: v.cpu() for k, v in detector([image.to(device)])[0].items()}
@@ -352,7 +354,10 @@ def draw(
         drawing = draw_bounding_boxes(
             image, boxes, [f'{classes[i - 1]} {100 * s:.0f}' for i, s in zip(index, scores, strict=True)],
             [colours[i % len(colours)] for i in index], width=2) if len(boxes) else image
-        target = folder / f'{Path(path).stem}.png'
+        stem = Path(path).stem
+        name = next(n for n in (stem, *(f'{stem}_{i}' for i in itertools.count(2))) if n not in taken)
+        taken.add(name)
+        target = folder / f'{name}.png'
         atomic_write(target, lambda p, drawing=drawing: save_image(drawing, p))
         results.append({'image': str(path), 'drawing': str(target), 'objects': [
             {'label': classes[i - 1], 'score': round(s, 4), 'box': [round(v, 1) for v in box]}

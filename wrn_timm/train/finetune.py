@@ -32,13 +32,14 @@ from ..data.splits import (
     source_root,
     write_split,
 )
+from ..files import atomic_write
 from .devices import accelerator_on
 from .fit import BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
 from .metrics import classification_metrics
 from .probe import extract_features, summarise
 from .recipes import FinetuneConfig
 from .report import write_report
-from .rundir import RunDir, atomic_write, check_place, environment, export_weights
+from .rundir import RunDir, check_place, environment, export_weights
 from .validate import eval_transform, open_model, source_of
 
 __all__ = ['finetune', 'finetune_seeds', 'prepare_split', 'training_set']
@@ -121,7 +122,7 @@ def finetune(
         accelerator.free_memory()
         model.load_state_dict(before)
         resume = True  # from the last epoch, where there is one
-    train_seconds = time.monotonic() - train_began
+    train_seconds = fitted.earlier + time.monotonic() - train_began
     if fitted.stopped:
         _logger.info('stopped by %s after epoch %d; it can go on with --resume', fitted.stopped,
                      fitted.history[-1]['epoch'])
@@ -138,7 +139,8 @@ def finetune(
         'best_epoch': fitted.best_epoch(), 'epochs': len(fitted.history), 'stopped': fitted.stopped,
         'train_files': len(split.train), 'holdout_files': len(split.holdout or ()),
         'leaks': found.get('leaks', []), 'skipped': [*found.get('bad', []), *fitted.bad, *result.bad],
-        'train_seconds': round(train_seconds, 1), 'seconds': round(time.monotonic() - started, 1),
+        'train_seconds': round(train_seconds, 1),
+        'seconds': round(fitted.earlier + time.monotonic() - started, 1),
         'mixed_precision': accelerator.mixed_precision, 'environment': environment(accelerator.device),
         'measured_by': 'scripts/finetune.py'}
     if main:
@@ -218,8 +220,8 @@ def _train(
 def training_set(config: FinetuneConfig, split: Split, transform: Any, size: int) -> Dataset:
     """The training files through `transform`, for inputs of `size` pixels.
 
-    Large photographs are decoded at a part of their size, such that the smallest crop still has twice the pixels of the
-    input a side: they are then resized much as the test photographs are, from their whole size.
+    Large photographs are decoded at a part of their size, such that a square crop of the smallest area still has twice
+    the pixels of the input a side: they are then resized much as the test photographs are, from their whole size.
     """
     if not config.augment or not isinstance(split.train, ImageFiles):
         return split.train.as_dataset(transform)
@@ -265,7 +267,7 @@ def prepare_split(
         return read_split(run / 'split.csv', source_root(data)), found
     if config.split.endswith('.csv'):
         return read_split(config.split, source_root(data, download)), {
-            'split': config.split, 'bad': [], 'leaks': [], 'summary': [f'split by {config.split}']}
+            'split': Path(config.split).name, 'bad': [], 'leaks': [], 'summary': [f'split by {config.split}']}
     scan = examine(list_source(data, config.nested, download), on_bad, at_most=EXAMINED_AT_MOST)
     split = make_split(scan, config.split, config.holdout, config.seed)
     leaks = split.leaks(scan.twins)

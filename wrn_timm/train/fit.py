@@ -50,7 +50,7 @@ class Features(Dataset):
 
 
 def _loader(dataset: Dataset, batch_size: int, workers: int, pin: bool = False, **kwargs: Any) -> DataLoader:
-    """Batches of (images, labels, indices, why others could not be read)."""
+    """Batches of (images, labels, indices into the data set that a Subset is of, why others could not be read)."""
     inner = dataset.dataset if isinstance(dataset, Subset) else dataset
     if isinstance(inner, Features):
         return DataLoader(dataset, batch_size, collate_fn=_as_it_is, **kwargs)
@@ -58,8 +58,9 @@ def _loader(dataset: Dataset, batch_size: int, workers: int, pin: bool = False, 
         if inner is not dataset:
             raise ValueError('a data set that is streamed runs in one process')
         return DataLoader(dataset, batch_size, collate_fn=_with_none_unread, drop_last=kwargs.get('drop_last', False))
+    readable = Subset(ReadableOnly(inner), dataset.indices) if inner is not dataset else ReadableOnly(dataset)
     return DataLoader(
-        ReadableOnly(dataset), batch_size, num_workers=min(workers, math.ceil(len(dataset) / batch_size)),
+        readable, batch_size, num_workers=min(workers, math.ceil(len(dataset) / batch_size)),
         collate_fn=collate_readable, pin_memory=pin, **kwargs)
 
 
@@ -123,25 +124,24 @@ def predict(
                 batches, desc=title, unit='batch', leave=False, disable=None if show else True):
             bad.extend(reasons)
             if images is not None:
-                index.append(i * world + rank)
+                index.append(i)
                 yield images, labels
 
-    found = None
+    found: list[torch.Tensor] = []
 
     def run(batch_size: int) -> None:
-        nonlocal found
-        found = predict_logits(network, readable(batch_size), accelerator.device)
+        found[:] = predict_logits(network, readable(batch_size), accelerator.device)
 
     with accelerator.autocast():
         if len(mine) and not largest_batch(run, batch_size):
             raise RuntimeError(f'not even one image fits into the memory of {accelerator.device}; choose a smaller '
                                f'--input-size or --model')
-    if world > 1:
-        everything = gather_object([(*(found or (None, None)), torch.cat(index) if index else None, bad)])
-        bad = [reason for part in everything for reason in part[3]]
-        parts = [part[:3] for part in everything if part[0] is not None]
-    else:
-        parts = [(*found, torch.cat(index))]
+    mine = [*found, torch.cat(index)] if index else []
+    gathered = gather_object([(mine, bad)]) if world > 1 else [(mine, bad)]
+    bad = [reason for _, reasons in gathered for reason in reasons]
+    parts = [part for part, _ in gathered if part]
+    if not parts:
+        raise ValueError(f'no image can be read: {some(bad, "; ")}')
     logits, labels, order = (torch.cat(column) for column in zip(*parts, strict=True))
     by_place = order.argsort()
     return Predictions(logits[by_place], labels[by_place], order[by_place], bad)
@@ -192,11 +192,13 @@ class Fitted:
         history: A line an epoch.
         bad: Why files could not be read while training went on.
         stopped: Why it ended before the last epoch; '' if it did not.
+        earlier: Seconds of it that a run it goes on with took.
     """
     network: torch.nn.Module
     history: list[dict[str, float]]
     bad: list[str]
     stopped: str = ''
+    earlier: float = 0.
 
     def best_epoch(self) -> int:
         """The epoch most accurate on the held-out files (the later of equals), or the last where there are none."""
@@ -299,7 +301,8 @@ def fit(
     if class_weights is not None:
         class_weights = class_weights.to(accelerator.device)
     main = accelerator.is_main_process
-    bad, stopped, began = [], '', time.monotonic() - state.seconds
+    bad, stopped, earlier = state.bad, '', state.seconds
+    began = time.monotonic() - earlier
     measured = ema.module if ema else network
     drawn = saved = -math.inf
     saving, saved_epoch = 0., state.epoch
@@ -386,7 +389,7 @@ def fit(
         parameter.requires_grad_(True)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
-    return Fitted(measured, state.history, gather_object(bad) if world > 1 else bad, stopped)
+    return Fitted(measured, state.history, gather_object(bad) if world > 1 else bad, stopped, earlier)
 
 
 @dataclasses.dataclass
@@ -399,19 +402,20 @@ class _State:
     seconds: float = 0.
     epoch_seconds: float = 0.
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    bad: list[str] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             'model': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(),
             'ema': self.ema.module.state_dict() if self.ema else None, 'epoch': self.epoch, 'step': 0,
-            'seconds': self.seconds, 'epoch_seconds': self.epoch_seconds, 'history': self.history}
+            'seconds': self.seconds, 'epoch_seconds': self.epoch_seconds, 'history': self.history, 'bad': self.bad}
 
     def load_dict(self, saved: dict[str, Any]) -> None:
         self.network.load_state_dict(saved['model'])
         self.optimizer.load_state_dict(saved['optimizer'])
         if self.ema:
             self.ema.module.load_state_dict(saved['ema'])
-        for name in ('epoch', 'seconds', 'epoch_seconds', 'history'):
+        for name in ('epoch', 'seconds', 'epoch_seconds', 'history', 'bad'):
             setattr(self, name, saved[name])
 
     def reason_to_stop(self, patience: int, deadline: float) -> str:

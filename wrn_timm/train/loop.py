@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +30,8 @@ from .recipes import Recipe
 from .rundir import RunDir, environment, export_weights, is_best, stop_requests
 
 __all__ = ['Learner', 'create_model', 'evaluate', 'train']
+
+_SHARE_OF_SAVING = 20  # of the time, at most one part is spent on checkpoints
 
 
 @torch.inference_mode()
@@ -57,6 +59,7 @@ class _Progress:
     sums: torch.Tensor  # of loss and of hits, in this epoch
     epoch: int = 0
     step: int = 0  # within the epoch
+    timed: int = 0  # steps of it that `seconds` has the time of
     seconds: float = 0.
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
@@ -69,8 +72,8 @@ class _Progress:
         self.history.append({
             'epoch': self.epoch + 1, 'lr': lr, 'train_loss': loss, 'train_accuracy': 100 * hits,
             'seconds': round(self.seconds, 2),
-            'images_per_second': round(steps * batch_size / max(self.seconds - before, 1e-9))})
-        self.epoch, self.step = self.epoch + 1, 0
+            'images_per_second': round(self.timed * batch_size / max(self.seconds - before, 1e-9))})
+        self.epoch, self.step, self.timed = self.epoch + 1, 0, 0
 
 
 class Learner:
@@ -100,11 +103,12 @@ class Learner:
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.scheduler = _schedule(recipe, self.optimizer, steps)
         self._mix = _mixer(recipe, model.num_classes)
-        self._parameters = list(model.parameters())
-        self._forward = torch.compile(model, dynamic=False) if compile else model
-        rank = 0
+        self._parameters, self._buffers = list(model.parameters()), list(model.buffers())
+        self._forward, rank = model, 0
         if dist.is_initialized():
-            self._forward, rank = DistributedDataParallel(self._forward), dist.get_rank()
+            self._forward, rank = DistributedDataParallel(model), dist.get_rank()
+        if compile:  # around it, so that gradients are exchanged while others are computed
+            self._forward = torch.compile(self._forward, dynamic=False)
         self._seed = seed * 1009 + rank
         self._bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -125,7 +129,10 @@ class Learner:
             loss, logits = self._backward(images, targets)
         if self.recipe.sam_rho:
             climbed = _climb(self._parameters, self.recipe.sam_rho)
+            statistics = [b.clone() for b in self._buffers]  # BatchNorm's, which the second pass would take again
             self._backward(images, targets)
+            for buffer, kept in zip(self._buffers, statistics, strict=True):
+                buffer.copy_(kept)
             torch._foreach_sub_([p.data for p in self._parameters], climbed)
         self.optimizer.step()
         if self.ema:
@@ -167,12 +174,11 @@ def _compilation() -> Iterator[None]:
 
 
 def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
-    if recipe.schedule == 'step':
-        return MultiStepLRScheduler(
-            optimizer, [e * steps for e in recipe.drop_epochs], decay_rate=recipe.drop_factor, t_in_epochs=False)
-    return CosineLRScheduler(
-        optimizer, t_initial=recipe.epochs * steps, t_in_epochs=False, warmup_t=recipe.warmup_epochs * steps,
-        warmup_lr_init=recipe.lr / 100)
+    kind = 'multistep' if recipe.schedule == 'step' else recipe.schedule
+    scheduler, _ = create_scheduler_v2(
+        optimizer, kind, recipe.epochs, decay_milestones=recipe.drop_epochs, decay_rate=recipe.drop_factor,
+        warmup_epochs=recipe.warmup_epochs, warmup_lr=recipe.lr / 100, step_on_epochs=False, updates_per_epoch=steps)
+    return scheduler
 
 
 def _mixer(recipe: Recipe, classes: int) -> Callable | None:
@@ -241,18 +247,23 @@ def _data(recipe: Recipe, folder: str, download: bool, rank: int, world: int) ->
     return data.subset(order[recipe.holdout:]), data.subset(order[:recipe.holdout])
 
 
+def _check_tracker(name: str) -> None:
+    if not name:
+        return
+    from accelerate.tracking import get_available_trackers  # takes seconds to import, and few ask for it
+    available = [str(t) for t in get_available_trackers()]
+    if name not in available:
+        raise ValueError(f'tracker {name!r} is not known or not installed; install it (pip install {name}) or choose '
+                         f'among {", ".join(available) or "none"}')
+
+
 @contextlib.contextmanager
 def _tracker(name: str, run: RunDir, settings: dict[str, Any], device: torch.device) -> Iterator[Any]:
     """accelerate with the one tracker asked for, or None."""
     if not name:
         yield None
         return
-    from accelerate import Accelerator  # takes seconds to import, and few ask for it
-    from accelerate.tracking import get_available_trackers
-    available = [str(t) for t in get_available_trackers()]
-    if name not in available:
-        raise ValueError(f'tracker {name!r} is not known or not installed; install it (pip install {name}) or choose '
-                         f'among {", ".join(available) or "none"}')
+    from accelerate import Accelerator
     tracker = Accelerator(cpu=device.type == 'cpu', log_with=name, project_dir=run.path)
     tracker.init_trackers('wrn_timm', {**settings['recipe'], 'drop_epochs': str(settings['recipe']['drop_epochs'])})
     try:
@@ -298,7 +309,8 @@ def train(
         device: 'cpu' or 'cuda'. On CUDA the network computes in bfloat16 where the GPU has it.
         seed: Of the weights, the order and the augmentation.
         time_budget: Seconds after which the run stops, to be resumed.
-        checkpoint_every: Seconds between checkpoints; the best epoch and a run that stops have theirs at once.
+        checkpoint_every: Seconds between checkpoints, and more where they are slow to write, so that they take at most
+            a twentieth of the time; 0 writes one every step. The best epoch and a run that stops have theirs at once.
         resume: Go on with the run in `out`: bit for bit on a CPU, from the middle of an epoch too.
         download: Fetch the data set if it is missing.
         compile: Compile the network; None does so on CUDA alone.
@@ -316,8 +328,12 @@ def train(
     deadline = time.monotonic() + time_budget
     device = torch.device(device)
     cuda = device.type == 'cuda'
+    settings = {'recipe': dataclasses.asdict(recipe), 'seed': seed}
+    _check_tracker(tracker)
     with contextlib.ExitStack() as stack:
         rank, world = stack.enter_context(_processes(device))
+        if not rank:
+            RunDir.check(out, settings, resume)  # before the data is read
         data, held_out = _data(recipe, data_dir, download, rank, world)
         loader = DeviceLoader(
             data, recipe.batch_size, device, pad=recipe.pad, flip=recipe.flip, cutout=recipe.cutout,
@@ -332,20 +348,19 @@ def train(
         learner = Learner(model, recipe, steps, seed, cuda if compile is None else compile)
         progress = _Progress(torch.zeros(2, device=device))
 
-        settings = {'recipe': dataclasses.asdict(recipe), 'seed': seed}
         run = RunDir(out, settings, resume, write=not rank, device=device)
         tracking = stack.enter_context(_tracker(tracker, run, settings, device))
         if resume and (saved := run.load_checkpoint()):
             learner.load_state_dict(saved)
             progress = _Progress(**{f.name: saved[f.name] for f in dataclasses.fields(_Progress)})
-            progress.sums = progress.sums.to(device)
+            progress.sums = progress.sums.to(device) * (not rank)  # they are of all processes
             del saved  # as large as the network, the optimiser and the average together
         run.log('%s on %s, %d process(es), from epoch %d, step %d', recipe.model, device, world, progress.epoch,
                 progress.step)
         run.log(', '.join(f'{k} {v}' for k, v in environment(device).items()))
 
         asked = stack.enter_context(stop_requests())
-        last_saved, stopping, warm = time.monotonic(), False, False
+        last_saved, saving, stopping, warm = time.monotonic(), 0., False, False
         while progress.epoch < recipe.epochs:
             model.train()
             if not progress.step:
@@ -354,7 +369,7 @@ def train(
                 loader.epoch(progress.epoch, progress.step), desc=f'epoch {progress.epoch + 1}/{recipe.epochs}',
                 total=steps, initial=progress.step, unit='img', unit_scale=recipe.batch_size, leave=False,
                 disable=True if rank else None)
-            began = time.monotonic()
+            began, first_timed = time.monotonic(), progress.step
             for images, labels in batches:
                 result = learner.step(progress.epoch * steps + progress.step, images, labels)
                 progress.sums = progress.sums + result
@@ -362,19 +377,20 @@ def train(
                 if not warm:  # the step that compiles is told apart
                     torch.cuda.synchronize() if cuda else None
                     run.log('first step, compilation included: %.1f s', time.monotonic() - began)
-                    warm, began = True, time.monotonic()
+                    warm, began, first_timed = True, time.monotonic(), progress.step
 
                 now = time.monotonic()
                 reason = asked[0] if asked else 'the time budget' if now > deadline else ''
                 ask = progress.step % 20 == 0 or progress.step == steps
                 stopping = _any_process(bool(reason), ask, world, device)
-                if stopping or now - last_saved > checkpoint_every:
+                if stopping or now - last_saved > checkpoint_every + _SHARE_OF_SAVING * saving:
                     break
 
             finite = math.isfinite(progress.sums[0].item())  # waits for the device
             now = time.monotonic()
             progress.seconds += now - began
-            due = stopping or now - last_saved > checkpoint_every
+            progress.timed += progress.step - first_timed
+            due = stopping or now - last_saved > checkpoint_every + _SHARE_OF_SAVING * saving
             if not finite:
                 raise FloatingPointError(
                     f'the loss is not finite at epoch {progress.epoch + 1}, step {progress.step}; the checkpoints in '
@@ -391,6 +407,7 @@ def train(
             if due:
                 run.save({**learner.state_dict(), **vars(progress)}, progress.history)
                 last_saved = time.monotonic()
+                saving = last_saved - now if checkpoint_every else 0.
             else:  # an epoch can be shorter than writing its checkpoint, or drawing its curves, takes
                 run.write_history(progress.history, draw=False)
             if stopping and progress.epoch < recipe.epochs:

@@ -20,14 +20,15 @@ def predict_logits(
         loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
         device: torch.device | str = 'cpu',
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, classes), float32, and labels (N,) of a loader's images, on the CPU."""
+    """Logits (N, classes), float32, and labels (N,) of a loader's images, on the CPU; both empty where there are none.
+    """
     model.eval()
     logits, labels = [], []
     for images, targets in loader:
         images = images.to(device, memory_format=torch.channels_last if images.ndim == 4 else torch.preserve_format)
         logits.append(model(images).float().cpu())
         labels.append(targets)
-    return torch.cat(logits), torch.cat(labels)
+    return torch.cat(logits or [torch.empty(0)]), torch.cat(labels or [torch.empty(0, dtype=torch.int64)])
 
 
 def classification_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...]) -> dict[str, Any]:

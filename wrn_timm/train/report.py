@@ -17,8 +17,8 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ..data.folders import ImageFiles
 from ..data.named import NamedImages
+from ..files import atomic_write
 from .fit import Predictions
-from .rundir import atomic_write
 
 __all__ = ['draw_confusion', 'draw_predictions', 'draw_wrong', 'grad_cam', 'write_report']
 

@@ -22,7 +22,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +31,17 @@ import torch
 import torchvision
 from timm.models import save_for_hf
 
+from ..files import atomic_write, discard_partial
 from ..weights import WEIGHTS_FILE, sha256_of
 
 __all__ = [
-    'RunDir', 'atomic_write', 'carried_files', 'check_place', 'environment', 'export_weights', 'is_best',
+    'RunDir', 'carried_files', 'check_place', 'environment', 'export_weights', 'is_best',
     'plot_history', 'stop_requests',
 ]
 
 _logger = logging.getLogger(__name__)
 
 _RECIPE = 'recipe.json'
-
-
-def atomic_write(path: Path, content: str | Callable[[Path], None]) -> None:
-    """Write beside `path` and rename, so that a reader sees the old file or the new one and never half of it."""
-    beside = path.with_name(f'.{path.name}.part{os.getpid()}{path.suffix}')
-    try:
-        if callable(content):
-            content(beside)
-        else:
-            beside.write_text(content, encoding='utf-8', errors='surrogateescape')
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def environment(device: str | torch.device = 'cpu') -> dict[str, str]:
@@ -179,6 +167,8 @@ class RunDir:
         if not write:
             return
         self.check(self.path, settings, resume)
+        for folder in (self.path, self.checkpoints):
+            discard_partial(folder)  # a checkpoint that was being written when the run was killed
         if not self.recipe_file.is_file():
             self.path.mkdir(parents=True, exist_ok=True)
             record = {**settings, 'environment': environment(device)}
@@ -230,7 +220,7 @@ class RunDir:
             raise OSError(f'{newest} cannot be written ({str(e).splitlines()[0]}); {free:.0f} MB are free there. What '
                           f'was written before is whole: make room and go on with --resume') from e
         if state['step'] == 0 and is_best(history):
-            atomic_write(self.checkpoints / 'best.pt', lambda p: _link(newest, p))
+            self._keep_best(newest)
         for old in _newest_first(self.checkpoints)[2:]:
             old.unlink()
 
@@ -254,12 +244,18 @@ class RunDir:
                 self.log('%s is damaged (%s); going back to the one before', path, type(e).__name__,
                          level=logging.WARNING)
                 continue
-            for other in damaged if self.write else ():  # its name would keep the next ones out
-                os.replace(other, other.with_suffix('.damaged'))
+            if self.write:
+                for other in damaged:  # its name would keep the next ones out
+                    os.replace(other, other.with_suffix('.damaged'))
+                if found['step'] == 0 and is_best(found['history']):  # the run may have been killed before it was kept
+                    self._keep_best(path)
             return found
         if damaged:
             raise ValueError(f'no checkpoint in {self.checkpoints} is whole; begin again with another --out')
         return None
+
+    def _keep_best(self, checkpoint: Path) -> None:
+        atomic_write(self.checkpoints / 'best.pt', lambda p: _link(checkpoint, p))
 
     def load_best(self) -> dict[str, Any] | None:
         """The checkpoint of the epoch most accurate on the held-out images, on the CPU; None where there are none."""

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..data.corrupt import CORRUPTIONS, corrupt
-from ..data.datasets import ImageArrays, load, parse_spec
-from ..data.folders import ImageFiles, examine, list_folder
+from ..data.datasets import NAMES, ImageArrays, load, parse_spec
+from ..data.folders import FolderScan, ImageFiles, examine
+from ..data.splits import data_name, list_source, read_split, source_root
 from ..weights import find
 from .metrics import classification_metrics, predict_logits
 from .rundir import environment
@@ -40,7 +41,7 @@ def source_of(name: str) -> str:
         return f'local-dir:{name}'
     if ':' in name:
         return name
-    if os.sep in name:
+    if '/' in name or os.sep in name:
         raise FileNotFoundError(f'no weights folder at {name}')
     if not timm.is_model(name):
         nearest = difflib.get_close_matches(name.partition('.')[0], timm.list_models(), n=3, cutoff=0.5)
@@ -63,36 +64,44 @@ def validate(
         workers: int = 0,
         download: bool = False,
         corruptions: bool = False,
+        split: str = '',
 ) -> dict[str, Any]:
     """Measure a pretrained model on a test set.
 
     Args:
         name: timm name or weights folder.
-        data: `NAME:DIR` of a named set (its test split), or `folder:DIR` of class folders (its `test/` or `val/`, or
-            all of its files where it is not split).
+        data: `NAME:DIR` of a named set (its test split); or `folder:DIR` of class folders, a CSV file or
+            `caltech101:DIR`, as `list_source` reads them (the part to test on, or all files where they are not split).
         batch_size: Images a step.
         device: Where the model runs, in float32 (and not in TF32).
         workers: Processes that read images.
         download: Fetch a named set if it is missing.
         corruptions: Measure a named set under each of `data.corrupt.CORRUPTIONS` too.
+        split: The `split.csv` of a fine-tuned run, whose part to test on is measured.
 
     Returns:
         The metrics of `classification_metrics`, with the data set, split, preprocessing and environment; top-1 under
         each corruption as `corruptions`.
 
     Raises:
-        ValueError: The data's classes are not the model's, or corruptions are asked for on a folder.
+        ValueError: The data's classes are not the model's, or corruptions are asked for on files, or a split of others.
+        What `list_source` and `read_split` raise.
     """
-    if corruptions and data.startswith('folder:'):
-        raise ValueError('corruptions are for the named sets of small images, not for folders')
+    files = data.partition(':')[0] not in NAMES
+    if corruptions and files:
+        raise ValueError('corruptions are for the named sets of small images, not for files')
+    if split and not files:
+        raise ValueError(f'{data} has a test split of its own; leave out --split')
     model = open_model(name).to(device, memory_format=torch.channels_last)
     config = resolve_model_data_config(model)
     transform = eval_transform(model)
-    if data.startswith('folder:'):
-        source, root = 'folder', data.removeprefix('folder:')
-        scan = list_folder(root)
+    if files:
+        where = data.removeprefix('folder:')
+        scan = FolderScan(read_split(split, source_root(where, download)).test) if split else list_source(
+            where, download=download)
         scan = examine(scan, only='test' if scan.test else 'train')
-        part, split, skipped = scan.test or scan.train, 'test' if scan.test else 'all files', list(scan.bad)
+        source, part, skipped = data_name(where), scan.test or scan.train, list(scan.bad)
+        split = Path(split).name or ('test' if scan.test else 'all files')
     else:
         source, root = parse_spec(data)
         part, split, skipped = load(source, root, train=False, download=download), 'test', []
