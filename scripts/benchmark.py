@@ -47,7 +47,7 @@ from wrn_timm.data.datasets import ImageArrays, load, parse_spec
 from wrn_timm.data.device import DeviceLoader
 from wrn_timm.export import OnnxModel, OptimizedModel, alternate, inference_forms, to_onnx
 from wrn_timm.train import finetune as tuning
-from wrn_timm.train.fit import _loader, fit
+from wrn_timm.train.fit import fit, make_loader
 from wrn_timm.train.loop import Learner, create_model
 from wrn_timm.train.recipes import FinetuneConfig, Recipe
 from wrn_timm.train.rundir import RunDir, environment, export_weights
@@ -588,19 +588,19 @@ def finetune(command: Command) -> Iterator[Case]:
     `share_of_slower` is what both reach of the slower of the two, `share_of_serial` of one after the other.
     """
     config = dataclasses.replace(command.config, holdout=0., epochs=1, lr=command.config.lr or 0.05)
-    accelerator = tuning._accelerator(config, command.device)
-    model = tuning._build(config)
+    accelerator = tuning.make_accelerator(config, command.device)
+    model = tuning.build_model(config)
     split, _ = tuning.prepare_split(config, command.data or SAMPLE)
     model.reset_classifier(len(split.train.classes))
     model.to(accelerator.device, memory_format=torch.channels_last)
-    transforms, cfg = tuning._preprocessing(config, model, 'benchmark', split.train.classes)
+    transforms, cfg = tuning.preprocessing(config, model, 'benchmark', split.train.classes)
     files = tuning.training_set(config, split, transforms['train'], cfg['input_size'][-1])
     batch = min(config.batch_size, len(files))
     ready = [files[i] for i in range(min(len(files) - len(files) % batch, 16 * batch))]
 
     def load_all() -> float:
         began, seen = time.perf_counter(), 0
-        for _, labels, *_ in _loader(files, batch, command.workers, shuffle=True, drop_last=True):
+        for _, labels, *_ in make_loader(files, batch, command.workers, shuffle=True, drop_last=True):
             seen += len(labels)
         return (time.perf_counter() - began) / seen
 

@@ -9,12 +9,16 @@
 """
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,7 +53,7 @@ class Command:
     download: bool = False
     """Fetch Caltech 101 if it is missing."""
     resume: bool = False
-    """Go on with the run in --out."""
+    """Go on with the run in --out, by its own settings; name its --data again."""
     time_budget: float = math.inf
     """Seconds after which no epoch is begun that would not end within them."""
     seeds: int = 1
@@ -63,6 +67,24 @@ class Command:
     """What is printed: lines and a progress bar, a JSON object a line, or errors alone."""
     traceback: bool = False
     """Show where an error arose."""
+
+    def __post_init__(self):
+        for name, low in (('workers', 0), ('seeds', 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f'{name} is {getattr(self, name)}; it must be at least {low}')
+
+
+def defaults(argv: list[str]) -> Command:
+    """What is meant where nothing is said: with --resume, what the run was started with."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument('--out', type=Path, default=Command.out)
+    parser.add_argument('--resume', action='store_true')
+    known, _ = parser.parse_known_args(argv)
+    recipe = known.out / 'recipe.json'
+    if not (known.resume and recipe.is_file()):
+        return Command()
+    there = json.loads(recipe.read_text(encoding='utf-8')).get('finetune', {})
+    return Command(FinetuneConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in there.items()}))
 
 
 def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
@@ -124,10 +146,24 @@ def show(result: dict[str, Any] | list[dict[str, Any]], out: str) -> None:
               f"{result['mean_per_class']:.1f} %; see {out}/report.html")
 
 
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """A cluster's way to stop a job ends it as a person's does."""
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def main(argv: list[str] | None = None) -> int:
     main_process = os.environ.get('RANK', '0') == '0'
     try:
-        command = tyro.cli(Command, args=argv, prog='finetune.py', description=__doc__)
+        argv = sys.argv[1:] if argv is None else argv
+        command = tyro.cli(Command, args=argv, prog='finetune.py', description=__doc__, default=defaults(argv))
         logging.basicConfig(format='%(message)s', force=True, level=logging.INFO)
         logging.getLogger().setLevel(logging.INFO if command.messages == 'text' and main_process else logging.ERROR)
         logging.getLogger('timm').setLevel(logging.WARNING)
@@ -135,7 +171,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f'error: {e}', file=sys.stderr)
         return 1
     try:
-        result = run(command)
+        with sigterm_as_ctrl_c():
+            result = run(command)
     except KeyboardInterrupt:
         print(f'stopped; go on with --resume if {command.out} holds an epoch', file=sys.stderr)
         return 130

@@ -30,7 +30,7 @@ def named(arguments: list[str]) -> Iterator[str]:
 
 def print_text(result: dict[str, Any]) -> None:
     print(result['image'])
-    for row in result.get('top5', ()):
+    for row in result.get('top', ()):
         print(f"  {100 * row['probability']:5.1f} %  {row['label']}")
     if 'error' in result:
         print(f"  error: {result['error']}")
@@ -43,13 +43,16 @@ def main(argv: list[str] | None = None) -> int:
     form = parser.add_mutually_exclusive_group()
     form.add_argument('--json', action='store_true', help='print one JSON list')
     form.add_argument('--csv', action='store_true', help='print a line a file: image, label, probability, error')
+    parser.add_argument('--top-k', type=int, default=5, metavar='K', help='classes a file (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        parser.error(f'--batch-size is {args.batch_size}; it must be at least 1')
+    for option in ('batch_size', 'top_k'):
+        if getattr(args, option) < 1:
+            parser.error(f'--{option.replace("_", "-")} is {getattr(args, option)}; it must be at least 1')
     failed = 0
-    results = predict_files(args.model, find_images(named(args.images)), args.device, args.batch_size)
+    results = predict_files(args.model, find_images(named(args.images)), args.device, args.batch_size,
+                            args.top_k)
     table = csv.writer(sys.stdout, lineterminator='\n')
     try:
         if args.json:
@@ -60,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         for result in results:
             failed += 'error' in result
             if args.csv:
-                best = result.get('top5', [{'label': '', 'probability': ''}])[0]
+                best = result.get('top', [{'label': '', 'probability': ''}])[0]
                 table.writerow([result['image'], best['label'], best['probability'], result.get('error', '')])
             elif not args.json:
                 print_text(result)

@@ -16,7 +16,7 @@ import torch
 
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.hub import finish_weights_folder
-from wrn_timm.train.validate import validate
+from wrn_timm.train.validate import validate, weights_folder
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(json.dumps(metrics, indent=2))
     if args.write:
-        finish_weights_folder(args.model, metrics, SAMPLE)
+        finish_weights_folder(weights_folder(args.model), metrics, SAMPLE)
     return 0
 
 

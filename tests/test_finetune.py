@@ -31,7 +31,7 @@ from wrn_timm.data.folders import ImageFiles, list_folder, read_rgb
 from wrn_timm.hub import check_golden
 from wrn_timm.train import finetune as ft
 from wrn_timm.train.devices import accelerator_on
-from wrn_timm.train.fit import Features, _loader, _Unfreezing, largest_batch, predict
+from wrn_timm.train.fit import Features, _Unfreezing, largest_batch, make_loader, predict
 from wrn_timm.train.probe import extract_features, knn, linear_probe
 from wrn_timm.train.report import grad_cam
 from wrn_timm.train.rundir import export_weights
@@ -174,7 +174,7 @@ def test_predict_files_folders_and_lists(run, capsys, tmp_path, monkeypatch):
         'image_0020.jpg', 'a, "b" é.jpg', '0.jpg', '1.jpg', '2.jpg', '3.jpg', '4.jpg', 'gone.jpg']
     assert results[1]['error'].endswith('é.jpg is not an image') and results[-1]['error'] == 'gone.jpg is not there'
     for result in results[2:-1]:
-        assert sum(r['probability'] for r in result['top5']) == pytest.approx(1, abs=1e-4)
+        assert sum(r['probability'] for r in result['top']) == pytest.approx(1, abs=1e-4)
     monkeypatch.setattr('sys.stdin', io.StringIO(''.join(r['image'] + '\n' for r in results)))
     assert predict_script.main([*model, '--csv', '-']) == 1
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
@@ -183,8 +183,8 @@ def test_predict_files_folders_and_lists(run, capsys, tmp_path, monkeypatch):
         if row['error']:
             assert row['error'] == result['error'] and not row['label']
         else:
-            assert row['label'] == result['top5'][0]['label']
-            assert float(row['probability']) == pytest.approx(result['top5'][0]['probability'], abs=1e-4)
+            assert row['label'] == result['top'][0]['label']
+            assert float(row['probability']) == pytest.approx(result['top'][0]['probability'], abs=1e-4)
 
 
 def test_a_run_resumed_at_an_epoch_ends_as_one_that_was_not_stopped(weights, photographs, tmp_path):
@@ -361,7 +361,7 @@ def test_a_share_of_a_data_set_keeps_its_places(photographs):
     files = list_folder(photographs).train
     features = Features(torch.randn(36, 2), torch.tensor(files.labels))
     for data in (features, files.as_dataset(lambda image: torch.zeros(1))):
-        places = [i for *_, i, _ in _loader(Subset(data, range(1, 36, 3)), 5, 0)]
+        places = [i for *_, i, _ in make_loader(Subset(data, range(1, 36, 3)), 5, 0)]
         assert torch.cat(places).tolist() == list(range(1, 36, 3))
 
 

@@ -169,7 +169,7 @@ def convert_checkpoint(path: str | Path) -> StateDict:
         else:
             state_dict = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # what a refused pickle, a damaged zip and a damaged safetensors raise has no common base
-        raise ValueError(f'{path} cannot be read as weights alone: {e}') from e
+        raise ValueError(f'{path} cannot be read as weights alone: {str(e).partition(". ")[0]}') from e
     if not isinstance(state_dict, dict):
         raise ValueError(f'{path} holds a {type(state_dict).__name__}, not a dictionary of tensors')
     state_dict = convert_state_dict(state_dict)

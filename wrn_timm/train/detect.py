@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -300,6 +301,7 @@ def _export(detector: nn.Module, run: RunDir) -> None:
     tensors = {k: v.contiguous() for k, v in detector.state_dict().items()}
     atomic_write(folder / 'model.safetensors', lambda p: save_file(tensors, p))
     atomic_write(folder / 'detector.json', run.recipe_file.read_text(encoding='utf-8'))
+    shutil.copymode(folder / 'detector.json', folder / 'model.safetensors')  # safetensors lets nobody else read it
 
 
 def load_detector(run: str | Path, device: str = 'cpu') -> tuple[nn.Module, tuple[str, ...]]:

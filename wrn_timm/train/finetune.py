@@ -42,7 +42,8 @@ from .report import write_report
 from .rundir import RunDir, check_place, environment, export_weights
 from .validate import eval_transform, open_model, source_of
 
-__all__ = ['finetune', 'finetune_seeds', 'prepare_split', 'training_set']
+__all__ = ['build_model', 'finetune', 'finetune_seeds', 'make_accelerator', 'prepare_split', 'preprocessing',
+           'training_set']
 
 _logger = logging.getLogger(__name__)
 
@@ -86,16 +87,17 @@ def finetune(
         What `prepare_split`, `RunDir` and `fit` raise.
     """
     started = time.monotonic()
-    accelerator = _accelerator(config, device)
+    _check_policy(config.auto_augment)
+    accelerator = make_accelerator(config, device)
     main = accelerator.is_main_process
-    model = _build(config)
+    model = build_model(config)
     run, split, found = _open_run(config, model, str(data), Path(out), accelerator, on_bad, resume, download)
     name, classes = data_name(str(data)), split.train.classes
 
     random_seed(config.seed)  # whatever was drawn before
     model.reset_classifier(len(classes))
     model.to(accelerator.device, memory_format=torch.channels_last)
-    transforms, cfg = _preprocessing(config, model, name, classes)
+    transforms, cfg = preprocessing(config, model, name, classes)
     find = config.batch_size == 'auto'
     if find:
         most = max(8, min(256, len(split.train) // _LEAST_STEPS // accelerator.num_processes))
@@ -228,7 +230,8 @@ def training_set(config: FinetuneConfig, split: Split, transform: Any, size: int
     return split.train.as_dataset(transform, least=math.ceil(2 * size / math.sqrt(config.min_scale)))
 
 
-def _accelerator(config: FinetuneConfig, device: str) -> Accelerator:
+def make_accelerator(config: FinetuneConfig, device: str) -> Accelerator:
+    """The device, the precision and the processes of a run."""
     precision = config.precision
     if precision == 'auto':
         precision = 'no' if device != 'cuda' or not torch.cuda.is_available() else (
@@ -292,7 +295,21 @@ def _named_split(config: FinetuneConfig, data: str, download: bool) -> tuple[Spl
     return Split(train, choose[0] if choose else None, test), {'split': ', '.join(config.parts)}
 
 
-def _build(config: FinetuneConfig) -> torch.nn.Module:
+def _check_policy(policy: str) -> None:
+    try:
+        create_transform(32, is_training=True, auto_augment=policy or None)
+    except (AssertionError, ValueError, KeyError, IndexError) as e:
+        raise ValueError(
+            f'auto_augment {policy!r} is no policy of timm ({e}); try rand-m9-mstd0.5, augmix-m5 or original') from e
+
+
+def build_model(config: FinetuneConfig) -> torch.nn.Module:
+    """The network to start from, with the classifier of its weights, in evaluation mode.
+
+    Raises:
+        ValueError: timm knows no such model, or it takes no such stem or input size.
+        What `timm.create_model` raises.
+    """
     kwargs = _model_args(config)
     random_seed(config.seed)
     try:
@@ -310,7 +327,7 @@ def _model_args(config: FinetuneConfig) -> dict[str, Any]:
     return {'stem': config.stem} if config.stem else {}
 
 
-def _preprocessing(
+def preprocessing(
         config: FinetuneConfig,
         model: torch.nn.Module,
         name: str,

@@ -26,7 +26,7 @@ from .metrics import predict_logits
 from .recipes import FinetuneConfig
 from .rundir import RunDir, is_best
 
-__all__ = ['BatchTooLarge', 'Features', 'Fitted', 'Predictions', 'fit', 'largest_batch', 'predict']
+__all__ = ['BatchTooLarge', 'Features', 'Fitted', 'Predictions', 'fit', 'largest_batch', 'make_loader', 'predict']
 
 _SECONDS_BETWEEN_DRAWINGS = 30
 _SHARE_OF_SAVING = 10  # of the time, at most one part is spent on checkpoints
@@ -49,7 +49,7 @@ class Features(Dataset):
         return self.features[index], self.labels[index], index, []
 
 
-def _loader(dataset: Dataset, batch_size: int, workers: int, pin: bool = False, **kwargs: Any) -> DataLoader:
+def make_loader(dataset: Dataset, batch_size: int, workers: int, pin: bool = False, **kwargs: Any) -> DataLoader:
     """Batches of (images, labels, indices into the data set that a Subset is of, why others could not be read)."""
     inner = dataset.dataset if isinstance(dataset, Subset) else dataset
     if isinstance(inner, Features):
@@ -118,7 +118,7 @@ def predict(
 
     def readable(batch_size: int):
         index.clear(), bad.clear()
-        batches = _loader(mine, batch_size, workers, accelerator.device.type == 'cuda')
+        batches = make_loader(mine, batch_size, workers, accelerator.device.type == 'cuda')
         show = title and accelerator.is_main_process and progress is not False
         for images, labels, i, reasons in tqdm(
                 batches, desc=title, unit='batch', leave=False, disable=None if show else True):
@@ -282,7 +282,7 @@ def fit(
     if batch_size % world:
         raise ValueError(f'batch size {batch_size} does not divide among {world} processes')
     order = torch.Generator()
-    loader = _loader(
+    loader = make_loader(
         train, batch_size, workers, accelerator.device.type == 'cuda', shuffle=True, drop_last=True, generator=order)
     optimizer = create_optimizer_v2(
         network, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,

@@ -1,13 +1,15 @@
 """What a pretrained model says of photographs on this machine, a batch at a time."""
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..data.folders import read_rgb, walk_files
 from .validate import eval_transform, open_model
@@ -16,10 +18,18 @@ __all__ = ['find_images', 'predict_files']
 
 
 def find_images(names: Iterable[str]) -> Iterator[str]:
-    """The files named, and those in the folders named and below, in the order of names; hidden ones are passed by."""
+    """The files named, and the images in the folders named and below, in the order of names; hidden ones are passed by.
+
+    Raises:
+        ValueError: A folder holds no file that is called as an image is.
+    """
     for name in names:
         if os.path.isdir(name):
-            yield from walk_files(name)
+            paths = (path for path in walk_files(name) if Path(path).suffix.lower() in Image.registered_extensions())
+            first = next(paths, None)
+            if first is None:
+                raise ValueError(f'{name} holds no images')
+            yield from itertools.chain([first], paths)
         else:
             yield name
 
@@ -29,17 +39,19 @@ def predict_files(
         paths: Iterable[str],
         device: str = 'cpu',
         batch_size: int = 32,
+        top_k: int = 5,
 ) -> Iterator[dict[str, Any]]:
-    """The five likeliest classes of each file, in the order of the files; no more than a batch is read ahead.
+    """The likeliest classes of each file, in the order of the files; no more than a batch is read ahead.
 
     Args:
         name: timm name or weights folder.
         paths: Image files.
         device: Where the model runs.
         batch_size: Files a step.
+        top_k: Classes a file.
 
     Yields:
-        `image` (the path), and `top5` (a list of `label` and `probability`) or `error`.
+        `image` (the path), and `top` (a list of `label` and `probability`) or `error`.
     """
     model = open_model(name).to(device, memory_format=torch.channels_last)
     labels = model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)]
@@ -53,17 +65,18 @@ def predict_files(
 
     paths = iter(paths)
     with ThreadPoolExecutor() as pool:
-        while batch := list(islice(paths, batch_size)):
+        while batch := list(itertools.islice(paths, batch_size)):
             read_in = list(pool.map(read, batch))
             images = [image for image in read_in if not isinstance(image, str)]
-            answers = iter(_answers(model, torch.stack(images).to(device), labels) if images else ())
+            answers = iter(_answers(model, torch.stack(images).to(device), labels, top_k) if images else ())
             for path, image in zip(batch, read_in, strict=True):
-                yield {'image': path, **({'error': image} if isinstance(image, str) else {'top5': next(answers)})}
+                yield {'image': path, **({'error': image} if isinstance(image, str) else {'top': next(answers)})}
 
 
 @torch.inference_mode()
-def _answers(model: torch.nn.Module, images: torch.Tensor, labels: list[str]) -> list[list[dict[str, Any]]]:
+def _answers(
+        model: torch.nn.Module, images: torch.Tensor, labels: list[str], top_k: int) -> list[list[dict[str, Any]]]:
     probabilities = model(images.contiguous(memory_format=torch.channels_last)).softmax(1)
-    top = probabilities.topk(min(5, probabilities.shape[1]))
+    top = probabilities.topk(min(top_k, probabilities.shape[1]))
     return [[{'label': labels[i], 'probability': round(p, 6)} for p, i in zip(ps, indices, strict=True)]
             for ps, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True)]

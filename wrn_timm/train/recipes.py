@@ -173,7 +173,8 @@ class FinetuneConfig:
             limits['batch_size'] = 1, math.inf
         for field, (low, high) in limits.items():
             if not low <= getattr(self, field) <= high:
-                raise ValueError(f'{field} is {getattr(self, field)}; it must be from {low} to {high}')
+                bound = f'at least {low}' if high == math.inf else f'from {low} to {high}'
+                raise ValueError(f'{field} is {getattr(self, field)}; it must be {bound}')
         if self.patience and not self.holdout:
             raise ValueError('patience needs held-out files to look at; give a holdout above 0')
         if len(self.parts) not in (2, 3):

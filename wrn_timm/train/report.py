@@ -2,9 +2,12 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
+import json
 import math
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from ..data.folders import ImageFiles
 from ..data.named import NamedImages
 from ..files import atomic_write
 from .fit import Predictions
+from .recipes import FinetuneConfig
 
 __all__ = ['draw_confusion', 'draw_predictions', 'draw_wrong', 'grad_cam', 'write_report']
 
@@ -193,7 +197,8 @@ def write_report(
     draw_confusion(result, files.classes, folder / 'confusion.png')
     draw_predictions(files, result, folder / 'predictions.png')
     wrong = draw_wrong(model, files, result, transform, folder / 'wrong.png')
-    page = _page(folder, metrics, wrong, _mistakes(result, files.classes), summary)
+    counts = Counter(files.classes[i] for i in result.labels.tolist())
+    page = _page(folder, metrics, wrong, _mistakes(result, files.classes), counts, summary)
     atomic_write(folder / 'report.html', page.encode(errors='replace').decode())  # names of files can be any bytes
 
 
@@ -261,6 +266,7 @@ def _page(
         metrics: dict[str, Any],
         wrong: list[dict[str, Any]],
         mistakes: list[tuple[str, str, int, float]],
+        counts: Counter[str],
         summary: Sequence[str],
 ) -> str:
     title = f"{metrics['dataset']}: {metrics['top1']:.1f} % of {metrics['images']:,} test files"
@@ -271,7 +277,11 @@ def _page(
         ('best_epoch', 'epoch chosen'), ('epochs', 'epochs trained'), ('stopped', 'stopped by'),
         ('seconds', 'seconds in all')) if metrics[key] not in ('', None)]
     weakest = sorted(metrics['per_class'], key=lambda c: (metrics['per_class'][c] is None, metrics['per_class'][c]))
-    classes = [(c, metrics['per_class'][c], metrics['precision'][c]) for c in weakest]
+    classes = [(c, metrics['per_class'][c], metrics['precision'][c], counts[c]) for c in weakest]
+    default = json.loads(json.dumps(dataclasses.asdict(FinetuneConfig())))
+    made_with = [(k, str(v)) for k, v in json.loads((folder / 'recipe.json').read_text(encoding='utf-8'))[
+        'finetune'].items() if k in ('model', 'train', 'batch_size') or v != default.get(k)]
+    made_with += [('input_size', str(metrics['input_size'])), *metrics['environment'].items()]
     bad = [*metrics['skipped'], *(f'{b} has the content of {a}, which was trained on' for a, b in metrics['leaks'])]
     notes = ''.join(f'<li>{html.escape(line)}</li>' for line in [*summary, *bad[:50]])
     return f'''<!DOCTYPE html>
@@ -297,11 +307,11 @@ def _page(
 <h2>Some of the test files</h2>
 {_figure(folder / 'predictions.png', 'Predicted and true class')}
 <h2>Classes, the weakest first</h2>
-{_table(('class', 'recall, %', 'precision, %'), classes)}
+{_table(('class', 'recall, %', 'precision, %', 'files'), classes)}
 <h2>Data</h2>
 <ul>{notes}</ul>
 <h2>Made with</h2>
-{_facts(list(metrics['environment'].items()))}
+{_facts(made_with)}
 </body>
 </html>
 '''

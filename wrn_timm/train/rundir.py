@@ -42,6 +42,7 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 
 _RECIPE = 'recipe.json'
+_MADE = ('checkpoints', 'history.csv', 'weights', 'last', 'best', 'metrics.json')  # what training leaves
 
 
 def environment(device: str | torch.device = 'cpu') -> dict[str, str]:
@@ -169,7 +170,7 @@ class RunDir:
         self.check(self.path, settings, resume)
         for folder in (self.path, self.checkpoints):
             discard_partial(folder)  # a checkpoint that was being written when the run was killed
-        if not self.recipe_file.is_file():
+        if not resume or not self.recipe_file.is_file():
             self.path.mkdir(parents=True, exist_ok=True)
             record = {**settings, 'environment': environment(device)}
             atomic_write(self.recipe_file, json.dumps(record, indent=2) + '\n')
@@ -178,14 +179,13 @@ class RunDir:
     def check(path: str | Path, settings: dict[str, Any], resume: bool | None = False) -> None:
         """Raise what opening the run directory would, and leave nothing: for before the work that comes first."""
         recipe_file = Path(path) / _RECIPE
-        exists = recipe_file.is_file()
-        if exists and not resume:
-            raise FileExistsError(f'{path} already holds a run; choose another --out'
-                                  f'{", or go on with --resume" * (resume is not None)}')
-        if resume and not exists:
-            raise FileNotFoundError(f'{path} holds no run to resume')
-        if not exists:
+        if not resume:
+            if any((Path(path) / name).exists() for name in _MADE):  # one that failed before has made nothing
+                raise FileExistsError(f'{path} already holds a run; choose another --out'
+                                      f'{", or go on with --resume" * (resume is not None)}')
             return
+        if not recipe_file.is_file():
+            raise FileNotFoundError(f'{path} holds no run to resume')
         there = json.loads(recipe_file.read_text(encoding='utf-8'))
         if differ := _differences(there, json.loads(json.dumps(settings))):
             raise ValueError(f'{path} was started with other settings ({", ".join(differ)}); '
@@ -304,6 +304,7 @@ def plot_history(history: list[dict[str, float]], path: Path) -> None:
             axes.plot(epochs, [row[column] for row in history], label=column.replace('_', ' '), marker='.')
         axes.set(xlabel='epoch', title=title)
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if title == 'loss':
             axes.set_yscale('log')
         if columns:
@@ -336,6 +337,7 @@ def export_weights(
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
                 module.half()
     save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
+    shutil.copymode(folder / 'config.json', folder / WEIGHTS_FILE)  # safetensors lets nobody else read it
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf merges or replaces it, by timm's version
     config['sha256'] = sha256_of(folder / WEIGHTS_FILE)

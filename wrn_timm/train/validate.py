@@ -21,7 +21,7 @@ from ..weights import find
 from .metrics import classification_metrics, predict_logits
 from .rundir import environment
 
-__all__ = ['eval_transform', 'normalised', 'open_model', 'source_of', 'validate']
+__all__ = ['eval_transform', 'normalised', 'open_model', 'source_of', 'validate', 'weights_folder']
 
 
 def open_model(name: str, **kwargs: Any) -> torch.nn.Module:
@@ -38,9 +38,11 @@ def open_model(name: str, **kwargs: Any) -> torch.nn.Module:
 def source_of(name: str) -> str:
     """What `timm.create_model` takes for a timm name or a weights folder; it raises the same as `open_model`."""
     if Path(name).is_dir():
-        return f'local-dir:{name}'
+        return f'local-dir:{weights_folder(name)}'
     if ':' in name:
         return name
+    if Path(name).is_file():
+        raise FileNotFoundError(f'{name} is a file; give the weights folder that it stands in')
     if '/' in name or os.sep in name:
         raise FileNotFoundError(f'no weights folder at {name}')
     if not timm.is_model(name):
@@ -49,6 +51,19 @@ def source_of(name: str) -> str:
     if name not in timm.list_models('wrn*', include_tags=True) and (folder := find(name)):
         return f'local-dir:{folder}'  # another network's weights, beside ours
     return name
+
+
+def weights_folder(path: str | Path) -> Path:
+    """A weights folder, or that of a run directory: the best one of `finetune.py`, the one of `train.py`.
+
+    Raises:
+        FileNotFoundError: It is neither.
+    """
+    path = Path(path)
+    for folder in (path, path / 'best', path / 'weights'):
+        if (folder / 'config.json').is_file():
+            return folder
+    raise FileNotFoundError(f'{path} is neither a weights folder nor a run that has ended: there is no config.json')
 
 
 def eval_transform(model: torch.nn.Module) -> Any:
@@ -84,7 +99,8 @@ def validate(
         each corruption as `corruptions`.
 
     Raises:
-        ValueError: The data's classes are not the model's, or corruptions are asked for on files, or a split of others.
+        ValueError: The data's classes are not among the model's; corruptions are asked for on files, or a split of a
+            named set.
         What `list_source` and `read_split` raise.
     """
     files = data.partition(':')[0] not in NAMES
@@ -106,6 +122,8 @@ def validate(
         source, root = parse_spec(data)
         part, split, skipped = load(source, root, train=False, download=download), 'test', []
     labels = model.pretrained_cfg.get('label_names')
+    if files and labels and set(part.classes) < set(labels):
+        part = ImageFiles(part.paths, [labels.index(part.classes[i]) for i in part.labels], tuple(labels))
     if len(part.classes) != model.num_classes or (labels and tuple(labels) != tuple(part.classes)):
         raise ValueError(
             f'{name} knows {model.num_classes} classes ({", ".join((labels or ())[:3])}...), {data} has '
