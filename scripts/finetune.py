@@ -68,11 +68,6 @@ class Command:
     traceback: bool = False
     """Show where an error arose."""
 
-    def __post_init__(self):
-        for name, low in (('workers', 0), ('seeds', 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f'{name} is {getattr(self, name)}; it must be at least {low}')
-
 
 def defaults(argv: list[str]) -> Command:
     """What is meant where nothing is said: with --resume, what the run was started with."""
@@ -100,6 +95,8 @@ def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
     main = os.environ.get('RANK', '0') == '0'
     if command.probe and os.environ.get('WORLD_SIZE', '1') != '1':
         raise ValueError('--probe runs in one process; start it without torchrun')
+    if command.workers < 0:
+        raise ValueError(f'workers is {command.workers}; it must be at least 0')
     if command.record:
         for name in command.probe or [config.model]:
             if name != 'all':

@@ -82,6 +82,18 @@ def empty_folder(data):
     return data.parent / 'empty'
 
 
+def a_folder_of_loose_images(data):
+    loose = data.with_name('loose')
+    loose.mkdir()
+    for path in data.glob('*/*'):
+        shutil.copy(path, loose / f'{path.parent.name}_{path.name}')
+    return loose
+
+
+def no_csv(data):
+    return data.with_name('no.csv')
+
+
 def nothing_there(data):
     return data / 'nowhere'
 
@@ -106,11 +118,13 @@ def as_it_is(data):
     (as_it_is, ('--split', 'random30'), '30 files of each class to train on, and one at least to test on, need 31'),
     (as_it_is, ('--split', 'half'), "split 'half' is unknown; choose first30 or random30"),
     (as_it_is, ('--split', 'gone.csv'), 'gone.csv'),
-    (as_it_is, ('--epochs', '0'), 'epochs is 0; it must be from 1'),
+    (as_it_is, ('--epochs', '0'), 'epochs is 0; it must be at least 1'),
     (as_it_is, ('--label-smoothing', '1'), 'label_smoothing is 1.0; it must be from 0 to 0.999'),
     (as_it_is, ('--holdout', '-1'), 'holdout is -1.0; it must be from 0 to 0.9'),
     (as_it_is, ('--patience', '3', '--holdout', '0'), 'patience needs held-out files'),
     (as_it_is, ('--seeds', '0'), 'seeds is 0; it must be at least 1'),
+    (as_it_is, ('--workers', '-1'), 'workers is -1; it must be at least 0'),
+    (as_it_is, ('--auto-augment', 'foo'), "auto_augment 'foo' is no policy of timm"),
     (as_it_is, ('--model', 'no/where'), 'no weights folder at no/where'),
     (as_it_is, ('--model', 'wrn16_1.cifar'), "wrn16_1 has no tag 'cifar'; nearest: cifar10"),
     (as_it_is, ('--model', 'wrn16_l'), 'timm knows no model wrn16_l; nearest: wrn16_'),
@@ -119,6 +133,8 @@ def as_it_is(data):
     (as_it_is, ('--device', 'tpu'), "device is 'tpu'; choose 'cpu'"),
     (a_file, (), 'no folder at'),
     (empty_folder, (), 'holds no class folders'),
+    (a_folder_of_loose_images, (), 'put the images of each class into a folder of its own, or list them in a CSV'),
+    (no_csv, (), 'no file at'),
     (csv_with_another_class_to_test_on, (), 'classes in test and not in train: watch'),
     (as_it_is, ('--resume',), 'holds no run to resume'),
     (as_it_is, ('--lr', '1e30', '--epochs', '2'), 'try a smaller --lr than 1e+30'),
@@ -229,7 +245,7 @@ def test_what_a_run_needs_is_checked_before_the_data_is_read(weights, tmp_path, 
     """Of data that is not there nothing is said: the place of the run comes first."""
     run = tmp_path / 'run'
     run.mkdir()
-    (run / 'recipe.json').write_text('{}')
+    (run / 'history.csv').write_text('epoch\n1\n')
     assert tune('nowhere', weights, run) == 1
     assert 'already holds a run' in capsys.readouterr().err
     (tmp_path / 'seeds' / 'seed-2').mkdir(parents=True)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import finetune as finetune_script
@@ -106,6 +107,13 @@ def test_figures_are_those_of_the_best_weights_on_the_test_files(run, photograph
     assert (again['dataset'], again['split']) == (metrics['dataset'], 'split.csv')
 
 
+def test_photographs_of_some_of_the_classes_are_measured(run, photographs, tmp_path):
+    for name in ('sunflower', 'pizza'):
+        shutil.copytree(photographs / name, tmp_path / name)
+    some, every = (validate(str(run), f'folder:{folder}') for folder in (tmp_path, photographs))
+    assert some['images'] == 24 and some['per_class'] == every['per_class'] | {'ketch': None}
+
+
 class _Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
@@ -162,8 +170,12 @@ def test_published_and_loaded_by_the_same_command_as_ours(run, hub, tmp_path, ca
 def test_predict_files_folders_and_lists(run, capsys, tmp_path, monkeypatch):
     image = str(SAMPLE / 'pizza' / 'image_0020.jpg')
     model = ['--model', str(run / 'best'), '--device', 'cpu']
-    assert predict_script.main([*model, image]) == 0
-    assert '%  ' in capsys.readouterr().out
+    assert predict_script.main(['--model', str(run), '--device', 'cpu', '--top-k', '1', image]) == 0  # its best/
+    assert capsys.readouterr().out.count('%  ') == 1
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes' / 'list.csv').write_text('no image, and not called one')
+    assert predict_script.main([*model, str(tmp_path / 'notes')]) == 1
+    assert 'notes holds no images' in capsys.readouterr().err
     (tmp_path / 'a, "b" é.jpg').write_text('no')
     (tmp_path / 'deep').mkdir()
     for i in range(5):
@@ -194,19 +206,43 @@ def test_a_run_resumed_at_an_epoch_ends_as_one_that_was_not_stopped(weights, pho
     assert tune(photographs, weights, tmp_path / 'parts', *options, '--time-budget', '0') == 0
     assert json.loads((tmp_path / 'parts' / 'metrics.json').read_text())['stopped'] == 'the time budget'
     assert len((tmp_path / 'parts' / 'history.csv').read_text().splitlines()) == 2
-    before = json.loads((tmp_path / 'parts' / 'metrics.json').read_text())['train_seconds']
     assert tune(photographs, weights, tmp_path / 'parts', *options, '--resume') == 0
     seconds = json.loads((tmp_path / 'parts' / 'metrics.json').read_text())['train_seconds']
     assert tune(photographs, weights, tmp_path / 'parts', *options, '--resume') == 0  # which has nothing left to do
     again = json.loads((tmp_path / 'parts' / 'metrics.json').read_text())
-    assert before < seconds <= again['train_seconds'] + 0.2 and again['seconds'] > again['train_seconds']
+    *_, last = csv.DictReader((tmp_path / 'parts' / 'history.csv').read_text().splitlines())
+    assert float(last['seconds']) <= min(seconds, again['train_seconds']) + 0.1  # of both sessions
     assert weights_of(tmp_path / 'whole') == weights_of(tmp_path / 'parts')
     assert weights_of(tmp_path / 'whole', 'best') == weights_of(tmp_path / 'parts', 'best')
     split = tmp_path / 'whole' / 'split.csv'
     assert split.read_text() == (tmp_path / 'parts' / 'split.csv').read_text()
+    # the run's own settings, where none are named
+    assert finetune_script.main(['--out', str(tmp_path / 'parts'), '--resume', '--device', 'cpu', '--messages', 'quiet',
+                                 '--data', str(photographs)]) == 0
     # another run on the same files
     assert tune(photographs, weights, tmp_path / 'same', '--epochs', '1', '--split', str(split), '--seed', '9') == 0
     assert (tmp_path / 'same' / 'split.csv').read_text() == split.read_text()
+
+
+def test_sigterm_is_answered_as_ctrl_c_is(weights, photographs, tmp_path):
+    command = [sys.executable, str(ROOT / 'scripts/finetune.py'), '--data', str(photographs), '--model', weights,
+               '--out', str(tmp_path / 'run'), '--input-size', '32', '--epochs', '1000', '--device', 'cpu']
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    while not list(tmp_path.glob('run/checkpoints/epoch-*.pt')):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.terminate()
+    assert 'stopped; go on with --resume' in process.communicate()[1] and process.returncode == 130
+
+
+def test_a_run_that_failed_before_its_first_epoch_leaves_its_place_free(weights, photographs, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(ft, 'fit', lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tune(photographs, weights, tmp_path / 'run', '--seed', '1')
+    assert (tmp_path / 'run' / 'recipe.json').is_file()
+    assert tune(photographs, weights, tmp_path / 'run', '--epochs', '1') == 0
+    assert json.loads((tmp_path / 'run' / 'recipe.json').read_text())['finetune']['seed'] == 0
 
 
 def test_the_classifier_on_cached_features_is_the_classifier_on_the_frozen_backbone(weights, photographs, tmp_path):

@@ -356,7 +356,8 @@ def _list_part(root: Path, nested: bool, bad: list[str]) -> ImageFiles:
 def _checked(files: ImageFiles, where: str | Path, bad: Sequence[str] = ()) -> ImageFiles:
     """The files, once there are two classes at least and each has a file."""
     if not files.classes:
-        raise ValueError(f'{where} holds no class folders; one folder of images a class is expected')
+        raise ValueError(f'{where} holds no class folders; put the images of each class into a folder of its own, or '
+                         f'list them in a CSV file of path and label')
     if len(files.classes) == 1:
         raise ValueError(f'{where} holds one class only ({files.classes[0]}); at least two are needed')
     filled = set(files.labels)
@@ -379,6 +380,8 @@ def list_csv(file: str | Path) -> FolderScan:
         ValueError: A column or a value is missing, or what `list_folder` raises; the line is named.
     """
     file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f'no file at {file}')
     rows: dict[str, list[tuple[str, str]]] = defaultdict(list)
     with open(file, newline='', encoding='utf-8-sig', errors='surrogateescape') as f:
         reader = csv.DictReader(f)
