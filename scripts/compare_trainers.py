@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Command:
+    """What is compared."""
     trainers: tyro.conf.Positional[tuple[str, ...]] = ()
     """wrn_timm, timm, fastai, ultralytics; by default all."""
     data: str = str(ROOT / 'tests' / 'data' / 'caltech101_sample')
@@ -195,7 +197,8 @@ def compare(command: Command) -> dict[str, Any]:
         rows.append({'trainer': name, 'seconds': summarise(seconds), **{
             key: summarise([run[key] for run in runs]) for key in ('top1', 'mean_per_class')}})
     settings = {k: v for k, v in dataclasses.asdict(command).items() if k not in ('trainers', 'data', 'out')}
-    return {**settings, 'data': data_name(command.data), 'rows': rows, 'environment': environment('cpu')}
+    versions = {name: version(name) for name in ('fastai', 'ultralytics') if name in (command.trainers or TRAINERS)}
+    return {**settings, 'data': data_name(command.data), 'rows': rows, 'environment': environment('cpu') | versions}
 
 
 def main(argv: list[str] | None = None) -> int:

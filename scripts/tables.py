@@ -127,6 +127,18 @@ def training_table() -> str:
                     lambda row: f"{row['ratio']:.2f}, memory {row['memory']:.2f}")
 
 
+def trainers_table() -> str:
+    """Accuracy that each library's trainer reaches from the same weights, as `compare_trainers.py` measured it."""
+    found = [read(file) for file in sorted(BENCHMARKS.glob('trainers_*.json'), reverse=True)]
+    rows = []
+    for i, row in enumerate(found[0]['rows']):
+        scores = [other['rows'][i]['mean_per_class'] for other in found]
+        rows.append([row['trainer'], *(
+            f"{s['mean']:.1f}" + (f" ± {s['std']:.1f}" if len(s['values']) > 1 else '') for s in scores)])
+    header = '{data}, {split}, {input_size} px, {epochs} epochs, seeds: {seeds}'
+    return table(['trainer', *(header.format(**f) for f in found)], rows)
+
+
 def released() -> str:
     """`wrn_timm/released.json`."""
     return json.dumps({
@@ -138,7 +150,7 @@ def released() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     'models': models_table, 'weights': weights_table, 'transfer': transfer_table, 'inference': inference_table,
-    'training': training_table}
+    'training': training_table, 'trainers': trainers_table}
 
 
 def rewritten(text: str) -> str:

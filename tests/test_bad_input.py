@@ -249,7 +249,7 @@ def test_what_a_run_needs_is_checked_before_the_data_is_read(weights, tmp_path, 
     assert tune('nowhere', weights, run) == 1
     assert 'already holds a run' in capsys.readouterr().err
     (tmp_path / 'seeds' / 'seed-2').mkdir(parents=True)
-    (tmp_path / 'seeds' / 'seed-2' / 'recipe.json').write_text('{}')
+    (tmp_path / 'seeds' / 'seed-2' / 'metrics.json').write_text('{}')
     assert tune('nowhere', weights, tmp_path / 'seeds', '--seeds', '3') == 1
     assert 'seed-2 already holds a run' in capsys.readouterr().err
     assert tune('nowhere', weights, '/proc/run') == 1
