@@ -305,6 +305,7 @@ def test_the_best_is_kept_by_a_run_killed_before_it_could_be(tmp_path):
     run.save({'epoch': 1, 'step': 0, 'history': history[:1]}, history[:1])
     before = (run.checkpoints / 'best.pt').read_bytes()
     run.save({'epoch': 2, 'step': 0, 'history': history}, history)
+    (run.checkpoints / 'best.pt').unlink()  # a link to the newest
     (run.checkpoints / 'best.pt').write_bytes(before)
     (run.checkpoints / '.epoch-0003-step-000000.pt.part12345.pt').write_bytes(b'half')
     again = RunDir(tmp_path / 'run', settings, resume=True)
