@@ -224,6 +224,18 @@ def test_a_run_resumed_at_an_epoch_ends_as_one_that_was_not_stopped(weights, pho
     assert (tmp_path / 'same' / 'split.csv').read_text() == split.read_text()
 
 
+def test_readme_fine_tunes_in_python(photographs, tmp_path, capsys):
+    section = (ROOT / 'README.md').read_text().partition('## Your own photographs')[2]
+    code = re.search(r'```python\n(.*?)```', section, flags=re.S)[1]
+    for written, here in (('epochs=10', 'epochs=1'), ('"DIR"', repr(str(photographs))),
+                          ('"RUN"', repr(str(tmp_path / 'run')))):
+        assert written in code
+        code = code.replace(written, here)
+    exec(code, {})
+    metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
+    assert capsys.readouterr().out.split()[-2:] == [str(metrics['top1']), str(metrics['mean_per_class'])]
+
+
 def test_sigterm_is_answered_as_ctrl_c_is(weights, photographs, tmp_path):
     command = [sys.executable, str(ROOT / 'scripts/finetune.py'), '--data', str(photographs), '--model', weights,
                '--out', str(tmp_path / 'run'), '--input-size', '32', '--epochs', '1000', '--device', 'cpu']

@@ -120,6 +120,13 @@ class ImageFiles:
         if not isinstance(self.labels, tuple):
             object.__setattr__(self, 'labels', tuple(self.labels))
 
+    @classmethod
+    def of(cls, named: Sequence[tuple[str, str]], classes: Sequence[str] | None = None) -> ImageFiles:
+        """From pairs of path and name of the class; `classes` are those that are named, sorted, if not given."""
+        classes = tuple(classes or sorted({name for _, name in named}))
+        number = {name: i for i, name in enumerate(classes)}
+        return cls((path for path, _ in named), [number[name] for _, name in named], classes)
+
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -399,11 +406,7 @@ def list_csv(file: str | Path) -> FolderScan:
         rows['test'] = rows.pop('val')
     if 'train' not in rows or (split and 'test' not in rows):
         raise ValueError(f'{file} names no files{" to train on, or none to test on" if split else ""}')
-    listed = {}
-    for part, pairs in rows.items():
-        classes = tuple(sorted({label for _, label in pairs}))
-        number = {c: i for i, c in enumerate(classes)}
-        listed[part] = ImageFiles((p for p, _ in pairs), [number[label] for _, label in pairs], classes)
+    listed = {part: ImageFiles.of(pairs) for part, pairs in rows.items()}
     _checked(listed['train'], file)
     return FolderScan(**_same_classes(listed, str(file)))
 

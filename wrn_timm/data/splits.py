@@ -225,10 +225,8 @@ def read_split(file: str | Path, root: Path) -> Split:
         raise ValueError(f'{file} names no files of the part {" nor ".join(sorted(missing))}')
     if not os.path.exists(first := rows['train'][0][0]):
         raise FileNotFoundError(f'{file} names {first}, which is not there; give the --data that it was made of')
-    classes = tuple(sorted({label for _, label in rows['train']}))
-    number = {c: i for i, c in enumerate(classes)}
-    if unknown := {label for pairs in rows.values() for _, label in pairs} - set(number):
+    classes = sorted({label for _, label in rows['train']})
+    if unknown := {label for pairs in rows.values() for _, label in pairs} - set(classes):
         raise ValueError(f'{file} names no files to train on of {some(sorted(unknown))}')
-    return Split(**{
-        part: ImageFiles((p for p, _ in rows[part]), [number[label] for _, label in rows[part]], classes)
-        if rows[part] else None for part in ('train', 'holdout', 'test')})
+    return Split(**{part: ImageFiles.of(rows[part], classes) if rows[part] else None
+                    for part in ('train', 'holdout', 'test')})
