@@ -194,7 +194,7 @@ def detect(
         _logger.warning('left out: %s', reason)
     name = Path(data).resolve().name
     settings = {'detect': dataclasses.asdict(config), 'data': name, 'classes': train.classes}
-    run = RunDir(out, settings, resume, device=device)
+    RunDir.check(out, settings, resume)
     torch.manual_seed(config.seed)
     detector = _build(config, len(train.classes), config.pretrained).to(device)
     optimizer = create_optimizer_v2(detector, config.opt, lr=config.lr, weight_decay=config.weight_decay)
@@ -204,6 +204,7 @@ def detect(
         optimizer, t_initial=config.epochs * steps, t_in_epochs=False, warmup_t=config.warmup_steps,
         warmup_lr_init=config.lr / 100)
 
+    run = RunDir(out, settings, resume, device=device)
     history, position, total, seconds = [], 0, 0., 0.  # position: steps of the whole run; total: this epoch's loss
     if resume and (saved := run.load_checkpoint()):
         detector.load_state_dict(saved['model'])
@@ -357,8 +358,8 @@ def draw(
             image, boxes, [f'{classes[i - 1]} {100 * s:.0f}' for i, s in zip(index, scores, strict=True)],
             [colours[i % len(colours)] for i in index], width=2) if len(boxes) else image
         stem = Path(path).stem
-        name = next(n for n in (stem, *(f'{stem}_{i}' for i in itertools.count(2))) if n not in taken)
-        taken.add(name)
+        names = itertools.chain([stem], (f'{stem}_{i}' for i in itertools.count(2)))
+        taken.add(name := next(n for n in names if n not in taken))
         target = folder / f'{name}.png'
         atomic_write(target, lambda p, drawing=drawing: save_image(drawing, p))
         results.append({'image': str(path), 'drawing': str(target), 'objects': [
