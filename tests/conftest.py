@@ -99,6 +99,12 @@ def randomise(model):
 
 def cifar10_dir() -> str:
     """Folder of the official CIFAR-10 files, from $CIFAR10_DIR; skips where it is not given."""
-    if 'CIFAR10_DIR' not in os.environ:
-        pytest.skip('set CIFAR10_DIR to the folder that holds cifar-10-batches-py')
-    return os.environ['CIFAR10_DIR']
+    return data_dir('cifar10')
+
+
+def data_dir(dataset):
+    """Folder of the official files of a data set, from $CIFAR10_DIR or $CIFAR100_DIR; skips where it is not given."""
+    variable = f'{dataset.upper()}_DIR'
+    if variable not in os.environ:
+        pytest.skip(f'set {variable} to the folder that holds the official files of {dataset}')
+    return os.environ[variable]

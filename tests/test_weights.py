@@ -4,10 +4,10 @@ import json
 import pytest
 import timm
 import torch
-from conftest import ROOT, cifar10_dir
+from conftest import ROOT, data_dir
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Subset
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 
 import wrn_timm
 from wrn_timm.data.datasets import load
@@ -51,25 +51,23 @@ def test_released_weights_give_their_golden_logits(name):
 
 @pytest.mark.parametrize('name', RELEASED)
 def test_released_weights_give_the_published_accuracy_on_real_test_images(name):
-    directory = cifar10_dir()
-    if not name.endswith('.cifar10'):
-        pytest.skip(f'{name} is not measured on CIFAR-10')
     published = json.loads((ROOT / 'weights' / name / 'metrics.json').read_text())
-    assert validate(name, f'cifar10:{directory}')['top1'] == pytest.approx(published['top1'], abs=0.02)
+    directory = data_dir(published['dataset'])
+    assert validate(name, f"{published['dataset']}:{directory}")['top1'] == pytest.approx(published['top1'], abs=0.02)
 
 
 @pytest.mark.parametrize('name', RELEASED)
 def test_timms_own_configuration_and_transform_give_the_trainers_accuracy(name):
     """What a user of timm writes, on torchvision's data set, against the trainer's normalisation of the raw arrays."""
-    directory = cifar10_dir()
-    if not name.endswith('.cifar10'):
-        pytest.skip(f'{name} is not measured on CIFAR-10')
+    dataset = name.partition('.')[2]
+    directory = data_dir(dataset)
     model = timm.create_model(name, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    images = Subset(CIFAR10(directory, train=False, transform=transform), range(2000))
+    official = {'cifar10': CIFAR10, 'cifar100': CIFAR100}[dataset]
+    images = Subset(official(directory, train=False, transform=transform), range(2000))
     with torch.inference_mode():
         hits = sum((model(x).argmax(1) == y).sum().item() for x, y in DataLoader(images, 250))
-    arrays = load('cifar10', directory, train=False).subset(torch.arange(2000))
+    arrays = load(dataset, directory, train=False).subset(torch.arange(2000))
     assert 100 * hits / 2000 == pytest.approx(evaluate(model, arrays, torch.device('cpu'))['accuracy'], abs=0.051)
 
 
