@@ -97,12 +97,7 @@ def randomise(model):
     return model.eval()
 
 
-def cifar10_dir() -> str:
-    """Folder of the official CIFAR-10 files, from $CIFAR10_DIR; skips where it is not given."""
-    return data_dir('cifar10')
-
-
-def data_dir(dataset):
+def data_dir(dataset: str) -> str:
     """Folder of the official files of a data set, from $CIFAR10_DIR or $CIFAR100_DIR; skips where it is not given."""
     variable = f'{dataset.upper()}_DIR'
     if variable not in os.environ:

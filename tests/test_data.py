@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SAMPLE, cifar10_dir
+from conftest import SAMPLE, data_dir
 from PIL import Image
 from torchvision import datasets as tv
 from torchvision.transforms import v2
@@ -104,7 +104,7 @@ def test_batch_larger_than_the_set():
 
 
 def test_cifar10_is_torchvisions():
-    root = cifar10_dir()
+    root = data_dir('cifar10')
     data, official = datasets.load('cifar10', root, train=False), tv.CIFAR10(root, train=False)
     assert torch.equal(data.images.permute(0, 2, 3, 1), torch.from_numpy(official.data))
     assert data.labels.tolist() == official.targets and list(data.classes) == official.classes
