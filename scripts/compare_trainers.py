@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,16 @@ def compare(command: Command) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     command = tyro.cli(Command, args=argv, description=__doc__)
     logging.basicConfig(level=logging.ERROR)
-    result = compare(command)
+    names = command.trainers or TRAINERS
+    try:  # before minutes are spent
+        if absent := [n for n in ('fastai', 'ultralytics') if n in names and not find_spec(n)]:
+            raise ValueError(f'not installed: {", ".join(absent)}; pip install {" ".join(absent)}, or name trainers')
+        if 'timm' in names and not Path(os.environ.get('TIMM_SOURCE', ''), 'train.py').is_file():
+            raise ValueError('set TIMM_SOURCE to a checkout of timm, whose package lacks train.py, or name trainers')
+        result = compare(command)
+    except (ValueError, OSError, RuntimeError) as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 1
     if command.out:
         atomic_write(Path(command.out), json.dumps(result, indent=2) + '\n')
     return 0

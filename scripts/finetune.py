@@ -75,8 +75,9 @@ def defaults(argv: list[str]) -> Command:
     parser.add_argument('--out', type=Path, default=Command.out)
     parser.add_argument('--resume', action='store_true')
     known, _ = parser.parse_known_args(argv)
-    recipe = known.out / 'recipe.json'
-    if not (known.resume and recipe.is_file()):
+    runs = [known.out, *sorted(known.out.glob('seed-*'), key=lambda p: (len(p.name), p.name))]  # of several the first
+    recipe = next((run / 'recipe.json' for run in runs if (run / 'recipe.json').is_file()), None)
+    if not (known.resume and recipe):
         return Command()
     there = json.loads(recipe.read_text(encoding='utf-8')).get('finetune', {})
     return Command(FinetuneConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in there.items()}))

@@ -31,3 +31,11 @@ def test_an_unknown_trainer_is_named(capsys):
         script.main(['keras'])
     assert 'trainer keras is unknown; choose of wrn_timm, timm, fastai, ultralytics' in ' '.join(
         capsys.readouterr().err.replace('│', ' ').split())
+
+
+def test_what_is_not_there_is_said_before_anything_is_trained(capsys, monkeypatch):
+    monkeypatch.delenv('TIMM_SOURCE', raising=False)
+    monkeypatch.setattr(script, 'find_spec', lambda name: None)
+    for trainer, message in (('timm', 'set TIMM_SOURCE to a checkout of timm'), ('fastai', 'pip install fastai')):
+        assert script.main([trainer]) == 1 and message in capsys.readouterr().err
+    assert script.main(['wrn_timm', '--data', 'nowhere']) == 1 and 'no folder at nowhere' in capsys.readouterr().err

@@ -311,6 +311,8 @@ def test_early_stop_and_the_mean_of_seeds(weights, photographs, tmp_path):
     a, b = (r['top1'] for r in runs)
     assert summary['top1']['values'] == [a, b] and summary['top1']['mean'] == pytest.approx((a + b) / 2, abs=1e-3)
     assert summary['top1']['std'] == pytest.approx(abs(a - b) / 2 ** 0.5, abs=1e-3)
+    assert finetune_script.main(['--out', str(tmp_path / 'run'), '--resume', '--seeds', '2', '--device', 'cpu',
+                                 '--messages', 'quiet', '--data', str(photographs)]) == 0  # the settings of the first
     splits = [(tmp_path / 'run' / f'seed-{i}' / 'split.csv').read_text() for i in (0, 1)]
     assert splits[0] != splits[1]
 
