@@ -80,6 +80,8 @@ class Command:
     """cifar10:DIR for int8; for head and finetune as in finetune.py, by default the bundled sample."""
     workers: int = 0
     """Processes that read photographs."""
+    image_memory: float = 1.
+    """GB of decoded photographs that finetune keeps."""
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu'
     """'cpu' or 'cuda'."""
     compile: bool = True
@@ -594,7 +596,7 @@ def finetune(command: Command) -> Iterator[Case]:
     model.reset_classifier(len(split.train.classes))
     model.to(accelerator.device, memory_format=torch.channels_last)
     transforms, cfg = tuning.preprocessing(config, model, 'benchmark', split.train.classes)
-    files = tuning.training_set(config, split, transforms['train'], cfg['input_size'][-1])
+    files = tuning.training_set(config, split, transforms['train'], cfg['input_size'][-1], command.image_memory * 1e9)
     batch = min(config.batch_size, len(files))
     ready = [files[i] for i in range(min(len(files) - len(files) % batch, 16 * batch))]
 

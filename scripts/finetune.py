@@ -48,6 +48,9 @@ class Command:
     """'cpu' or 'cuda'."""
     workers: int = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
     """Processes that read photographs."""
+    image_memory: float = 1.
+    """GB of decoded photographs that each process keeps from epoch to epoch; those that do not fit are decoded every
+    time, to the same result."""
     on_bad: Literal['skip', 'fail'] = 'skip'
     """What to do with unreadable files: leave them out and name them, or stop."""
     download: bool = False
@@ -98,6 +101,8 @@ def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
         raise ValueError('--probe runs in one process; start it without torchrun')
     if command.workers < 0:
         raise ValueError(f'workers is {command.workers}; it must be at least 0')
+    if command.image_memory < 0:
+        raise ValueError(f'image_memory is {command.image_memory:g}; it must be at least 0')
     if command.record:
         for name in command.probe or [config.model]:
             if name != 'all':
@@ -117,7 +122,8 @@ def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
         for row in rows if command.record else ():
             record_transfer(row['weights'], [row])
         return rows
-    common |= dict(resume=command.resume, time_budget=command.time_budget, on_epoch=emit)
+    common |= dict(image_memory=command.image_memory, resume=command.resume, time_budget=command.time_budget,
+                   on_epoch=emit)
     result = finetune_seeds(config, command.data, command.out, command.seeds, **common)
     if main:
         for folder in sorted(Path(command.out).glob('seed-*/best' if command.seeds > 1 else 'best')):

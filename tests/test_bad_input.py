@@ -234,10 +234,10 @@ def test_files_removed_while_training_runs(data, weights, tmp_path, on_bad):
     config = FinetuneConfig(model=weights, input_size=32, epochs=4, batch_size=4)
     if on_bad == 'fail':
         with pytest.raises(ValueError, match='is not there'):
-            finetune(config, data, tmp_path / 'run', on_bad=on_bad, on_epoch=remove)
+            finetune(config, data, tmp_path / 'run', image_memory=0, on_bad=on_bad, on_epoch=remove)
         assert list((tmp_path / 'run' / 'checkpoints').glob('epoch-*.pt'))
     else:
-        metrics = finetune(config, data, tmp_path / 'run', on_bad=on_bad, on_epoch=remove)
+        metrics = finetune(config, data, tmp_path / 'run', image_memory=0, on_bad=on_bad, on_epoch=remove)
         assert metrics['skipped'] == [f'{path} is not there' for _, path in removed] and metrics['images'] == 3
 
 

@@ -2,6 +2,7 @@
 import csv
 import math
 import os
+import pickle
 import shutil
 import tracemalloc
 import warnings
@@ -174,6 +175,26 @@ def test_large_photographs_are_decoded_at_a_part_of_their_size(tmp_path):
     assert read_rgb(tmp_path / 'large.png', 90).size == (1600, 1200)
     dataset = list_folder(SAMPLE).train.as_dataset(lambda image: image.size, least=20)
     assert all(20 <= min(dataset[i][0]) <= 160 for i in range(0, len(dataset), 24))
+
+
+def test_decoded_images_that_are_kept_are_those_of_the_files(folder):
+    (folder / 'pizza' / 'cut.jpg').write_bytes((folder / 'pizza' / 'image_0001.jpg').read_bytes()[:999])
+    files = list_folder(folder).train
+    whole = {i: np.asarray(read_rgb(path)) for i, path in enumerate(files.paths) if 'cut' not in path}
+    dataset = files.as_dataset(np.asarray, memory=sum(pixels.nbytes for pixels in whole.values()) - 1)
+    last = max(whole)
+    Path(files.paths[last]).rename(folder / 'moved')
+    for path in list(files.paths)[:last]:
+        os.remove(path)
+    shared = pickle.loads(pickle.dumps(dataset))  # as processes get it that are not forked
+    for i in whole.keys() - {last}:
+        assert np.array_equal(dataset[i][0], whole[i]) and np.array_equal(shared[i][0], whole[i])
+    with pytest.raises(ValueError, match='cut.jpg is not there'):
+        dataset[next(i for i, path in enumerate(files.paths) if 'cut' in path)]
+    with pytest.raises(ValueError, match='is not there'):
+        dataset[last]  # did not fit
+    (folder / 'moved').rename(files.paths[last])
+    assert np.array_equal(dataset[last][0], whole[last])
 
 
 def test_bad_files_are_skipped_and_named_or_refused(folder):

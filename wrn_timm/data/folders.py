@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import itertools
+import math
 import os
 import statistics
 from collections import Counter, defaultdict
@@ -27,6 +28,7 @@ _PARTS = {'train': ('train', 'training'), 'test': ('test',), 'val': ('val', 'val
 
 # Decoding a photograph takes a core about a millisecond: more files than this are read as training comes to them.
 EXAMINED_AT_MOST = 50_000
+_DECODED_AT_ONCE = 64
 
 
 def read_rgb(path: str | Path | io.BytesIO, least: int = 0) -> Image.Image:
@@ -142,20 +144,64 @@ class ImageFiles:
         """An image, as `read_rgb` gives it."""
         return read_rgb(self.paths[i])
 
-    def as_dataset(self, transform: Any, least: int = 0) -> Dataset:
-        """A data set of (transform(RGB image), label); `least` as in `read_rgb`."""
-        return _FileDataset(self, transform, least)
+    def as_dataset(self, transform: Any, least: int = 0, memory: float = 0) -> Dataset:
+        """A data set of (transform(RGB image), label).
+
+        Args:
+            transform: What is done to each image when it is asked for.
+            least: As in `read_rgb`.
+            memory: Bytes that images may take which are decoded once, now, and kept; the others are decoded each time.
+        """
+        return _FileDataset(self, transform, least, memory)
 
 
 class _FileDataset(Dataset):
-    def __init__(self, files: ImageFiles, transform: Any, least: int):
+    def __init__(self, files: ImageFiles, transform: Any, least: int, memory: float):
         self.files, self.transform, self.least = files, transform, least
+        self.kept = _Decoded(files.paths, least, memory)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, i: int) -> tuple[Any, int]:
-        return self.transform(read_rgb(self.files.paths[i], self.least)), self.files.labels[i]
+        image = self.kept.get(i)
+        if image is None:
+            image = read_rgb(self.files.paths[i], self.least)
+        return self.transform(image), self.files.labels[i]
+
+
+class _Decoded:
+    """The first images of a list that fit into so many bytes, in one tensor, which processes that read share."""
+
+    def __init__(self, paths: Sequence[str], least: int, memory: float):
+        parts, self._shapes, self._starts, used = [], [], [], 0
+        with ThreadPoolExecutor() as pool:
+            for i in range(0, len(paths), _DECODED_AT_ONCE):
+                if used >= memory:
+                    break
+                chunk = [paths[j] for j in range(i, min(len(paths), i + _DECODED_AT_ONCE))]
+                for pixels in pool.map(lambda path: _pixels(path, least), chunk):
+                    used += pixels.nbytes
+                    if used <= memory:
+                        self._starts.append(used - pixels.nbytes)
+                        self._shapes.append(pixels.shape)
+                        parts.append(pixels.ravel())
+        self._pixels = torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, dtype=torch.uint8)
+
+    def get(self, i: int) -> Image.Image | None:
+        """An image; None where it did not fit, or could not be read."""
+        if i >= len(self._shapes) or not (size := math.prod(self._shapes[i])):
+            return None
+        start = self._starts[i]
+        return Image.fromarray(self._pixels[start:start + size].view(self._shapes[i]).numpy())
+
+
+def _pixels(path: str, least: int) -> np.ndarray:
+    """uint8 (height, width, 3); empty where the file cannot be read."""
+    try:
+        return np.asarray(read_rgb(path, least))
+    except ValueError:  # whoever asks for it is told
+        return np.empty((0, 0, 3), np.uint8)
 
 
 class ReadableOnly(Dataset):
@@ -424,6 +470,7 @@ def _examine_file(path: str) -> _Examined:
         content = Path(path).read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             size = image.size
+            image.draft(None, (1, 1))  # what is cut off or damaged is found at an eighth of the size too
             _as_rgb(image)
     except Exception as e:  # as in `read_rgb`
         return _Examined(_reason(path, e))

@@ -56,6 +56,7 @@ def finetune(
         out: str | Path,
         device: str = 'cpu',
         workers: int = 0,
+        image_memory: float = 1.,
         on_bad: str = 'skip',
         resume: bool = False,
         time_budget: float = math.inf,
@@ -73,6 +74,8 @@ def finetune(
         out: Run directory.
         device: 'cpu' or 'cuda'.
         workers: Processes that read photographs.
+        image_memory: GB of decoded photographs that each process keeps from epoch to epoch; those that do not fit are
+            decoded every time, to the same result.
         on_bad: 'skip' leaves unreadable files out and names them, 'fail' stops.
         resume: Go on with the run in `out`, from its last epoch; on a CPU it ends as if it had not been stopped.
         time_budget: Seconds after which no epoch is begun that would not end within them. The first always runs.
@@ -112,8 +115,9 @@ def finetune(
     while True:
         try:
             network, fitted = _train(
-                config, model, split, transforms, cfg['input_size'][-1], run, accelerator, workers=workers,
-                on_bad=on_bad, resume=resume, deadline=started + time_budget, progress=progress, on_epoch=on_epoch)
+                config, model, split, transforms, cfg['input_size'][-1], run, accelerator,
+                memory=image_memory * 1e9, workers=workers, on_bad=on_bad, resume=resume,
+                deadline=started + time_budget, progress=progress, on_epoch=on_epoch)
             break
         except BatchTooLarge as e:  # the optimiser and the averaged weights take their share too
             if not (find and e.fits) or accelerator.num_processes > 1:
@@ -200,34 +204,45 @@ def _train(
         size: int,
         run: RunDir,
         accelerator: Accelerator,
+        memory: float,
         **kwargs: Any,
 ) -> tuple[torch.nn.Module, Fitted]:
-    """What was fitted, the model or its classifier, and the result."""
-    weights = _balance(split.train) if config.class_weights else None
-    if config.cached:
-        bad: list[str] = []
-        train, holdout = (
-            _cache(model, files, transforms['test'], accelerator, kwargs['workers'], bad, kwargs['progress'])
-            for files in (split.train, split.holdout))
-        network = model.get_classifier()
-        fitted = fit(network, train, holdout, config, run, accelerator, class_weights=weights, **kwargs)
-        return network, dataclasses.replace(fitted, bad=[*bad, *fitted.bad])
-    mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
-                num_classes=len(split.train.classes)) if config.mixup or config.cutmix else None
+    """What was fitted, the model or its classifier, and the result; `memory` is what photographs may take, in bytes.
+    """
+    workers, progress, bad = kwargs['workers'], kwargs['progress'], []
     holdout = split.holdout.as_dataset(transforms['test']) if split.holdout else None
-    return model, fit(model, training_set(config, split, transforms['train'], size), holdout, config, run, accelerator,
-                      way=config.train, class_weights=weights, mix=mix, **kwargs)
+    if config.cached:
+        network, way, mix = model.get_classifier(), 'all', None
+        train, holdout = (dataset and _keep(extract_features(model, dataset, accelerator, workers, progress), bad)
+                          for dataset in (split.train.as_dataset(transforms['test']), holdout))
+    else:
+        network, way = model, config.train
+        mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
+                    num_classes=len(split.train.classes)) if config.mixup or config.cutmix else None
+        if isinstance(split.holdout, ImageFiles) and (room := len(holdout) * 3 * size ** 2 * 4) <= memory / 2:
+            holdout = _keep(predict(torch.nn.Identity(), holdout, accelerator, workers=workers), bad)
+            memory -= room
+        train = training_set(config, split, transforms['train'], size, memory)
+    fitted = fit(network, train, holdout, config, run, accelerator, way=way, mix=mix,
+                 class_weights=_balance(split.train) if config.class_weights else None, **kwargs)
+    return network, dataclasses.replace(fitted, bad=[*bad, *fitted.bad])
 
 
-def training_set(config: FinetuneConfig, split: Split, transform: Any, size: int) -> Dataset:
-    """The training files through `transform`, for inputs of `size` pixels.
+def _keep(found: Predictions, bad: list[str]) -> Features:
+    bad += found.bad
+    return Features(found.logits, found.labels)
+
+
+def training_set(config: FinetuneConfig, split: Split, transform: Any, size: int, memory: float = 0) -> Dataset:
+    """The training files through `transform`, for inputs of `size` pixels; `memory` as in `ImageFiles.as_dataset`.
 
     Large photographs are decoded at a part of their size, such that a square crop of the smallest area still has twice
     the pixels of the input a side: they are then resized much as the test photographs are, from their whole size.
     """
-    if not config.augment or not isinstance(split.train, ImageFiles):
+    if not isinstance(split.train, ImageFiles):
         return split.train.as_dataset(transform)
-    return split.train.as_dataset(transform, least=math.ceil(2 * size / math.sqrt(config.min_scale)))
+    least = math.ceil(2 * size / math.sqrt(config.min_scale)) if config.augment else 0
+    return split.train.as_dataset(transform, least, memory)
 
 
 def make_accelerator(config: FinetuneConfig, device: str) -> Accelerator:
@@ -378,22 +393,6 @@ def _find_batch_size(
 def _balance(files: ImageFiles) -> torch.Tensor:
     counts = torch.bincount(torch.tensor(files.labels), minlength=len(files.classes)).float()
     return counts.sum() / (len(counts) * counts)
-
-
-def _cache(
-        model: torch.nn.Module,
-        files: ImageFiles | None,
-        transform: Any,
-        accelerator: Accelerator,
-        workers: int,
-        bad: list[str],
-        progress: bool | None,
-) -> Dataset | None:
-    if files is None:
-        return None
-    found = extract_features(model, files.as_dataset(transform), accelerator, workers=workers, progress=progress)
-    bad += found.bad
-    return Features(found.logits, found.labels)
 
 
 def _export(

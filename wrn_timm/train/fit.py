@@ -33,7 +33,7 @@ _SHARE_OF_SAVING = 10  # of the time, at most one part is spent on checkpoints
 
 
 class Features(Dataset):
-    """Features held in memory, (N, C), and labels (N,); a batch is taken at once."""
+    """Features (N, C), or images (N, C, H, W), held in memory, and labels (N,); a batch is taken at once."""
 
     def __init__(self, features: torch.Tensor, labels: torch.Tensor):
         self.features, self.labels = features, labels
