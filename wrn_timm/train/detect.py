@@ -30,6 +30,7 @@ from ..data.folders import read_rgb
 from ..data.voc import BoxedImages, read_voc
 from ..detection import DETECTORS, anchor_generator
 from ..files import atomic_write
+from .devices import fused
 from .rundir import RunDir, environment, stop_requests
 
 __all__ = ['DetectConfig', 'detect', 'draw', 'evaluate_detector', 'load_detector']
@@ -197,7 +198,8 @@ def detect(
     RunDir.check(out, settings, resume)
     torch.manual_seed(config.seed)
     detector = _build(config, len(train.classes), config.pretrained).to(device)
-    optimizer = create_optimizer_v2(detector, config.opt, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = create_optimizer_v2(
+        detector, config.opt, lr=config.lr, weight_decay=config.weight_decay, **fused(config.opt))
     augment = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2), *_AS_TENSOR])
     steps = max(1, len(train) // config.batch_size)
     scheduler = CosineLRScheduler(

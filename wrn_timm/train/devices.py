@@ -8,7 +8,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-__all__ = ['accelerator_on']
+__all__ = ['accelerator_on', 'fused']
+
+_FUSED = ('sgd', 'momentum', 'nesterov', 'adam', 'adamw')
 
 
 def accelerator_on(device: str, **kwargs: Any) -> Accelerator:
@@ -25,3 +27,8 @@ def accelerator_on(device: str, **kwargs: Any) -> Accelerator:
         raise ValueError(f"device is {device!r}; choose 'cpu', or 'cuda' on a machine where torch finds a GPU")
     AcceleratorState._reset_state(reset_partial_state=int(os.environ.get('WORLD_SIZE', 1)) == 1)
     return Accelerator(cpu=device == 'cpu', **kwargs)
+
+
+def fused(opt: str) -> dict[str, bool]:
+    """The option of timm's `create_optimizer_v2` that updates in one pass over memory, where this optimiser has it."""
+    return {'fused': True} if opt in _FUSED else {}

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.folders import ReadableOnly, collate_readable, some
+from .devices import fused
 from .metrics import predict_logits
 from .recipes import FinetuneConfig
 from .rundir import RunDir, is_best
@@ -286,7 +287,7 @@ def fit(
         train, batch_size, workers, accelerator.device.type == 'cuda', shuffle=True, drop_last=True, generator=order)
     optimizer = create_optimizer_v2(
         network, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
-        layer_decay=config.layer_decay if hasattr(network, 'group_matcher') else None)
+        layer_decay=config.layer_decay if hasattr(network, 'group_matcher') else None, **fused(config.opt))
     unfreezing = _Unfreezing(network, way, config.epochs)
     ema = ModelEmaV3(network, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     state = _State(network, optimizer, ema)
