@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
@@ -57,6 +57,7 @@ from wrn_timm.wrn import WideResNet
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
 CLASSES = 10
+BFLOAT16 = torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability().startswith('AVX512')
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
@@ -86,6 +87,8 @@ class Command:
     """'cpu' or 'cuda'."""
     compile: bool = True
     """Measure compiled forms too."""
+    dtypes: tuple[Literal['float32', 'bfloat16'], ...] = ('float32', 'bfloat16') if BFLOAT16 else ('float32',)
+    """Types of inference; by default bfloat16 too, save on CPUs without AVX-512, where it takes minutes."""
     memory: bool = True
     """Measure the peak memory of training, each in a process of its own."""
     json: bool = False
@@ -239,7 +242,12 @@ def through_onnx(model: nn.Module, device: str) -> Callable[[torch.Tensor], torc
         return str(e)
 
 
-def networks(name: str, images: torch.Tensor, compile: bool) -> dict[str, Callable[[torch.Tensor], Any] | str]:
+def networks(
+        name: str,
+        images: torch.Tensor,
+        compile: bool,
+        dtypes: tuple[str, ...],
+) -> dict[str, Callable[[torch.Tensor], Any] | str]:
     """The contestants of inference by name, the plain eager network first; all give the same logits.
 
     Raises:
@@ -249,7 +257,7 @@ def networks(name: str, images: torch.Tensor, compile: bool) -> dict[str, Callab
     device = images.device.type
     ours, others = peers(name)
     ours.to(device)
-    forms = inference_forms(ours, images, (torch.float32, torch.bfloat16), compile)
+    forms = inference_forms(ours, images, [getattr(torch, dtype) for dtype in dtypes], compile)
     last = copy.deepcopy(ours).to(memory_format=torch.channels_last)
     found = {'plain eager': forms.pop('plain'),
              'channels_last': OptimizedModel(last, torch.float32, torch.channels_last),
@@ -281,7 +289,7 @@ def inference(command: Command, name: str, size: int, batch: int, rounds: int) -
     """Rows of all contestants of inference."""
     torch.manual_seed(0)
     images = torch.randn(batch, 3, size, size, device=command.device)
-    found = networks(name, images, command.compile)
+    found = networks(name, images, command.compile, command.dtypes)
     calls = {n: functools.partial(network, images) if callable(network) else network for n, network in found.items()}
     rows, seconds = measure(calls, rounds, command.device, batch)
     expected = calls['plain eager']()
@@ -647,8 +655,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f'error: {e}', file=sys.stderr)
         return 1
     about = {'device': command.device, 'threads': torch.get_num_threads(), 'rounds': command.rounds,
-             **{f"matmul_gflops_{str(d).removeprefix('torch.')}": round(matmul_rate(command.device, d) / 1e9, 1)
-                for d in (torch.float32, torch.bfloat16)}, **environment(command.device)}
+             **{f'matmul_gflops_{d}': round(matmul_rate(command.device, getattr(torch, d)) / 1e9, 1)
+                for d in command.dtypes}, **environment(command.device)}
     if command.json:
         print(json.dumps({**about, 'sections': results}, indent=2))
     else:

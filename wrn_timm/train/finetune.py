@@ -350,7 +350,7 @@ def preprocessing(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The transforms of the 'train' and 'test' files, and what the weights' configuration says of itself."""
     data_config = resolve_model_data_config(model)
-    size = config.input_size or max(64, data_config['input_size'][-1])
+    size = config.input_size or data_config['input_size'][-1]
     data_config |= {'input_size': (3, size, size), 'crop_pct': 1.0}
     test = create_transform(**data_config, is_training=False)
     train = create_transform(

@@ -167,7 +167,7 @@ def probe(
         data: As in `finetune`.
         protocol: As `split` of `FinetuneConfig`, but no file.
         seeds: Of the split.
-        input_size: Side of the square input; 0 takes the weights' own, but 64 where that is less.
+        input_size: Side of the square input; 0 takes the weights' own.
         holdout: Share of the training files by which the penalty of the linear probe is chosen.
         nested: As in `list_source`.
         device: 'cpu' or 'cuda'.
@@ -200,7 +200,7 @@ def probe(
         began = time.monotonic()
         model = open_model(name).to(accelerator.device, memory_format=torch.channels_last)
         config = resolve_model_data_config(model)
-        size = input_size or max(64, config['input_size'][-1])
+        size = input_size or config['input_size'][-1]
         transform = create_transform(**config | {'input_size': (3, size, size), 'crop_pct': 1.0}, is_training=False)
         found = extract_features(model, files.as_dataset(transform), accelerator, workers, progress)
         row_of = {i: row for row, i in enumerate(found.index.tolist())}  # unreadable files have none

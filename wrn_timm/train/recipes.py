@@ -92,12 +92,13 @@ class Recipe:
 class FinetuneConfig:
     """How weights are fine-tuned; by default all layers, by SGD with Nesterov momentum and a cosine."""
 
-    model: str = 'wrn16_1.cifar10'
+    model: str = 'wrn16_2.cifar100'
     """timm name with tag, or a weights folder."""
     pretrained: bool = True
     """Start from the weights, not from random ones."""
     stem: str = ''
-    """'imagenet' puts the 7x7 stem on a 6N + 4 network, for large photographs; the 3x3 stem's weights are dropped."""
+    """'imagenet' puts the 7x7 stem on a 6N + 4 network, for photographs of 128 px or more; the 3x3 stem's weights are
+    dropped."""
     train: Literal['all', 'gradual', 'head'] = 'all'
     """All layers; gradually, from the classifier down, all from the middle on; or the classifier alone."""
     cache: bool = True
@@ -115,7 +116,7 @@ class FinetuneConfig:
     nested: bool = False
     """Every folder that holds files is a class, named by its path."""
     input_size: int = 0
-    """Side of the square input, in pixels; 0 takes the weights' own, but 64 where that is less."""
+    """Side of the square input, in pixels; 0 takes the weights' own."""
     epochs: int = 30
     """Passes over the training files."""
     batch_size: int | Literal['auto'] = 16
