@@ -13,11 +13,13 @@ which is the ceiling of what convolutions reach.
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
 import functools
 import json
 import math
 import multiprocessing
+import os
 import re
 import resource
 import statistics
@@ -66,7 +68,7 @@ Row = dict[str, Any]
 @dataclasses.dataclass(frozen=True)
 class Command:
     sections: tyro.conf.Positional[tuple[str, ...]] = ()
-    """evaluate, int8, train, latency, growth, augment, start, head, finetune; by default all."""
+    """evaluate, int8, train, latency, growth, scale, augment, start, head, finetune; by default all."""
     config: Annotated[FinetuneConfig, tyro.conf.arg(name='')] = dataclasses.field(
         default_factory=FinetuneConfig)
     models: tuple[str, ...] = ('wrn16_4', 'wrn28_10', 'wrn50_2')
@@ -441,8 +443,8 @@ def _peak_in_this_process(contestant: str, name: str, size: int, batch: int, dev
     return (torch.cuda.max_memory_allocated() if device == 'cuda' else _peak_rss() - before) / 1e6
 
 
-def _peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+def _peak_rss(who: int = resource.RUSAGE_SELF) -> int:
+    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def peak_memory(contestant: str, name: str, size: int, batch: int, device: str) -> float | None:
@@ -490,6 +492,40 @@ def train(command: Command) -> Iterator[Case]:
                     if row['peak_mb'] and rows[0]['peak_mb']:
                         row['memory'] = row['peak_mb'] / rows[0]['peak_mb']
         yield Case(f'{name}, {size} px, batch {settings[2]}', rows)
+
+
+def _train_in_processes(count: int, device: str, *args: str) -> tuple[list[float], float]:
+    """Images/s of each epoch but the first, and the peak resident MB of one of `count` processes that train.py is."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={count}',
+             str(Path(__file__).with_name('train.py')), '--recipe', 'smoke', '--device', device, '--holdout', '0',
+             '--ema-decay', '0.999', '--out', f'{folder}/run', *args],
+            env={**os.environ, **({'OMP_NUM_THREADS': '1'} if device == 'cpu' else {})}, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f'train.py in {count} processes failed: {done.stderr[-500:]}')
+        with open(f'{folder}/run/history.csv', newline='', encoding='utf-8') as f:
+            rates = [float(row['images_per_second']) for row in csv.DictReader(f)]
+    return rates[1:], _peak_rss(resource.RUSAGE_CHILDREN) / 1e6
+
+
+def scale(command: Command) -> Iterator[Case]:
+    """Images/s of train.py by the number of processes that share a batch, a core or a GPU each, and memory of one."""
+    cuda = command.device == 'cuda'
+    most = torch.cuda.device_count() if cuda else os.cpu_count() or 1
+    for name in command.models:
+        batch = str(batch_size(command, 3 * flops(name, 32)))
+        rows: list[Row] = []
+        for count in (2 ** i for i in range(most.bit_length())):
+            # in a process of its own, whose children's peak is theirs alone
+            with ProcessPoolExecutor(1, multiprocessing.get_context('forkserver')) as pool:
+                rates, peak = pool.submit(_train_in_processes, count, command.device, '--model', name, '--batch-size',
+                                          batch, '--epochs', str(command.rounds + 1)).result()
+            rate = statistics.median(rates)
+            rows.append({
+                'name': f'{count} processes' if count > 1 else '1 process', 'images_per_second': rate,
+                'ratio': rate / rows[0]['images_per_second'] if rows else 1., 'peak_mb': None if cuda else peak})
+        yield Case(f'{name}, 32 px, batch {batch} over all', rows)
 
 
 def growth(command: Command) -> Iterator[Case]:
@@ -636,7 +672,7 @@ def finetune(command: Command) -> Iterator[Case]:
                f"{command.workers} workers", rows)
 
 
-SECTIONS = {f.__name__: f for f in (evaluate, int8, train, latency, growth, augment, start, head, finetune)}
+SECTIONS = {f.__name__: f for f in (evaluate, int8, train, latency, growth, scale, augment, start, head, finetune)}
 
 
 def main(argv: list[str] | None = None) -> int:
