@@ -84,7 +84,7 @@ class Command:
     workers: int = 0
     """Processes that read photographs."""
     image_memory: float = 1.
-    """GB of decoded photographs that finetune keeps."""
+    """GB of decoded photographs that head and finetune keep."""
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu'
     """'cpu' or 'cuda'."""
     compile: bool = True
@@ -514,13 +514,13 @@ def scale(command: Command) -> Iterator[Case]:
     cuda = command.device == 'cuda'
     most = torch.cuda.device_count() if cuda else os.cpu_count() or 1
     for name in command.models:
-        batch = str(batch_size(command, 3 * flops(name, 32)))
+        batch = batch_size(command, 3 * flops(name, 32))
         rows: list[Row] = []
-        for count in (2 ** i for i in range(most.bit_length())):
+        for count in (2 ** i for i in range(most.bit_length()) if not batch % 2 ** i):
             # in a process of its own, whose children's peak is theirs alone
             with ProcessPoolExecutor(1, multiprocessing.get_context('forkserver')) as pool:
                 rates, peak = pool.submit(_train_in_processes, count, command.device, '--model', name, '--batch-size',
-                                          batch, '--epochs', str(command.rounds + 1)).result()
+                                          str(batch), '--epochs', str(command.rounds + 1)).result()
             rate = statistics.median(rates)
             rows.append({
                 'name': f'{count} processes' if count > 1 else '1 process', 'images_per_second': rate,
@@ -620,7 +620,7 @@ def head(command: Command) -> Iterator[Case]:
             config = dataclasses.replace(
                 command.config, train='head', cache=cache, augment=False, lr=command.config.lr or 1.)
             metrics = tuning.finetune(config, command.data or SAMPLE, Path(folder) / name, command.device,
-                                      command.workers, progress=False)
+                                      command.workers, command.image_memory, progress=False)
             rows.append({'name': name, 'seconds': metrics['train_seconds'], 'accuracy': metrics['mean_per_class']})
     for row in rows:
         row |= {'ratio': rows[0]['seconds'] / row['seconds'], 'points': row['accuracy'] - rows[0]['accuracy']}
@@ -629,7 +629,7 @@ def head(command: Command) -> Iterator[Case]:
 
 
 def finetune(command: Command) -> Iterator[Case]:
-    """Images/s of fine-tuning: its loader, its steps on images made ready, and both as they run.
+    """Images/s of fine-tuning: its loader, its steps on images made ready, and both as they run after the first epoch.
 
     `share_of_slower` is what both reach of the slower of the two, `share_of_serial` of one after the other.
     """

@@ -197,6 +197,21 @@ def test_decoded_images_that_are_kept_are_those_of_the_files(folder):
     assert np.array_equal(dataset[last][0], whole[last])
 
 
+def test_keeping_decoded_images_takes_little_more_than_it_may(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'cpu_count', lambda: 2)
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            Image.new('RGB', (1000, 1000), (i, 0, 0)).save(tmp_path / name / f'{i:02}.png')
+    files = list_folder(tmp_path).train
+    tracemalloc.start()
+    dataset = files.as_dataset(np.asarray, memory=10e6)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [dataset.kept.get(i) is None for i in range(40)] == [False] * 3 + [True] * 37
+    assert peak < 40e6
+
+
 def test_bad_files_are_skipped_and_named_or_refused(folder):
     (folder / 'pizza' / 'notes.txt').write_text('no image')
     (folder / 'pizza' / 'empty.jpg').write_bytes(b'')

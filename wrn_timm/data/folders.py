@@ -6,12 +6,11 @@ import dataclasses
 import hashlib
 import io
 import itertools
-import math
 import os
 import statistics
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ _PARTS = {'train': ('train', 'training'), 'test': ('test',), 'val': ('val', 'val
 
 # Decoding a photograph takes a core about a millisecond: more files than this are read as training comes to them.
 EXAMINED_AT_MOST = 50_000
-_DECODED_AT_ONCE = 64
+_BLOCK = 2 ** 25  # bytes of decoded images in one tensor: processes share each by a file of its own
 
 
 def read_rgb(path: str | Path | io.BytesIO, least: int = 0) -> Image.Image:
@@ -171,29 +170,48 @@ class _FileDataset(Dataset):
 
 
 class _Decoded:
-    """The first images of a list that fit into so many bytes, in one tensor, which processes that read share."""
+    """The first images of a list that fit into so many bytes, in a few tensors, which processes that read can share."""
 
     def __init__(self, paths: Sequence[str], least: int, memory: float):
-        parts, self._shapes, self._starts, used = [], [], [], 0
+        self._blocks: list[torch.Tensor] = []
+        places, filling, filled, used = [], [], 0, 0
+
+        def close_block() -> None:
+            self._blocks.append(torch.from_numpy(np.concatenate(filling or [np.empty(0, np.uint8)])))
+            filling.clear()
+
         with ThreadPoolExecutor() as pool:
-            for i in range(0, len(paths), _DECODED_AT_ONCE):
-                if used >= memory:
+            for pixels in _in_turn(pool, lambda path: _pixels(path, least), paths if memory > 0 else ()):
+                used += pixels.nbytes
+                if used > memory:
                     break
-                chunk = [paths[j] for j in range(i, min(len(paths), i + _DECODED_AT_ONCE))]
-                for pixels in pool.map(lambda path: _pixels(path, least), chunk):
-                    used += pixels.nbytes
-                    if used <= memory:
-                        self._starts.append(used - pixels.nbytes)
-                        self._shapes.append(pixels.shape)
-                        parts.append(pixels.ravel())
-        self._pixels = torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, dtype=torch.uint8)
+                places.append((len(self._blocks), filled, *pixels.shape[:2]))
+                filling.append(pixels.ravel())
+                filled += pixels.nbytes
+                if filled >= _BLOCK:
+                    close_block()
+                    filled = 0
+        close_block()
+        self._places = np.array(places, np.int64).reshape(-1, 4)  # block, start in it, height, width
 
     def get(self, i: int) -> Image.Image | None:
         """An image; None where it did not fit, or could not be read."""
-        if i >= len(self._shapes) or not (size := math.prod(self._shapes[i])):
+        if i >= len(self._places):
             return None
-        start = self._starts[i]
-        return Image.fromarray(self._pixels[start:start + size].view(self._shapes[i]).numpy())
+        block, start, height, width = self._places[i].tolist()
+        pixels = self._blocks[block][start:start + 3 * height * width]
+        return Image.fromarray(pixels.view(height, width, 3).numpy()) if len(pixels) else None
+
+
+def _in_turn(pool: ThreadPoolExecutor, function: Callable[[str], Any], items: Sequence[str]) -> Iterator[Any]:
+    """As `pool.map`, but no more than a few results are made before they are taken."""
+    waiting: deque[Future] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > (os.cpu_count() or 1):
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _pixels(path: str, least: int) -> np.ndarray:

@@ -219,7 +219,9 @@ def _train(
         network, way = model, config.train
         mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
                     num_classes=len(split.train.classes)) if config.mixup or config.cutmix else None
-        if isinstance(split.holdout, ImageFiles) and (room := len(holdout) * 3 * size ** 2 * 4) <= memory / 2:
+        room = len(holdout or ()) * 3 * size ** 2 * 4
+        # three times as much while it is gathered, and processes would send it to one another
+        if isinstance(split.holdout, ImageFiles) and 3 * room <= memory and accelerator.num_processes == 1:
             holdout = _keep(predict(torch.nn.Identity(), holdout, accelerator, workers=workers), bad)
             memory -= room
         train = training_set(config, split, transforms['train'], size, memory)

@@ -287,7 +287,9 @@ def fit(
         train, batch_size, workers, accelerator.device.type == 'cuda', shuffle=True, drop_last=True, generator=order)
     optimizer = create_optimizer_v2(
         network, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
-        layer_decay=config.layer_decay if hasattr(network, 'group_matcher') else None, **fused(config.opt))
+        layer_decay=config.layer_decay if hasattr(network, 'group_matcher') else None,
+        # it takes no group in which some layers have begun to train and some have not
+        **({} if way == 'gradual' else fused(config.opt)))
     unfreezing = _Unfreezing(network, way, config.epochs)
     ema = ModelEmaV3(network, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     state = _State(network, optimizer, ema)
