@@ -121,6 +121,8 @@ def as_it_is(data):
     (as_it_is, ('--epochs', '0'), 'epochs is 0; it must be at least 1'),
     (as_it_is, ('--label-smoothing', '1'), 'label_smoothing is 1.0; it must be from 0 to 0.999'),
     (as_it_is, ('--holdout', '-1'), 'holdout is -1.0; it must be from 0 to 0.9'),
+    (as_it_is, ('--stem', 'imagenet', '--input-size', '0'), 'stem imagenet needs an input_size'),
+    (as_it_is, ('--image-memory', 'nan'), 'image_memory is nan; it must be at least 0'),
     (as_it_is, ('--patience', '3', '--holdout', '0'), 'patience needs held-out files'),
     (as_it_is, ('--seeds', '0'), 'seeds is 0; it must be at least 1'),
     (as_it_is, ('--workers', '-1'), 'workers is -1; it must be at least 0'),
@@ -301,7 +303,7 @@ def tune_in_little_memory(data, out, *argv):
     """WRN-16-1 at 192 px takes some 37 MB an image in training, so that eight do not fit and four do."""
     return subprocess.run(
         [sys.executable, '-c', LIMITED, '250_000_000', '--data', str(data), '--out', str(out), '--device', 'cpu',
-         '--split', '50-50', '--input-size', '192', '--epochs', '1', '--holdout', '0', '--messages', 'quiet', *argv],
+         '--model', 'wrn16_1.cifar10', '--split', '50-50', '--input-size', '192', '--epochs', '1', '--holdout', '0', '--messages', 'quiet', *argv],
         capture_output=True, text=True,
         env={**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "scripts"}', 'OMP_NUM_THREADS': '1',
              'MALLOC_MMAP_THRESHOLD_': '65536'})  # what is freed goes back at once

@@ -25,7 +25,7 @@ __all__ = [
 
 _PARTS = {'train': ('train', 'training'), 'test': ('test',), 'val': ('val', 'valid', 'validation')}
 
-# Decoding a photograph takes a core about a millisecond: more files than this are read as training comes to them.
+# Decoding a photograph takes a core about a millisecond: more files than this are not examined beforehand.
 EXAMINED_AT_MOST = 50_000
 _BLOCK = 2 ** 25  # bytes of decoded images in one tensor: processes share each by a file of its own
 
@@ -290,8 +290,8 @@ class FolderScan:
         if self.test and (absent := set(self.train.labels) - set(self.test.labels)):
             lines.append(f'not in the test part: {some(sorted(self.train.classes[i] for i in absent))}')
         if not self.examined:
-            lines.append(f'more than {EXAMINED_AT_MOST:,} files: they are read as training comes to them, and '
-                         f'duplicates were not looked for')
+            lines.append(f'more than {EXAMINED_AT_MOST:,} files: they were not examined, and duplicates were not '
+                         f'looked for')
         elif self.sizes:
             width, height = (sorted(Counter(self._sides(axis)).items()) for axis in (0, 1))
             lines.append(f'sizes: {width[0][0]} to {width[-1][0]} pixels wide, {height[0][0]} to {height[-1][0]} high')

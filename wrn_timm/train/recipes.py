@@ -178,6 +178,8 @@ class FinetuneConfig:
                 raise ValueError(f'{field} is {getattr(self, field)}; it must be {bound}')
         if self.patience and not self.holdout:
             raise ValueError('patience needs held-out files to look at; give a holdout above 0')
+        if self.stem == 'imagenet' and not self.input_size:
+            raise ValueError('stem imagenet needs an input_size, 128 or more; that of the weights is for the 3x3 stem')
         if len(self.parts) not in (2, 3):
             raise ValueError(f'parts are {", ".join(self.parts)}; two or three are wanted')
         if not self.split.endswith('.csv'):
