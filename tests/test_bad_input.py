@@ -303,7 +303,8 @@ def tune_in_little_memory(data, out, *argv):
     """WRN-16-1 at 192 px takes some 37 MB an image in training, so that eight do not fit and four do."""
     return subprocess.run(
         [sys.executable, '-c', LIMITED, '250_000_000', '--data', str(data), '--out', str(out), '--device', 'cpu',
-         '--model', 'wrn16_1.cifar10', '--split', '50-50', '--input-size', '192', '--epochs', '1', '--holdout', '0', '--messages', 'quiet', *argv],
+         '--model', 'wrn16_1.cifar10', '--split', '50-50', '--input-size', '192', '--epochs', '1', '--holdout', '0',
+         '--messages', 'quiet', *argv],
         capture_output=True, text=True,
         env={**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "scripts"}', 'OMP_NUM_THREADS': '1',
              'MALLOC_MMAP_THRESHOLD_': '65536'})  # what is freed goes back at once
