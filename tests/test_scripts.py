@@ -1,8 +1,11 @@
 """Generated tables, what the package imports, and README's first code."""
+import importlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tables as tables_script
@@ -35,3 +38,18 @@ def test_readme_code_runs(tmp_path):
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 'torch.Size([1, 64, 16, 16])' in done.stdout and done.stdout.splitlines()[-1] == 'airplane'
+
+
+def waiting_commands():
+    block = re.search(r'```bash\n(.*?)```', (ROOT / 'weights' / 'README.md').read_text(), flags=re.S)[1]
+    return [line for line in block.replace('\\\n', '').splitlines() if line.startswith('python ')]
+
+
+@pytest.mark.parametrize('command', waiting_commands())
+def test_commands_that_wait_for_a_gpu_lack_their_data_alone(command, tmp_path, capsys):
+    for name, here in (('DIR', 'nowhere'), ('wrn28_10.cifar100', 'wrn16_1.cifar10'),
+                       ('RUN/best', str(ROOT / 'weights' / 'wrn16_1.cifar10')), ('--out ', f'--out {tmp_path}/')):
+        command = command.replace(name, here)
+    script, *args = shlex.split(command)[1:]
+    assert importlib.import_module(Path(script).stem).main([*args, '--device', 'cpu']) == 1
+    assert 'nowhere' in capsys.readouterr().err
