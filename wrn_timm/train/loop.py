@@ -26,7 +26,6 @@ from tqdm import tqdm
 from ..data.augment import AutoAugment, RandAugment, TrivialAugment
 from ..data.datasets import ImageArrays, load
 from ..data.device import DeviceLoader
-from .devices import fused
 from .recipes import Recipe
 from .rundir import RunDir, environment, export_weights, is_best, stop_requests
 
@@ -100,7 +99,7 @@ class Learner:
         self.model, self.recipe = model, recipe
         self.optimizer = create_optimizer_v2(
             model, 'nesterov', lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum,
-            filter_bias_and_bn=not recipe.decay_norm, **fused('nesterov'))
+            filter_bias_and_bn=not recipe.decay_norm, fused=True)
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.scheduler = _schedule(recipe, self.optimizer, steps)
         self._mix = _mixer(recipe, model.num_classes)

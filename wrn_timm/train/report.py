@@ -142,9 +142,10 @@ def draw_wrong(
             _show(axes[2 * k], files, places[k])
             answer, truth = _short(row['predicted']), _short(row['true'])
             _title(axes[2 * k], f"{answer} {row['confidence']:.0f} %\nis {truth}", 'firebrick')
-            axes[2 * k + 1].imshow(seen[k].numpy())
+            axes[2 * k + 1].imshow(seen[k].numpy(), interpolation='bicubic')
             if maps[k] is not None:
-                axes[2 * k + 1].imshow(maps[k][0].cpu().numpy(), cmap='jet', alpha=0.45, vmin=0, vmax=1)
+                axes[2 * k + 1].imshow(
+                    maps[k][0].cpu().numpy(), cmap='jet', alpha=0.45, vmin=0, vmax=1, interpolation='bicubic')
                 _title(axes[2 * k + 1], f'where it saw\n{answer}', 'black')
     _save(figure, path)
     return rows
