@@ -53,6 +53,7 @@ def create_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Opti
     known = {id(p) for p in kernels}
     rest = [p for p in model.parameters() if id(p) not in known]
     return Muon(
-        [{'params': kernels, 'use_fallback': False}, {'params': rest, 'use_fallback': True, 'weight_decay': 0.}],
+        [{'params': kernels, 'use_fallback': False},
+         {'params': rest, 'use_fallback': True, 'weight_decay': 0., 'nesterov': False}],  # else it would be NAdamW
         lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum, nesterov=True,
         adjust_lr_fn='original', fallback_lr_scale=recipe.adamw_scale)
