@@ -311,7 +311,7 @@ def _verified(cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, Any
 
 
 def _check_tag(variant: str, tag: str) -> None:
-    tags = [name.partition('.')[2] for name in get_arch_pretrained_cfgs(variant)]
+    tags = sorted(name.partition('.')[2] for name in get_arch_pretrained_cfgs(variant))
     if tag not in tags:
         nearest = difflib.get_close_matches(tag, tags, n=1, cutoff=0)
         raise RuntimeError(f'{variant} has no tag {tag!r}; nearest: {nearest[0]}; known: {", ".join(tags)}')
