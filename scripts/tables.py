@@ -64,7 +64,7 @@ def weights_folders() -> list[tuple[Path, dict[str, Any], dict[str, Any], dict[s
     return [(f, *(read(f / f'{n}.json') for n in ('metrics', 'recipe', 'config'))) for f in folders]
 
 
-def test_errors() -> dict[str, float]:
+def known_errors() -> dict[str, float]:
     """Test error in % of the weights that we released, then of other people's as they published it."""
     ours = {folder.name: 100 - metrics['top1'] for folder, metrics, *_ in weights_folders()}
     return ours | {name: entry['error'] for name, entry in published().items()}
@@ -84,7 +84,7 @@ def beaten(name: str, known: dict[str, float]) -> str:
 
 def weights_table() -> str:
     """Test error of each released folder beside what is published."""
-    rows, known = [], test_errors()
+    rows, known = [], known_errors()
     for folder, metrics, run, config in weights_folders():
         paper = f'{PAPER_ERROR[folder.name]:.2f}' if folder.name in PAPER_ERROR else '-'
         rows.append([
@@ -98,7 +98,7 @@ def weights_table() -> str:
 
 def published_table() -> str:
     """Test error of other people's weights as they published it, beside that of ours."""
-    rows, known = [], test_errors()
+    rows, known = [], known_errors()
     for name, entry in published().items():
         arch, tag = name.split('.')
         model = timm.create_model(name, device='meta')

@@ -257,8 +257,12 @@ def test_finetuned_by_the_script(server, tmp_path):
     assert timm.create_model(f"local-dir:{tmp_path / 'run' / 'last'}", pretrained=True)(X).shape == (2, 2)
 
 
-def test_random_weights_are_nobodys():
+def test_random_weights_and_the_callers_own_are_nobody_elses(server, tmp_path):
     """They have our statistics and licence, though the name alone stands for other people's weights."""
+    torch.save(timm.create_model(ARCH).state_dict(), tmp_path / 'mine.pth')
+    mine = timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'mine.pth')))
+    assert (mine.pretrained_cfg['tag'], mine.pretrained_cfg['license']) == ('cifar10', 'apache-2.0')
+    assert timm.create_model(ARCH, pretrained=True).pretrained_cfg['license'] == 'mit'
     model = timm.create_model('wrn40_8', device='meta')
     assert (model.pretrained_cfg['tag'], model.pretrained_cfg['license']) == ('cifar10', 'apache-2.0')
     assert model.pretrained_cfg['std'] == timm.get_pretrained_cfg('wrn40_8.cifar10').std

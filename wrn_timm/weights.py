@@ -24,8 +24,8 @@ from .download import kept_at, snapshot, unpacked
 from .files import digest
 
 __all__ = [
-    'Weights', 'default_tag', 'find', 'list_weights', 'locate', 'more_accurate', 'pinned', 'published', 'released',
-    'sha256_of', 'sources', 'verify', 'version_tag']
+    'SOURCES', 'Weights', 'default_tag', 'find', 'list_weights', 'locate', 'more_accurate', 'pinned', 'published',
+    'released', 'sha256_of', 'sources', 'verify', 'version_tag']
 
 # The account on the Hub that holds our weights. Empty until its owner sets it: any other name could be a stranger's.
 HUB_NAMESPACE = ''
@@ -33,7 +33,7 @@ HUB_NAMESPACE = ''
 WEIGHTS_FILE = 'model.safetensors'
 HEADER_LIMIT = 1 << 20  # bytes; the longest of ours has 0.1 MB, and safetensors would parse 100 MB
 _PACKAGE = Path(__file__).resolve().parent
-_SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
+SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,13 +247,13 @@ def locate(
     if not pretrained:
         return out
     given = None  # what of the caller's names a source of its own
-    if any(overlay.get(k) for k in _SOURCES):
+    if any(overlay.get(k) for k in SOURCES):
         given = cfg = PretrainedCfg(**overlay)
     elif pretrained_cfg is None or isinstance(pretrained_cfg, str):
         cfg = get_pretrained_cfg(f'{variant}.{pretrained_cfg}' if pretrained_cfg else variant)
     else:
         cfg = pretrained_cfg if isinstance(pretrained_cfg, PretrainedCfg) else PretrainedCfg(**pretrained_cfg)
-        given = cfg if cfg.source or any(getattr(cfg, k) for k in _SOURCES) else None
+        given = cfg if cfg.source or any(getattr(cfg, k) for k in SOURCES) else None
     if given:
         overlay.update(_verified(given, cache_dir))
         return out

@@ -24,7 +24,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 
 from .checkpoints import fit_to_model
-from .weights import default_tag, locate, published, sources
+from .weights import SOURCES, default_tag, locate, published, sources
 
 __all__ = ['WideResNet', 'register_wrn']
 
@@ -367,10 +367,10 @@ default_cfgs = {}
 
 
 def _create_wrn(variant: str, pretrained: bool = False, **kwargs: Any) -> WideResNet:
-    cfg = kwargs.pop('pretrained_cfg', None)
-    if cfg is None and not pretrained:
-        cfg = 'cifar10'  # random weights are nobody's: they are not to be saved with another's licence and statistics
-    source = locate(variant, pretrained, cfg, kwargs.pop('pretrained_cfg_overlay', None), kwargs.get('cache_dir'))
+    cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None) or {}
+    if cfg is None and (not pretrained or any(overlay.get(k) for k in SOURCES)):
+        cfg = 'cifar10'  # random weights, or the caller's own: not to be saved with the licence of the default's
+    source = locate(variant, pretrained, cfg, overlay, kwargs.get('cache_dir'))
     return build_model_with_cfg(
         WideResNet, variant, pretrained,
         **source,
