@@ -227,7 +227,7 @@ def train_until_killed(monkeypatch, recipe, out, steps, **kwargs):
 
 @pytest.mark.parametrize('extra', [
     {}, {'conv_drop_rate': .3, 'mixup': .2, 'cutmix': 1.}, {'sam_rho': .05, 'trivial_augment': True, 'cutout': 8},
-    {'opt': 'muon', 'lr': .06, 'schedule': 'linear', 'warmup': .2, 'sizes': ((16, .5),)}])
+    {'opt': 'muon', 'lr': .06, 'schedule': 'linear', 'warmup_epochs': .5, 'sizes': ((16, .5),)}])
 def test_killed_at_random_steps_and_resumed_the_weights_are_the_same(tmp_path, monkeypatch, extra):
     recipe = dataclasses.replace(SMOKE, epochs=2, **extra)
     train(recipe, '', tmp_path / 'whole')
@@ -357,7 +357,7 @@ def test_paper_schedule_drops_at_its_epochs():
 
 
 def test_linear_schedule_rises_for_its_share_and_falls_to_zero():
-    recipe = dataclasses.replace(SMOKE, epochs=5, opt='muon', lr=.06, schedule='linear', warmup=.2)
+    recipe = dataclasses.replace(SMOKE, epochs=5, opt='muon', lr=.06, schedule='linear', warmup_epochs=1)
     learner = Learner(timm.create_model('wrn16_1'), recipe, steps=20)
     rates = []
     for step in range(100):
@@ -602,8 +602,8 @@ def test_choices_that_cannot_be_are_refused(tmp_path, capsys):
         dataclasses.replace(SMOKE, trivial_augment=True, auto_augment=True)
     with pytest.raises(ValueError, match='rand_magnitude is 31; it must be 0 to 30'):
         dataclasses.replace(SMOKE, rand_magnitude=31)
-    with pytest.raises(ValueError, match='warmup is 1.5; it is a share of the steps, from 0 to below 1'):
-        dataclasses.replace(SMOKE, warmup=1.5)
+    with pytest.raises(ValueError, match='warmup_epochs is 3; it must be below the 3 epochs'):
+        dataclasses.replace(SMOKE, warmup_epochs=3)
     with pytest.raises(ValueError, match="opt 'adam' is unknown; choose 'nesterov' or 'muon'"):
         dataclasses.replace(SMOKE, opt='adam')
     args = ['--recipe', 'smoke', '--out', str(tmp_path / 'run'), '--device', 'cpu', '--sync-batchnorm']

@@ -187,13 +187,12 @@ def _compilation() -> Iterator[None]:
 
 
 def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
-    warmup = recipe.warmup * recipe.epochs
     stepwise, linear = recipe.schedule == 'step', recipe.schedule == 'linear'
     scheduler, _ = create_scheduler_v2(
         optimizer, {'step': 'multistep', 'linear': 'poly'}.get(recipe.schedule, recipe.schedule),
-        recipe.epochs if stepwise else recipe.epochs - warmup, decay_milestones=recipe.drop_epochs,
+        recipe.epochs if stepwise else recipe.epochs - recipe.warmup_epochs, decay_milestones=recipe.drop_epochs,
         decay_rate=1. if linear else recipe.drop_factor,  # the power of 'poly'
-        warmup_epochs=warmup, warmup_prefix=not stepwise, warmup_lr=recipe.lr / 100, step_on_epochs=False,
+        warmup_epochs=recipe.warmup_epochs, warmup_prefix=not stepwise, warmup_lr=recipe.lr / 100, step_on_epochs=False,
         updates_per_epoch=steps)
     return scheduler
 

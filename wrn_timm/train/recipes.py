@@ -34,8 +34,8 @@ class Recipe:
     """AdamW's share of the learning rate, with 'muon'."""
     schedule: Literal['cosine', 'linear', 'step'] = 'cosine'
     """'cosine' or 'linear' to 0, or 'step': times `drop_factor` at each of `drop_epochs`."""
-    warmup: float = 0.
-    """Share of the steps in which the learning rate first rises linearly from lr / 100."""
+    warmup_epochs: float = 0.
+    """Epochs in which the learning rate first rises linearly from lr / 100."""
     drop_epochs: tuple[int, ...] = ()
     """Epochs at which the 'step' schedule drops."""
     drop_factor: float = 0.2
@@ -90,8 +90,8 @@ class Recipe:
         for name in ('epochs', 'batch_size'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least 1')
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f'warmup is {self.warmup}; it is a share of the steps, from 0 to below 1')
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(f'warmup_epochs is {self.warmup_epochs:g}; it must be below the {self.epochs} epochs')
         if any(size < 8 or not share > 0 for size, share in self.sizes) or sum(share for _, share in self.sizes) >= 1:
             raise ValueError(f'sizes are {self.sizes}; each wants at least 8 pixels and a share of the epochs above 0, '
                              f'and the shares must leave epochs for the full size')
@@ -252,7 +252,7 @@ Expected error: 1.54 %, and 1.81 % with `--conv-drop-rate 0` (table 6). Untested
 """
 
 _H200 = dict(
-    model='wrn28_10', epochs=200, batch_size=512, lr=0.4, warmup=0.025, label_smoothing=0.1, ema_decay=0.998,
+    model='wrn28_10', epochs=200, batch_size=512, lr=0.4, warmup_epochs=5, label_smoothing=0.1, ema_decay=0.998,
     auto_augment=True)
 
 CIFAR10 = Recipe(dataset='cifar10', cutout=16, **_H200)
@@ -273,7 +273,7 @@ yet.
     python scripts/train.py --recipe cifar100 --data DIR --out RUN --time-budget 1320
 """
 
-QUICK = Recipe(dataset='cifar10', model='wrn16_1', epochs=50, warmup=0.04, ema_decay=0.999)
+QUICK = Recipe(dataset='cifar10', model='wrn16_1', epochs=50, warmup_epochs=2, ema_decay=0.999)
 """For two CPU cores and some 70 minutes: the paper's data, augmentation and optimiser, a cosine, averaged weights.
 
 It made `wrn16_1.cifar10`, whose card has the accuracy and the minutes (one seed).
