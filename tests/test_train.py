@@ -385,7 +385,7 @@ def test_muon_turns_the_updates_of_convolutions_into_orthogonal_matrices():
         along = u.mT @ moved @ v.mT / scale
         assert along.diagonal().min() > .5 and along.diagonal().max() < 1.5, name  # five Newton-Schulz steps
         assert (along - along.diagonal().diag()).abs().max() < .1, name
-    for name in ('conv1.weight', 'fc.weight', 'layer2.0.bn1.bias'):  # AdamW: without decay, its first step is the rate itself
+    for name in ('conv1.weight', 'fc.weight', 'layer2.0.bn1.bias'):  # AdamW, no decay: at first the rate itself
         moved = (before[name] - after[name]).abs()[after[name].grad.abs() > 1e-3]
         torch.testing.assert_close(moved, torch.full_like(moved, .1 * recipe.adamw_scale), rtol=.1, atol=0)
 
