@@ -51,6 +51,7 @@ from wrn_timm.export import OnnxModel, OptimizedModel, alternate, inference_form
 from wrn_timm.train import finetune as tuning
 from wrn_timm.train.fit import fit, make_loader
 from wrn_timm.train.loop import Learner, create_model
+from wrn_timm.train.precision import fast_bfloat16
 from wrn_timm.train.recipes import FinetuneConfig, Recipe
 from wrn_timm.train.rundir import RunDir, environment, export_weights
 from wrn_timm.train.validate import open_model
@@ -397,13 +398,13 @@ def plain_step(model: nn.Module, device: str, images: torch.Tensor, labels: torc
     return step
 
 
-def trainer_step(name: str, device: str, batch: int, loader: DeviceLoader, checkpointing: bool) -> Call:
+def trainer_step(name: str, device: str, loader: DeviceLoader, checkpointing: bool = False, **kwargs: Any) -> Call:
     """The trainer's own step: a new batch augmented on the device, then what `train.py` does with it."""
-    recipe = Recipe('synthetic', name, epochs=1, batch_size=batch, lr=0.01, ema_decay=0.999)
+    recipe = Recipe('synthetic', name, epochs=1, batch_size=loader.batch_size, lr=0.01, ema_decay=0.999)
     model = create_model(recipe, CLASSES).to(device, memory_format=torch.channels_last).train()
     if checkpointing:
         model.set_grad_checkpointing()
-    learner = Learner(model, recipe, steps=1_000_000, compile=device == 'cuda')
+    learner = Learner(model, recipe, steps=1_000_000, **{'compile': device == 'cuda', **kwargs})
     batches = (b for epoch in range(1_000_000) for b in loader.epoch(epoch))
     return lambda: learner.step(1, *next(batches))
 
@@ -422,10 +423,17 @@ def training_steps(name: str, size: int, batch: int, device: str) -> dict[str, C
         model = their_model(library, name)
         return model if isinstance(model, str) else plain_step(model, device, images, labels)
 
+    ours = functools.partial(trainer_step, name, device, loader)
+    bfloat16 = {
+        'trainer, bfloat16': lambda: ours(precision='bf16'),
+        'trainer, bfloat16 compiled': lambda: ours(precision='bf16', compile=True),
+    } if device == 'cpu' and fast_bfloat16(device) else {}
+    precision = 'auto' if device == 'cuda' else 'no'
     return {
         'plain eager': lambda: plain_step(timm.create_model(name, num_classes=CLASSES), device, images, labels),
-        'trainer': lambda: trainer_step(name, device, batch, loader, False),
-        'trainer, checkpointing': lambda: trainer_step(name, device, batch, loader, True),
+        'trainer': lambda: ours(precision=precision),
+        'trainer, checkpointing': lambda: ours(precision=precision, checkpointing=True),
+        **bfloat16,
         **{library: functools.partial(theirs, library) for library in LIBRARIES}}
 
 
@@ -464,7 +472,6 @@ def peak_memory(contestant: str, name: str, size: int, batch: int, device: str) 
 
 def train(command: Command) -> Iterator[Case]:
     """Images/s and peak memory of training steps. A step counts three forward passes: its own, and two backward."""
-    dtype = torch.bfloat16 if command.device == 'cuda' else torch.float32
     for name in command.models:
         size = image_size(command, name)
         settings = name, size, batch_size(command, 3 * flops(name, size)), command.device
@@ -485,6 +492,7 @@ def train(command: Command) -> Iterator[Case]:
         rows, _ = measure(calls, command.rounds, command.device, repeat * settings[2])
         for row in rows:
             if 'absent' not in row:
+                dtype = torch.bfloat16 if command.device == 'cuda' or 'bfloat16' in row['name'] else torch.float32
                 rate = 3 * flops(name, size) * row['images_per_second']
                 row |= {'matmul': rate / matmul_rate(command.device, dtype), 'first_step_s': first[row['name']]}
                 if command.memory:
