@@ -31,7 +31,7 @@ from wrn_timm.hub import finish_weights_folder
 from wrn_timm.train.finetune import finetune_seeds
 from wrn_timm.train.probe import probe
 from wrn_timm.train.recipes import FinetuneConfig
-from wrn_timm.train.rundir import check_place
+from wrn_timm.train.rundir import check_place, config_of
 from wrn_timm.train.transfer import record_transfer, transfer_folder
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
@@ -82,8 +82,7 @@ def defaults(argv: list[str]) -> Command:
     recipe = next((run / 'recipe.json' for run in runs if (run / 'recipe.json').is_file()), None)
     if not (known.resume and recipe):
         return Command()
-    there = json.loads(recipe.read_text(encoding='utf-8')).get('finetune', {})
-    return Command(FinetuneConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in there.items()}))
+    return Command(config_of(recipe, 'finetune', FinetuneConfig))
 
 
 def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:

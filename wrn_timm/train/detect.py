@@ -194,7 +194,7 @@ def detect(
     for reason in bad + bad_test:
         _logger.warning('left out: %s', reason)
     name = Path(data).resolve().name
-    settings = {'detect': dataclasses.asdict(config), 'data': name, 'classes': train.classes}
+    settings = {'detect': config, 'data': name, 'classes': train.classes}
     RunDir.check(out, settings, resume)
     torch.manual_seed(config.seed)
     detector = _build(config, len(train.classes), config.pretrained).to(device)

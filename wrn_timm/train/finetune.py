@@ -156,7 +156,7 @@ def finetune(
 
 
 def _settings(config: FinetuneConfig, data: str) -> dict[str, Any]:
-    return {'finetune': dataclasses.asdict(config), 'data': data_name(data)}
+    return {'finetune': config, 'data': data_name(data)}
 
 
 def _room(config: FinetuneConfig, model: torch.nn.Module) -> int:

@@ -265,7 +265,8 @@ def _tracker(name: str, run: RunDir, settings: dict[str, Any], device: torch.dev
         return
     from accelerate import Accelerator
     tracker = Accelerator(cpu=device.type == 'cpu', log_with=name, project_dir=run.path)
-    tracker.init_trackers('wrn_timm', {**settings['recipe'], 'drop_epochs': str(settings['recipe']['drop_epochs'])})
+    recipe = dataclasses.asdict(settings['recipe'])
+    tracker.init_trackers('wrn_timm', {**recipe, 'drop_epochs': str(recipe['drop_epochs'])})
     try:
         yield tracker
     finally:
@@ -328,7 +329,7 @@ def train(
     deadline = time.monotonic() + time_budget
     device = torch.device(device)
     cuda = device.type == 'cuda'
-    settings = {'recipe': dataclasses.asdict(recipe), 'seed': seed}
+    settings = {'recipe': recipe, 'seed': seed}
     _check_tracker(tracker)
     with contextlib.ExitStack() as stack:
         rank, world = stack.enter_context(_processes(device))
