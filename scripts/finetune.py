@@ -100,8 +100,6 @@ def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
         raise ValueError('--probe runs in one process; start it without torchrun')
     if command.workers < 0:
         raise ValueError(f'workers is {command.workers}; it must be at least 0')
-    if not command.image_memory >= 0:
-        raise ValueError(f'image_memory is {command.image_memory:g}; it must be at least 0')
     if command.record:
         for name in command.probe or [config.model]:
             if name != 'all':

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
                 table.writerow([result['image'], best['label'], best['probability'], result.get('error', '')])
             elif not args.json:
                 print_text(result)
-    except (OSError, RuntimeError, ValueError) as e:
+    except (ArithmeticError, OSError, RuntimeError, ValueError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 1
     if failed:

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         metrics = validate(
             args.model, args.data, args.batch_size, args.device, args.workers, args.download, args.corruptions,
             args.split)
-    except (ValueError, OSError, RuntimeError) as e:
+    except (ArithmeticError, OSError, RuntimeError, ValueError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 1
     print(json.dumps(metrics, indent=2))

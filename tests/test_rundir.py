@@ -1,15 +1,20 @@
 """The run directory by itself: what is whole, what is damaged, and whose it is."""
 import dataclasses
 import json
+import math
 import random
 import zipfile
 
 import finetune as finetune_script
+import predict as predict_script
 import pytest
+import timm
 import torch
+import validate as validate_script
+from conftest import SAMPLE
 
 from wrn_timm.train.recipes import RECIPES, FinetuneConfig
-from wrn_timm.train.rundir import RunDir, config_of
+from wrn_timm.train.rundir import RunDir, config_of, export_weights
 
 SETTINGS = {'recipe': RECIPES['smoke'], 'seed': 0}
 
@@ -131,3 +136,38 @@ def test_settings_come_back_from_a_recipe(tmp_path):
     config = FinetuneConfig(epochs=3, parts=('a', 'b', 'c'), lr=.1)
     run = RunDir(tmp_path / 'run', {'finetune': config, 'data': 'x'})
     assert config_of(run.recipe_file, 'finetune', FinetuneConfig) == config
+
+
+def test_checkpoints_hold_no_weights_that_are_not_finite(run):
+    for broken in ('model', 'ema'):
+        weights = {'w': torch.tensor([1., math.inf])}
+        with pytest.raises(FloatingPointError, match='w is no longer finite after epoch 3, step 0; the checkpoints in'):
+            run.save(state(3) | {broken: weights}, state(3)['history'])
+    assert run.load_checkpoint()['epoch'] == 2
+
+
+def test_weights_that_are_not_finite_are_not_exported(tmp_path):
+    model = timm.create_model('wrn16_1')
+    export_weights(model, tmp_path / 'weights', {'tag': 'x'})
+    before = (tmp_path / 'weights' / 'config.json').read_bytes()
+    model.fc.weight.data[0, 0] = 1e6
+    export_weights(model, tmp_path / 'whole', {'tag': 'x'})
+    with pytest.raises(FloatingPointError, match='fc.weight is not finite, in torch.float16; nothing is exported to'):
+        export_weights(model, tmp_path / 'weights', {'tag': 'x'}, half=True)
+    model.bn.running_var[3] = math.nan
+    with pytest.raises(FloatingPointError, match='bn.running_var is not finite, in torch.float32'):
+        export_weights(model, tmp_path / 'weights', {'tag': 'x'})
+    assert (tmp_path / 'weights' / 'config.json').read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['weights', 'whole']
+
+
+def test_answers_that_are_no_numbers_are_said_to_be_none(tmp_path, capsys, monkeypatch):
+    model = timm.create_model('wrn16_1')
+    model.fc.bias.data[0] = math.nan
+    monkeypatch.setattr('wrn_timm.train.rundir.check_weights', lambda *_: None)  # as older versions did
+    export_weights(model, tmp_path / 'weights', {'tag': 'x'})
+    image = str(next((SAMPLE / 'pizza').iterdir()))
+    for script, argv in ((predict_script, [image, '--json']), (validate_script, ['--data', 'synthetic'])):
+        assert script.main(['--model', str(tmp_path / 'weights'), '--device', 'cpu', *argv]) == 1
+        out, error = capsys.readouterr()
+        assert error.splitlines()[-1].startswith('error: the network gives ') and 'not finite' in error and not out

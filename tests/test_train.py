@@ -101,6 +101,41 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert not list((tmp_path / 'run').glob('checkpoints/*'))
 
 
+@pytest.mark.parametrize(('option', 'value'), [
+    ('lr', math.inf), ('weight_decay', math.nan), ('label_smoothing', math.nan), ('sam_rho', -1.)])
+def test_settings_that_are_no_numbers_are_refused(option, value):
+    with pytest.raises(ValueError, match=f'{option} is {value:g}; it must be finite and at least 0'):
+        dataclasses.replace(SMOKE, **{option: value})
+
+
+@pytest.mark.parametrize('option', ['time_budget', 'checkpoint_every'])
+def test_seconds_that_are_no_number_are_refused(tmp_path, option):
+    with pytest.raises(ValueError, match=f'{option} is nan; it must be at least 0'):
+        train(SMOKE, '', tmp_path / 'run', **{option: math.nan})
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('holdout', [0, 128])
+def test_weights_that_are_not_finite_are_neither_kept_nor_exported(tmp_path, monkeypatch, holdout):
+    """The last step of a run breaks them, whose loss was taken before it."""
+    taken, step = [0], torch.optim.SGD.step
+
+    def breaking(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        taken[0] += 1
+        if taken[0] == 4:
+            self.param_groups[0]['params'][0].data.fill_(math.nan)
+
+    monkeypatch.setattr(torch.optim.SGD, 'step', breaking)
+    half = (len(load('synthetic', '', train=True)) - holdout) // 2
+    recipe = dataclasses.replace(SMOKE, epochs=2, batch_size=half, holdout=holdout, ema_decay=0.)
+    with pytest.raises(FloatingPointError, match='finite after epoch 2.* are from before'):
+        train(recipe, '', tmp_path / 'run', checkpoint_every=0.)
+    assert not (tmp_path / 'run' / 'weights').exists()
+    monkeypatch.undo()
+    assert train(recipe, '', tmp_path / 'run', resume=True)
+
+
 def test_optimiser_is_torchs_sgd_with_a_cosine(run):
     """One epoch of the loop against the same steps written out."""
     recipe = dataclasses.replace(get_recipe('smoke'), epochs=1, ema_decay=0., holdout=0)

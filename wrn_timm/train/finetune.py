@@ -37,7 +37,7 @@ from .devices import accelerator_on
 from .fit import BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
 from .metrics import classification_metrics
 from .probe import extract_features, summarise
-from .recipes import FinetuneConfig
+from .recipes import FinetuneConfig, check_numbers
 from .report import write_report
 from .rundir import RunDir, check_place, environment, export_weights
 from .validate import eval_transform, open_model, source_of
@@ -89,6 +89,7 @@ def finetune(
     Raises:
         What `prepare_split`, `RunDir` and `fit` raise.
     """
+    check_numbers({'image_memory': image_memory, 'time_budget': time_budget}, math.inf)
     started = time.monotonic()
     _check_policy(config.auto_augment)
     accelerator = make_accelerator(config, device)

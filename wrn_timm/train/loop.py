@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..data.augment import AutoAugment, RandAugment, TrivialAugment
 from ..data.datasets import ImageArrays, load
 from ..data.device import DeviceLoader
-from .recipes import Recipe
+from .recipes import Recipe, check_numbers
 from .rundir import RunDir, environment, export_weights, is_best, stop_requests
 
 __all__ = ['Learner', 'create_model', 'evaluate', 'train']
@@ -326,6 +326,7 @@ def train(
         FloatingPointError: The loss is no longer finite; the checkpoints before it stand.
         What `load` and `RunDir` raise.
     """
+    check_numbers({'time_budget': time_budget, 'checkpoint_every': checkpoint_every}, math.inf)
     deadline = time.monotonic() + time_budget
     device = torch.device(device)
     cuda = device.type == 'cuda'
@@ -401,6 +402,10 @@ def train(
                 row = progress.history[-1]
                 if held_out:
                     row |= {f'holdout_{k}': v for k, v in evaluate(learner.averaged, held_out, device).items()}
+                    if not math.isfinite(row['holdout_loss']):
+                        raise FloatingPointError(
+                            f'the loss on held-out images is not finite after epoch {progress.epoch}; the checkpoints '
+                            f'in {run.checkpoints} are from before. Try a smaller learning rate.')
                 run.log('  '.join(f'{k} {v:.4g}' for k, v in row.items()))
                 if tracking:
                     tracking.log(row, step=progress.epoch)

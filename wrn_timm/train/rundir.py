@@ -40,7 +40,7 @@ from ..files import atomic_write, discard_partial
 from ..weights import WEIGHTS_FILE, sha256_of
 
 __all__ = [
-    'RunDir', 'carried_files', 'check_place', 'config_of', 'environment', 'export_weights', 'is_best',
+    'RunDir', 'carried_files', 'check_place', 'check_weights', 'config_of', 'environment', 'export_weights', 'is_best',
     'plot_history', 'read_recipe', 'stop_requests',
 ]
 
@@ -270,9 +270,18 @@ class RunDir:
             state: Tensors, numbers and their containers, with `epoch` and `step`; read back by `load_checkpoint`.
             history: A line an epoch so far; where it has `holdout_accuracy`, the best is kept as `best.pt`.
             draw: Whether to draw `curves.png`, which can take longer than a short epoch.
+
+        Raises:
+            FloatingPointError: A weight is not finite.
+            OSError: It cannot be written.
         """
         if not self.write:
             return
+        for weights in (state.get('model'), state.get('ema')):
+            if name := _not_finite(weights or {}):
+                raise FloatingPointError(
+                    f'{name} is no longer finite after epoch {state["epoch"]}, step {state["step"]}; the checkpoints '
+                    f'in {self.checkpoints} are from before. Try a smaller learning rate.')
         if history and state['step'] == 0:  # before the checkpoint, from which they would not be made again
             self.write_history(history, draw)
         self.checkpoints.mkdir(exist_ok=True)
@@ -423,6 +432,21 @@ def plot_history(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def _not_finite(weights: dict[str, torch.Tensor]) -> str:
+    """The first of the tensors that holds NaN or infinity; '' if none does."""
+    return next((name for name, t in weights.items() if not t.isfinite().all()), '')
+
+
+def check_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Make sure that weights are worth exporting.
+
+    Raises:
+        FloatingPointError: One holds NaN or infinity; it is named.
+    """
+    if name := _not_finite(weights):
+        raise FloatingPointError(f'{name} is not finite, in {weights[name].dtype}; nothing is exported to {folder}')
+
+
 def export_weights(
         model: torch.nn.Module,
         folder: Path,
@@ -438,15 +462,19 @@ def export_weights(
         pretrained_cfg: What the configuration says beyond the model's own (`tag`, `mean`, `label_names`...).
         half: Keep convolution and linear weights in half precision; BatchNorm stays in float32.
         model_args: Arguments beyond the name with which `timm.create_model` makes the network again (`stem`...).
+
+    Raises:
+        FloatingPointError: A weight is not finite; a folder that is there stays as it is.
     """
     final, folder, old = (folder.with_name(n) for n in (folder.name, f'.{folder.name}.part', f'.{folder.name}.old'))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
     if half:
         for module in model.modules():
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
                 module.half()
+    check_weights(model.state_dict(), final)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
     shutil.copymode(folder / 'config.json', folder / WEIGHTS_FILE)  # safetensors lets nobody else read it
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
