@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Carry a run or a weights folder in small shards, and put it together again, bit for bit.
 
-    python scripts/carry.py pack RUN SHARDS             # 15 MB each; of the checkpoints the newest
+    python scripts/carry.py pack RUN SHARDS             # 15 MB each; of the checkpoints the newest and the best
     python scripts/carry.py unpack SHARDS RUN           # elsewhere; then train.py --resume --out RUN
 """
 from __future__ import annotations

@@ -424,13 +424,16 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 
 def test_torchrun_trains_stops_and_resumes(tmp_path):
     whole, out = tmp_path / 'whole', tmp_path / 'run'
-    dropout = '--conv-drop-rate', '0.1'
-    torchrun(*script(whole, *dropout)[1:])
-    stopped = torchrun(*script(out, *dropout, '--time-budget', '0', '--tracker', 'tensorboard')[1:])
-    assert 'stopped by the time budget' in stopped.stderr and not (out / 'weights').exists()
-    torchrun(*script(out, *dropout, '--resume')[1:])
-    history = list(csv.DictReader((out / 'history.csv').read_text().splitlines()))
-    assert len(history) == SMOKE.epochs and float(history[-1]['train_accuracy']) > 80
+    options = '--conv-drop-rate', '0.1', '--batch-size', '16'  # 24 steps an epoch, of which it stops after 20
+    torchrun(*script(whole, *options)[1:])
+    stopped = torchrun(*script(out, *options, '--time-budget', '0', '--tracker', 'tensorboard')[1:])
+    assert 'stopped by the time budget after epoch 0, step 20' in stopped.stderr and not (out / 'weights').exists()
+    torchrun(*script(out, *options, '--resume')[1:])
+    history, expected = (list(csv.DictReader((p / 'history.csv').read_text().splitlines())) for p in (out, whole))
+    assert len(history) == SMOKE.epochs and float(history[-1]['train_accuracy']) > 50
+    for row, other in zip(history, expected, strict=True):
+        for column in ('train_loss', 'train_accuracy', 'holdout_loss'):
+            assert float(row[column]) == pytest.approx(float(other[column]), rel=1e-6)
     timm.create_model(f'local-dir:{out / "weights"}', pretrained=True)
     assert final_weights(out) == final_weights(whole)
 
@@ -461,6 +464,29 @@ def test_a_run_goes_on_from_carried_shards(run, tmp_path, capsys):
     assert carry_script.main(['pack', str(tmp_path / 'none'), str(tmp_path / 'new')]) == 1
     assert 'holds no files to carry' in capsys.readouterr().err
     assert not (tmp_path / 'new').exists() and not list(tmp_path.glob('.*.part'))
+
+
+def test_a_carried_run_keeps_its_best_epoch(tmp_path):
+    run = RunDir(tmp_path / 'run', {'seed': 0})
+    history = [{'epoch': 1, 'holdout_accuracy': 60.}, {'epoch': 2, 'holdout_accuracy': 50.}]
+    for epoch, copies in ((1, 1), (2, 2)):  # the first is the best, and the newest by another name
+        done = history[:epoch]
+        run.save({'epoch': epoch, 'step': 0, 'history': done, 'model': {'w': torch.randn(10_000)}}, done, draw=False)
+        shards = pack(run.path, tmp_path / f'shards-{epoch}')
+        assert 40_000 * copies < sum(p.stat().st_size for p in shards) < 40_000 * copies + 30_000
+        elsewhere = RunDir(unpack(tmp_path / f'shards-{epoch}', tmp_path / str(epoch)), {'seed': 0}, resume=True)
+        assert elsewhere.load_best()['epoch'] == 1 and elsewhere.load_checkpoint()['epoch'] == epoch
+
+
+def test_a_finished_folder_stays_finished(run, tmp_path):
+    out = tmp_path / 'run'
+    shutil.copytree(run, out)
+    (out / 'weights' / 'README.md').write_text('card')
+    before = {p.name: p.read_bytes() for p in (out / 'weights').iterdir()}
+    train(SMOKE, '', out, resume=True)
+    assert {p.name: p.read_bytes() for p in (out / 'weights').iterdir()} == before
+    train(SMOKE, '', out, resume=True, half=True)
+    assert not (out / 'weights' / 'README.md').exists()  # which was of other weights
 
 
 def test_weights_come_back_from_shards_as_they_were(run, tmp_path):

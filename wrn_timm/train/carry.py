@@ -64,7 +64,7 @@ class _ShardReader(io.RawIOBase):
 
 
 def pack(folder: str | Path, out: str | Path, shard_bytes: int = 15_000_000) -> list[Path]:
-    """Cut a run directory (its newest checkpoint, no older one) or a weights folder into shards.
+    """Cut a run directory (of its checkpoints the newest and the best) or a weights folder into shards.
 
     Args:
         folder: What to carry; it is not changed.

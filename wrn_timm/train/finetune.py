@@ -133,17 +133,17 @@ def finetune(
     if fitted.stopped:
         _logger.info('stopped by %s after epoch %d; it can go on with --resume', fitted.stopped,
                      fitted.history[-1]['epoch'])
-    if main:
-        _export(model, network, fitted, run, cfg, _model_args(config))
+    best_epoch = _export(model, network, fitted, run, cfg, _model_args(config)) if main else fitted.best_epoch()
     accelerator.wait_for_everyone()
 
     best = open_model(str(run.path / 'best')).to(accelerator.device, memory_format=torch.channels_last)
     transform = eval_transform(best)
-    result = predict(best, split.test.as_dataset(transform), accelerator, workers=workers, title='testing',
-                     progress=progress)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as `validate` measures
+        result = predict(best, split.test.as_dataset(transform), accelerator, workers=workers, title='testing',
+                         progress=progress)
     metrics = classification_metrics(result.logits, result.labels, classes) | {
         'dataset': name, 'split': found.get('split'), 'input_size': cfg['input_size'][-1],
-        'best_epoch': fitted.best_epoch(), 'epochs': len(fitted.history), 'stopped': fitted.stopped,
+        'best_epoch': best_epoch, 'epochs': len(fitted.history), 'stopped': fitted.stopped,
         'train_files': len(split.train), 'holdout_files': len(split.holdout or ()),
         'leaks': found.get('leaks', []), 'skipped': [*found.get('bad', []), *fitted.bad, *result.bad],
         'train_seconds': round(train_seconds, 1),
@@ -405,13 +405,19 @@ def _export(
         run: RunDir,
         cfg: dict[str, Any],
         model_args: dict[str, Any],
-) -> None:
-    """Write `last/` and `best/`. `network` is what was fitted: the model or its classifier."""
+) -> int:
+    """Write `last/` and `best/`, whose epoch is returned. `network` is what was fitted: the model or its classifier.
+    """
     network.load_state_dict(fitted.network.state_dict())
     export_weights(model, run.path / 'last', cfg, model_args=model_args)
-    if best := run.load_best():
+    last, best = fitted.history[-1]['epoch'], run.load_best()
+    if best:
         network.load_state_dict(best['ema'] or best['model'])
+    elif last != fitted.best_epoch():
+        run.log('the checkpoint of epoch %d, the best on held-out files, is lost; best/ holds epoch %d, the last',
+                fitted.best_epoch(), last, level=logging.WARNING)
     export_weights(model, run.path / 'best', cfg, model_args=model_args)
+    return best['epoch'] if best else last
 
 
 def _finish(
@@ -428,6 +434,15 @@ def _finish(
     for folder in (run.path / 'best', run.path / 'last'):
         for file in ('recipe.json', 'history.csv', 'curves.png', *(['metrics.json'] * (folder.name == 'best'))):
             shutil.copy(run.path / file, folder / file)
+
+
+def _check_place_of_seeds(out: Path, resume: bool) -> None:
+    """Whether a folder takes the figures of several runs beside what is there."""
+    if (out / 'recipe.json').is_file():
+        raise FileExistsError(f'{out} holds a run by itself; choose another --out for several seeds')
+    if (out / 'metrics.json').is_file() and not resume:
+        raise FileExistsError(f'{out} already holds the figures of several seeds; choose another --out, or go on with '
+                              f'--resume')
 
 
 def finetune_seeds(
@@ -457,6 +472,8 @@ def finetune_seeds(
         resume = kwargs.get('resume', False) and (seeds == 1 or (folder / 'recipe.json').is_file())
         planned.append((dataclasses.replace(config, seed=seed), folder, resume))
     if int(os.environ.get('RANK', 0)) == 0:  # of all, before the first is run; others would not find what it makes
+        if seeds > 1:
+            _check_place_of_seeds(Path(out), kwargs.get('resume', False))
         for own, folder, resume in planned:
             RunDir.check(folder, _settings(own, str(data)), resume)
     runs = [finetune(own, data, folder, **kwargs | {'resume': resume}) for own, folder, resume in planned]

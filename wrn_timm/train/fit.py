@@ -100,6 +100,8 @@ def predict(
 ) -> Predictions:
     """Run a network over a data set, shared among the processes; each gets the whole result.
 
+    It computes in float32, unless it is called within `accelerator.autocast()`.
+
     Args:
         network: In evaluation mode afterwards.
         dataset: Of (image, label).
@@ -133,10 +135,9 @@ def predict(
     def run(batch_size: int) -> None:
         found[:] = predict_logits(network, readable(batch_size), accelerator.device)
 
-    with accelerator.autocast():
-        if len(mine) and not largest_batch(run, batch_size):
-            raise RuntimeError(f'not even one image fits into the memory of {accelerator.device}; choose a smaller '
-                               f'--input-size or --model')
+    if len(mine) and not largest_batch(run, batch_size):
+        raise RuntimeError(f'not even one image fits into the memory of {accelerator.device}; choose a smaller '
+                           f'--input-size or --model')
     mine = [*found, torch.cat(index)] if index else []
     gathered = gather_object([(mine, bad)]) if world > 1 else [(mine, bad)]
     bad = [reason for _, reasons in gathered for reason in reasons]
@@ -360,7 +361,8 @@ def fit(
             row = {'epoch': state.epoch + 1, 'lr': max(g['lr'] for g in state.optimizer.param_groups),
                    'train_loss': mean_loss, 'images_per_second': round(seen * world / trained, 1)}
             if holdout is not None:
-                result = predict(measured, holdout, accelerator, workers=workers)
+                with accelerator.autocast():
+                    result = predict(measured, holdout, accelerator, workers=workers)
                 row['holdout_loss'] = F.cross_entropy(result.logits, result.labels).item()
                 _check_finite(row['holdout_loss'], 'loss on held-out files', state.epoch + 1, config.lr)
                 row['holdout_accuracy'] = 100 * (result.logits.argmax(1) == result.labels).float().mean().item()

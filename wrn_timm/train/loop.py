@@ -63,6 +63,11 @@ class _Progress:
     seconds: float = 0.
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
+    def gather(self, rank: int) -> None:
+        """Move the sums of all processes to the first, which writes them down."""
+        dist.all_reduce(self.sums)
+        self.sums *= not rank
+
     def end_epoch(self, lr: float, steps: int, batch_size: int, world: int) -> None:
         """Put the epoch's line into the history, and the position at the start of the next."""
         if world > 1:
@@ -213,15 +218,15 @@ def _processes(device: torch.device) -> Iterator[tuple[int, int]]:
         dist.destroy_process_group()
 
 
-def _any_process(flag: bool, ask: bool, world: int, device: torch.device) -> bool:
-    """Whether any process raised its flag. The others are asked, and waited for, where `ask` is set on all."""
+def _any_process(flags: tuple[bool, ...], ask: bool, world: int, device: torch.device) -> tuple[bool, ...]:
+    """Which flags any process raised. The others are asked, and waited for, where `ask` is set on all."""
     if world == 1:
-        return flag
+        return flags
     if not ask:
-        return False
-    flags = torch.tensor(float(flag), device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags.item())
+        return (False,) * len(flags)
+    raised = torch.tensor(flags, dtype=torch.float32, device=device)
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return tuple(map(bool, raised.tolist()))
 
 
 def _augmentation(recipe: Recipe, size: int) -> torch.nn.Module | None:
@@ -311,7 +316,8 @@ def train(
         seed: Of the weights, the order and the augmentation.
         time_budget: Seconds after which the run stops, to be resumed.
         checkpoint_every: Seconds between checkpoints, and more where they are slow to write, so that they take at most
-            a twentieth of the time; 0 writes one every step. The best epoch and a run that stops have theirs at once.
+            a twentieth of the time; 0 writes one every step, or every twentieth where processes have to agree. The best
+            epoch and a run that stops have theirs at once.
         resume: Go on with the run in `out`: bit for bit on a CPU, from the middle of an epoch too.
         download: Fetch the data set if it is missing.
         compile: Compile the network; None does so on CUDA alone.
@@ -362,7 +368,7 @@ def train(
         run.log(', '.join(f'{k} {v}' for k, v in environment(device).items()))
 
         asked = stack.enter_context(stop_requests())
-        last_saved, saving, stopping, warm = time.monotonic(), 0., False, False
+        last_saved, saving, stopping, due, warm = time.monotonic(), 0., False, False, False
         while progress.epoch < recipe.epochs:
             model.train()
             if not progress.step:
@@ -384,15 +390,15 @@ def train(
                 now = time.monotonic()
                 reason = asked[0] if asked else 'the time budget' if now > deadline else ''
                 ask = progress.step % 20 == 0 or progress.step == steps
-                stopping = _any_process(bool(reason), ask, world, device)
-                if stopping or now - last_saved > checkpoint_every + _SHARE_OF_SAVING * saving:
+                due = not rank and now - last_saved > checkpoint_every + _SHARE_OF_SAVING * saving
+                stopping, due = _any_process((bool(reason), due), ask, world, device)
+                if stopping or due:
                     break
 
             finite = math.isfinite(progress.sums[0].item())  # waits for the device
             now = time.monotonic()
             progress.seconds += now - began
             progress.timed += progress.step - first_timed
-            due = stopping or now - last_saved > checkpoint_every + _SHARE_OF_SAVING * saving
             if not finite:
                 raise FloatingPointError(
                     f'the loss is not finite at epoch {progress.epoch + 1}, step {progress.step}; the checkpoints in '
@@ -410,7 +416,9 @@ def train(
                 if tracking:
                     tracking.log(row, step=progress.epoch)
                 due |= progress.epoch == recipe.epochs or is_best(progress.history)
-            if due:
+            elif world > 1:
+                progress.gather(rank)
+            if due or stopping:
                 run.save({**learner.state_dict(), **vars(progress)}, progress.history)
                 last_saved = time.monotonic()
                 saving = last_saved - now if checkpoint_every else 0.

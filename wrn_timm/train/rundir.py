@@ -99,10 +99,10 @@ def stop_requests() -> Iterator[list[str]]:
 
 
 def carried_files(folder: Path) -> list[Path]:
-    """The files of a run directory that it goes on from elsewhere: all but its older checkpoints."""
-    newest = _newest_first(folder / 'checkpoints')[:1]
-    return sorted(
-        p for p in folder.rglob('*') if p.is_file() and (p.parent != folder / 'checkpoints' or p in newest))
+    """The files of a run directory that it goes on from elsewhere: of its checkpoints, the newest and the best."""
+    checkpoints = folder / 'checkpoints'
+    carried = [checkpoints / 'best.pt', *_newest_first(checkpoints)[:1]]
+    return sorted(p for p in folder.rglob('*') if p.is_file() and (p.parent != checkpoints or p in carried))
 
 
 def is_best(history: list[dict[str, float]]) -> bool:
@@ -458,7 +458,8 @@ def export_weights(
 
     Args:
         model: Made by `timm.create_model`; it is not changed.
-        folder: Replaced as a whole if it is there.
+        folder: Replaced as a whole if it is there. What stands in it beside its weights (metrics, card...) is kept if
+            the weights are the same.
         pretrained_cfg: What the configuration says beyond the model's own (`tag`, `mean`, `label_names`...).
         half: Keep convolution and linear weights in half precision; BatchNorm stays in float32.
         model_args: Arguments beyond the name with which `timm.create_model` makes the network again (`stem`...).
@@ -481,6 +482,10 @@ def export_weights(
     config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf merges or replaces it, by timm's version
     config['sha256'] = sha256_of(folder / WEIGHTS_FILE)
     (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    if (final / WEIGHTS_FILE).is_file() and sha256_of(final / WEIGHTS_FILE) == config['sha256']:
+        for file in final.iterdir():
+            if file.is_file() and not (folder / file.name).exists():
+                shutil.copy(file, folder)
     if final.exists():  # a directory can be renamed only to where there is none
         shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
