@@ -4,14 +4,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write
+from ..files import atomic_folder
 from .rundir import carried_files
 
 __all__ = ['pack', 'unpack']
@@ -87,13 +85,16 @@ def pack(folder: str | Path, out: str | Path, shard_bytes: int = 15_000_000) -> 
         raise FileNotFoundError(f'{folder} holds no files to carry')
     if out.exists():
         raise FileExistsError(f'{out} is there already; choose another place for the shards')
-    out.mkdir(parents=True)
-    writer = _ShardWriter(out, shard_bytes)
-    with tarfile.open(fileobj=writer, mode='w|') as archive:
-        for file in files:
-            archive.add(file, file.relative_to(folder).as_posix())
-    writer.finish()
-    atomic_write(out / INDEX_FILE, json.dumps({'shards': writer.shards}, indent=2) + '\n')
+
+    def fill(new: Path) -> None:
+        writer = _ShardWriter(new, shard_bytes)
+        with tarfile.open(fileobj=writer, mode='w|') as archive:
+            for file in files:
+                archive.add(file, file.relative_to(folder).as_posix())
+        writer.finish()
+        (new / INDEX_FILE).write_text(json.dumps({'shards': writer.shards}, indent=2) + '\n', encoding='utf-8')
+
+    atomic_folder(out, fill)
     return sorted(out.iterdir())
 
 
@@ -131,12 +132,9 @@ def unpack(shards: str | Path, out: str | Path) -> Path:
                                    f"{row['sha256']}. Carry it again.")
             yield data
 
-    beside = out.with_name(f'.{out.name}.part')
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    def fill(new: Path) -> None:
         with tarfile.open(fileobj=io.BufferedReader(_ShardReader(checked())), mode='r|') as archive:
-            archive.extractall(beside, filter='data')
-        os.replace(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            archive.extractall(new, filter='data')
+
+    atomic_folder(out, fill)
     return out

@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -433,7 +434,7 @@ def _finish(
     write_report(run.path, metrics, model, files, result, transform, found.get('summary', []))
     for folder in (run.path / 'best', run.path / 'last'):
         for file in ('recipe.json', 'history.csv', 'curves.png', *(['metrics.json'] * (folder.name == 'best'))):
-            shutil.copy(run.path / file, folder / file)
+            atomic_write(folder / file, partial(shutil.copyfile, run.path / file))
 
 
 def _check_place_of_seeds(out: Path, resume: bool) -> None:

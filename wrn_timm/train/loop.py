@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from ..data.augment import AutoAugment, RandAugment, TrivialAugment
 from ..data.datasets import ImageArrays, load
 from ..data.device import DeviceLoader
+from ..files import atomic_write
 from .recipes import Recipe, check_numbers
 from .rundir import RunDir, environment, export_weights, is_best, stop_requests
 
@@ -436,5 +438,5 @@ def train(
             'tag': recipe.tag or recipe.dataset, 'mean': data.mean, 'std': data.std, 'label_names': data.classes,
             'input_size': tuple(data.images.shape[1:]), 'crop_pct': 1.0}, half, _model_args(recipe))
         for name in ('recipe.json', 'history.csv', 'curves.png'):
-            shutil.copy(run.path / name, folder / name)
+            atomic_write(folder / name, partial(shutil.copyfile, run.path / name))
         return folder

@@ -36,7 +36,7 @@ import torch
 import torchvision
 from timm.models import save_for_hf
 
-from ..files import atomic_write, discard_partial
+from ..files import LOCK_FILE, FolderLock, atomic_folder, atomic_write, discard_partial, make_folder, writing
 from ..weights import WEIGHTS_FILE, sha256_of
 
 __all__ = [
@@ -102,7 +102,8 @@ def carried_files(folder: Path) -> list[Path]:
     """The files of a run directory that it goes on from elsewhere: of its checkpoints, the newest and the best."""
     checkpoints = folder / 'checkpoints'
     carried = [checkpoints / 'best.pt', *_newest_first(checkpoints)[:1]]
-    return sorted(p for p in folder.rglob('*') if p.is_file() and (p.parent != checkpoints or p in carried))
+    return sorted(p for p in folder.rglob('*')
+                  if p.is_file() and p.name != LOCK_FILE and (p.parent != checkpoints or p in carried))
 
 
 def is_best(history: list[dict[str, float]]) -> bool:
@@ -195,7 +196,7 @@ def check_place(path: Path, wanted: int = 0) -> None:
 
 
 class RunDir:
-    """Opens (or makes) a run directory.
+    """Opens (or makes) a run directory, for this process alone as long as the object lives.
 
     Args:
         path: The directory.
@@ -206,6 +207,7 @@ class RunDir:
         device: Where the run computes, for its records.
 
     Raises:
+        BlockingIOError: Another process has it open.
         FileExistsError: Another run is there and `resume` is off.
         FileNotFoundError: `resume` is on and there is no run.
         ValueError: `resume` is on, and the settings are not those of the run (the fields that differ are named) or its
@@ -227,10 +229,12 @@ class RunDir:
         if not write:
             return
         self.check(self.path, settings, resume)
+        make_folder(self.path)
+        self._lock = FolderLock(self.path)
+        self.check(self.path, settings, resume)  # another may have begun and ended
         for folder in (self.path, self.checkpoints):
             discard_partial(folder)  # a checkpoint that was being written when the run was killed
         if not resume or not self.recipe_file.is_file():
-            self.path.mkdir(parents=True, exist_ok=True)
             record = {**_plain(settings), 'environment': environment(device)}
             atomic_write(self.recipe_file, json.dumps(record, indent=2) + '\n')
 
@@ -260,7 +264,8 @@ class RunDir:
         if not self.write:
             return
         _logger.log(level, message, *args)
-        with open(self.path / 'train.log', 'a', encoding='utf-8', errors='surrogateescape') as f:
+        log = self.path / 'train.log'
+        with writing(log), open(log, 'a', encoding='utf-8', errors='surrogateescape') as f:
             f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message % args}\n")
 
     def save(self, state: dict[str, Any], history: list[dict[str, float]], draw: bool = True) -> None:
@@ -284,15 +289,13 @@ class RunDir:
                     f'in {self.checkpoints} are from before. Try a smaller learning rate.')
         if history and state['step'] == 0:  # before the checkpoint, from which they would not be made again
             self.write_history(history, draw)
-        self.checkpoints.mkdir(exist_ok=True)
+        make_folder(self.checkpoints)
         newest = self.checkpoints / f"epoch-{state['epoch']:04d}-step-{state['step']:06d}.pt"
         state = {**state, 'format': _FORMAT, 'fingerprint': self._fingerprint}
         try:
-            atomic_write(newest, lambda p: torch.save(state, p))
-        except (OSError, RuntimeError) as e:  # torch's writer raises either
-            free = shutil.disk_usage(self.checkpoints).free / 1e6
-            raise OSError(f'{newest} cannot be written ({str(e).splitlines()[0]}); {free:.0f} MB are free there. What '
-                          f'was written before is whole: make room and go on with --resume') from e
+            atomic_write(newest, lambda p: _save(state, p))
+        except OSError as e:
+            raise OSError(f'{e}. What was written before is whole: make room and go on with --resume') from e
         if state['step'] == 0 and is_best(history):
             self._keep_best(newest)
         for old in _newest_first(self.checkpoints)[2:]:
@@ -367,6 +370,13 @@ class RunDir:
         atomic_write(self.path / 'history.csv', text.getvalue())
         if draw:
             atomic_write(self.path / 'curves.png', lambda p: plot_history(history, p))
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as e:  # torch's word for a disk that is full
+        raise OSError(str(e)) from e
 
 
 def _load_whole(path: Path) -> Any:
@@ -467,27 +477,23 @@ def export_weights(
     Raises:
         FloatingPointError: A weight is not finite; a folder that is there stays as it is.
     """
-    final, folder, old = (folder.with_name(n) for n in (folder.name, f'.{folder.name}.part', f'.{folder.name}.old'))
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
     if half:
         for module in model.modules():
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
                 module.half()
-    check_weights(model.state_dict(), final)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
-    shutil.copymode(folder / 'config.json', folder / WEIGHTS_FILE)  # safetensors lets nobody else read it
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf merges or replaces it, by timm's version
-    config['sha256'] = sha256_of(folder / WEIGHTS_FILE)
-    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-    if (final / WEIGHTS_FILE).is_file() and sha256_of(final / WEIGHTS_FILE) == config['sha256']:
-        for file in final.iterdir():
-            if file.is_file() and not (folder / file.name).exists():
-                shutil.copy(file, folder)
-    if final.exists():  # a directory can be renamed only to where there is none
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(final, old)
-    os.replace(folder, final)
-    shutil.rmtree(old, ignore_errors=True)
+    check_weights(model.state_dict(), folder)
+
+    def fill(new: Path) -> None:
+        save_for_hf(model, str(new), model_args=model_args, safe_serialization=True)
+        shutil.copymode(new / 'config.json', new / WEIGHTS_FILE)  # safetensors lets nobody else read it
+        config = json.loads((new / 'config.json').read_text(encoding='utf-8'))
+        config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf merges or replaces it, by timm's version
+        config['sha256'] = sha256_of(new / WEIGHTS_FILE)
+        (new / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        if (folder / WEIGHTS_FILE).is_file() and sha256_of(folder / WEIGHTS_FILE) == config['sha256']:
+            for file in folder.iterdir():
+                if file.is_file() and not (new / file.name).exists():
+                    shutil.copy(file, new)
+
+    atomic_folder(folder, fill)
