@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_folder
-from .rundir import carried_files
+from .rundir import carried_files, read_record
 
 __all__ = ['pack', 'unpack']
 
@@ -112,6 +112,7 @@ def unpack(shards: str | Path, out: str | Path) -> Path:
         FileNotFoundError: The index or a shard is missing; says which.
         FileExistsError: `out` is there already.
         RuntimeError: A shard is not the one that the index names; says which.
+        ValueError: The index is damaged.
     """
     shards, out = Path(shards), Path(out)
     index = shards / INDEX_FILE
@@ -119,7 +120,9 @@ def unpack(shards: str | Path, out: str | Path) -> Path:
         raise FileNotFoundError(f'{shards} holds no {INDEX_FILE}')
     if out.exists():
         raise FileExistsError(f'{out} is there already; choose another folder')
-    rows = json.loads(index.read_text(encoding='utf-8'))['shards']
+    rows = read_record(index).get('shards')
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and {'name', 'sha256'} <= r.keys() for r in rows):
+        raise ValueError(f'{index} is damaged: it lists no shards. Carry it again')
     missing = [row['name'] for row in rows if not (shards / row['name']).is_file()]
     if missing:
         raise FileNotFoundError(f'{shards} lacks {len(missing)} of {len(rows)} shards: {", ".join(missing[:5])}')

@@ -40,7 +40,7 @@ from .metrics import classification_metrics
 from .probe import extract_features, summarise
 from .recipes import FinetuneConfig, check_numbers
 from .report import write_report
-from .rundir import RunDir, check_place, environment, export_weights
+from .rundir import RunDir, check_place, environment, export_weights, read_record
 from .validate import eval_transform, open_model, source_of
 
 __all__ = ['build_model', 'finetune', 'finetune_seeds', 'make_accelerator', 'prepare_split', 'preprocessing',
@@ -285,8 +285,7 @@ def prepare_split(
     """
     data = str(data)
     if run and (run / 'scan.json').is_file():
-        found = json.loads((run / 'scan.json').read_text(encoding='utf-8'))
-        return read_split(run / 'split.csv', source_root(data)), found
+        return read_split(run / 'split.csv', source_root(data)), read_record(run / 'scan.json')
     if config.split.endswith('.csv'):
         return read_split(config.split, source_root(data, download)), {
             'split': Path(config.split).name, 'bad': [], 'leaks': [], 'summary': [f'split by {config.split}']}

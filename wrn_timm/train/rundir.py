@@ -41,7 +41,7 @@ from ..weights import WEIGHTS_FILE, sha256_of
 
 __all__ = [
     'RunDir', 'carried_files', 'check_place', 'check_weights', 'config_of', 'environment', 'export_weights', 'is_best',
-    'plot_history', 'read_recipe', 'stop_requests',
+    'plot_history', 'read_record', 'stop_requests',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -112,20 +112,20 @@ def is_best(history: list[dict[str, float]]) -> bool:
     return bool(held_out) and held_out[-1] >= max(held_out)
 
 
-def read_recipe(file: Path) -> dict[str, Any]:
-    """What a `recipe.json` says: the settings of a run, and its environment.
+def read_record(file: Path) -> dict[str, Any]:
+    """What a JSON file of a run says, as `recipe.json` does of its settings and environment.
 
     Raises:
         FileNotFoundError: It is not there.
         ValueError: It is damaged.
     """
     try:
-        recipe = json.loads(file.read_text(encoding='utf-8'))
-        if not isinstance(recipe, dict):
+        record = json.loads(file.read_text(encoding='utf-8'))
+        if not isinstance(record, dict):
             raise ValueError('it holds no JSON object')
     except (ValueError, RecursionError) as e:
-        raise ValueError(f'{file} is damaged: {e}. Restore it, or begin again with another --out') from e
-    return recipe
+        raise ValueError(f'{file} is damaged: {e}. Restore it, or begin a new run') from e
+    return record
 
 
 _Config = TypeVar('_Config')
@@ -137,13 +137,13 @@ def config_of(file: Path, key: str, kind: type[_Config]) -> _Config:
     Raises:
         ValueError: The file is damaged, a setting is not known to this version, or has no such value.
     """
-    recipe = read_recipe(file)
+    recipe = read_record(file)
     names = {f.name: None for f in dataclasses.fields(kind)}
     _check_known({key: recipe.get(key)}, {key: names}, recipe, file)
     try:
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.get(key, {}).items()})
     except (AttributeError, TypeError, ValueError) as e:
-        raise ValueError(f'{file} is damaged: {e}. Restore it, or begin again with another --out') from e
+        raise ValueError(f'{file} is damaged: {e}. Restore it, or begin a new run') from e
 
 
 def _check_known(there: dict[str, Any], known: dict[str, Any], recipe: dict[str, Any], file: Path) -> None:
@@ -249,7 +249,7 @@ class RunDir:
             return
         if not recipe_file.is_file():
             raise FileNotFoundError(f'{path} holds no run to resume')
-        there, now = read_recipe(recipe_file), _plain(settings)
+        there, now = read_record(recipe_file), _plain(settings)
         _check_known(there, now | {'environment': None}, there, recipe_file)
         for key, value in settings.items():
             if dataclasses.is_dataclass(value) and isinstance(there.get(key), dict):
@@ -304,7 +304,7 @@ class RunDir:
     @functools.cached_property
     def _fingerprint(self) -> str:
         """Of the settings in `recipe.json`: what ties a checkpoint to its run."""
-        recipe = {k: v for k, v in read_recipe(self.recipe_file).items() if k != 'environment'}
+        recipe = {k: v for k, v in read_record(self.recipe_file).items() if k != 'environment'}
         return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
