@@ -1,4 +1,5 @@
 """The main job on real photographs, small: fine-tune, look, predict."""
+import contextlib
 import csv
 import dataclasses
 import html.parser
@@ -13,6 +14,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import finetune as finetune_script
 import predict as predict_script
@@ -29,11 +31,13 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from wrn_timm.data.folders import ImageFiles, list_folder, read_rgb
+from wrn_timm.data.splits import Split
 from wrn_timm.hub import check_golden
 from wrn_timm.train import finetune as ft
 from wrn_timm.train.devices import accelerator_on
 from wrn_timm.train.fit import Features, Fitted, _Unfreezing, largest_batch, make_loader, predict
 from wrn_timm.train.probe import extract_features, knn, linear_probe
+from wrn_timm.train.recipes import FinetuneConfig
 from wrn_timm.train.report import grad_cam
 from wrn_timm.train.rundir import RunDir, export_weights
 from wrn_timm.train.transfer import read_transfer, record_transfer
@@ -495,6 +499,45 @@ def test_two_processes_share_a_run(weights, photographs, tmp_path):
     assert len((tmp_path / 'run' / 'split.csv').read_text().splitlines()) == 37
     assert [row['protocol'] for row in read_transfer(own)] == ['70-30']
     open_model(str(tmp_path / 'run' / 'best'))
+
+
+ONE_AFTER_ANOTHER = '''
+import os, sys, time
+import timm
+create, rank = timm.create_model, os.environ['RANK']
+
+def slowly(*args, **kwargs):
+    print(rank, 'begins', flush=True)
+    time.sleep(1)
+    model = create(*args, **kwargs)
+    print(rank, 'ends', flush=True)
+    return model
+
+timm.create_model = slowly
+import finetune
+sys.exit(finetune.main(sys.argv[1:]))
+'''
+
+
+def test_one_process_alone_fetches_weights(weights, tmp_path):
+    (tmp_path / 'main.py').write_text(ONE_AFTER_ANOTHER)
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+         str(tmp_path / 'main.py'), '--data', 'nowhere', '--model', weights, '--out', str(tmp_path / 'run'),
+         '--device', 'cpu'], capture_output=True, text=True,
+        env={**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "scripts"}', 'OMP_NUM_THREADS': '1'})
+    assert done.stdout.splitlines()[:2] == ['0 begins', '0 ends'] and 'no folder at nowhere' in done.stderr
+
+
+def test_a_stream_among_processes_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    stream = SimpleNamespace(streamed=True, classes=CLASSES)
+    monkeypatch.setattr(ft, '_named_split', lambda *args: (Split(stream, None, stream), {}))
+    accelerator = SimpleNamespace(
+        is_main_process=True, num_processes=2, local_main_process_first=contextlib.nullcontext)
+    model = timm.create_model('wrn16_1')
+    with pytest.raises(ValueError, match='wds/x is a stream, which is read in one process; start it without torchrun'):
+        ft._open_run(FinetuneConfig(), model, 'wds/x', tmp_path / 'run', accelerator, 'skip', False, False)
+    assert not (tmp_path / 'run').exists()
 
 
 def test_grey_palette_and_cmyk_photographs_train(weights, tmp_path):

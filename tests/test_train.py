@@ -32,6 +32,7 @@ from wrn_timm.train.loop import Learner, _climb, _schedule, evaluate, train
 from wrn_timm.train.metrics import classification_metrics
 from wrn_timm.train.recipes import RECIPES, get_recipe
 from wrn_timm.train.rundir import RunDir
+from wrn_timm.train.validate import open_model, validate
 from wrn_timm.weights import sha256_of
 
 SMOKE = RECIPES['smoke']
@@ -173,6 +174,31 @@ def test_validate_reloads_measures_and_finishes_the_folder(run, capsys):
     assert card.split('```python\n')[1].startswith('import wrn_timm\n')
     assert 'library_name: timm' in card
     assert 'python scripts/train.py --recipe smoke --data DIR --out RUN --seed 0' in card
+
+
+@pytest.mark.parametrize('most', [3, 0])
+def test_validate_takes_a_smaller_batch_where_memory_is_short(run, monkeypatch, most):
+    expected = validate(str(run), f'synthetic:{run}')
+    tried = []
+
+    def hungry(name):
+        model = open_model(name)
+        model.register_forward_pre_hook(lambda _, args: check(len(args[0])))
+        return model
+
+    def check(n):
+        if n > most:
+            tried.append(n)
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.')
+
+    monkeypatch.setattr('wrn_timm.train.validate.open_model', hungry)
+    if most:
+        assert validate(str(run), f'synthetic:{run}', batch_size=50) == expected and tried == [50, 25, 12, 6]
+    else:
+        with pytest.raises(RuntimeError, match='not even one image of 32 px fits into the memory of cpu'):
+            validate(str(run), f'synthetic:{run}', batch_size=50)
+    with pytest.raises(ValueError, match='batch_size is 0; it must be at least 1'):
+        validate(str(run), f'synthetic:{run}', batch_size=0)
 
 
 def test_validate_refuses_other_classes(run, tmp_path, capsys):

@@ -95,7 +95,8 @@ def finetune(
     _check_policy(config.auto_augment)
     accelerator = make_accelerator(config, device)
     main = accelerator.is_main_process
-    model = build_model(config)
+    with accelerator.local_main_process_first():  # it may have to download them, and the others then find them
+        model = build_model(config)
     run, split, found = _open_run(config, model, str(data), Path(out), accelerator, on_bad, resume, download)
     name, classes = data_name(str(data)), split.train.classes
 
@@ -187,7 +188,11 @@ def _open_run(
         RunDir.check(out, settings, resume)
         check_place(out, 0 if resume else _room(config, model))
     if named:
-        split, found = _named_split(config, data, download)
+        with accelerator.local_main_process_first():
+            split, found = _named_split(config, data, download)
+        streamed = any(part and part.streamed for part in (split.train, split.holdout, split.test))
+        if streamed and accelerator.num_processes > 1:
+            raise ValueError(f'{data} is a stream, which is read in one process; start it without torchrun')
     elif main:
         split, found = prepare_split(config, data, on_bad, download, out if resume else None)
     run = RunDir(out, settings, resume, write=main, device=accelerator.device)
