@@ -22,18 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wrn_timm.hub import PAPER_ERROR
 from wrn_timm.train.transfer import read_transfer
-from wrn_timm.weights import WEIGHTS_FILE
+from wrn_timm.weights import WEIGHTS_FILE, more_accurate, published
 from wrn_timm.wrn import VARIANTS
 from wrn_timm.wrn_imagenet import default_cfgs as imagenet_cfgs
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / 'scripts' / 'benchmarks'  # what `benchmark.py SECTION --json` printed, a file a section
-
-# Test error in %: the lowest of the public checkpoints of the same network, pytorchcv's.
-DOWNLOADABLE = {
-    'wrn28_10.cifar10': 2.39, 'wrn28_10.cifar100': 17.88, 'wrn40_8.cifar10': 2.37, 'wrn40_8.cifar100': 18.03,
-    'wrn16_10.cifar10': 2.93, 'wrn16_10.cifar100': 18.95,
-}
 
 
 def read(file: Path) -> Any:
@@ -70,16 +64,49 @@ def weights_folders() -> list[tuple[Path, dict[str, Any], dict[str, Any], dict[s
     return [(f, *(read(f / f'{n}.json') for n in ('metrics', 'recipe', 'config'))) for f in folders]
 
 
+def known_errors() -> dict[str, float]:
+    """Test error in % of the weights that we released, then of other people's as they published it."""
+    ours = {folder.name: 100 - metrics['top1'] for folder, metrics, *_ in weights_folders()}
+    return ours | {name: entry['error'] for name, entry in published().items()}
+
+
+def named(name: str, known: dict[str, float], link: str = '') -> str:
+    """Weights in a table, marked where they are their network's default: the first of those known."""
+    default = name == next(n for n in known if n.startswith(f"{name.partition('.')[0]}."))
+    return (f'[`{name}`]({link})' if link else f'`{name}`') + ', default' * default
+
+
+def beaten(name: str, known: dict[str, float]) -> str:
+    """The more accurate weights of the same network and classes, with their error."""
+    better = more_accurate(name, known)
+    return f'`{better}`, {known[better]:.2f}' if better else '-'
+
+
 def weights_table() -> str:
     """Test error of each released folder beside what is published."""
-    rows = []
+    rows, known = [], known_errors()
     for folder, metrics, run, config in weights_folders():
-        published = [f'{t[folder.name]:.2f}' if folder.name in t else '-' for t in (PAPER_ERROR, DOWNLOADABLE)]
+        paper = f'{PAPER_ERROR[folder.name]:.2f}' if folder.name in PAPER_ERROR else '-'
         rows.append([
-            f'[`{folder.name}`](/weights/{folder.name})', f"**{100 - metrics['top1']:.2f}**", *published,
-            f"{metrics['ece']:.2f}", f"{(folder / WEIGHTS_FILE).stat().st_size / 1e6:.1f} MB",
+            named(folder.name, known, f'/weights/{folder.name}'), f"**{known[folder.name]:.2f}**", paper,
+            beaten(folder.name, known), f"{metrics['ece']:.2f}",
+            f"{(folder / WEIGHTS_FILE).stat().st_size / 1e6:.1f} MB",
             f"{run['recipe']['epochs']} epochs, {run['environment']['hardware']}", f"`{config['sha256'][:12]}`"])
-    header = ['weights', 'test error, %', 'paper', 'best downloadable', 'ECE, %', 'file', 'training', 'sha256']
+    header = ['weights', 'test error, %', 'paper', 'more accurate', 'ECE, %', 'file', 'training', 'sha256']
+    return table(header, rows)
+
+
+def published_table() -> str:
+    """Test error of other people's weights as they published it, beside that of ours."""
+    rows, known = [], known_errors()
+    for name, entry in published().items():
+        arch, tag = name.split('.')
+        model = timm.create_model(name, device='meta')
+        ours = known.get(f"{arch}.{tag.removeprefix('pcv_')}")
+        rows.append([
+            named(name, known), f"{entry['error']:.2f}", f'**{ours:.2f}**' if ours else '-', beaten(name, known),
+            f'{4 * sum(t.numel() for t in model.state_dict().values()) / 1e6:.0f} MB', f"`{entry['sha1'][:12]}`"])
+    header = ['weights', 'test error, %, as published', 'ours', 'more accurate', 'file', 'sha1']
     return table(header, rows)
 
 
@@ -149,8 +176,8 @@ def released() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    'models': models_table, 'weights': weights_table, 'transfer': transfer_table, 'inference': inference_table,
-    'training': training_table, 'trainers': trainers_table}
+    'models': models_table, 'weights': weights_table, 'published': published_table, 'transfer': transfer_table,
+    'inference': inference_table, 'training': training_table, 'trainers': trainers_table}
 
 
 def rewritten(text: str) -> str:

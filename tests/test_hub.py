@@ -276,7 +276,7 @@ def test_the_command_of_the_card_gives_the_same_recipe(folder):
 def test_list_weights_and_the_table_say_the_same(no_weights, monkeypatch):
     monkeypatch.setattr(weights_module, 'HUB_NAMESPACE', 'owner')
     table = (ROOT / 'weights' / 'README.md').read_text()
-    far = {w.name: w for w in list_weights() if not w.location.startswith('hf-hub:timm/')}
+    far = {w.name: w for w in list_weights() if w.location.startswith('hf-hub:owner/')}
     assert sorted(far) == RELEASED
     monkeypatch.setenv('WRN_TIMM_WEIGHTS', str(ROOT / 'weights'))
     for near in list_weights():
@@ -337,8 +337,8 @@ def test_released_weights_are_pinned_whatever_the_account_has_become(hub, no_wei
     hub.repositories[f'owner/{NAME}'].tags[tag] = commit
     with pytest.raises(RuntimeError, match='but wrn_timm/released.json names'):
         timm.create_model(NAME, pretrained=True, cache_dir=tmp_path / 'b')
-    with pytest.raises(RuntimeError, match='No weights for wrn28_10.cifar10: .* no Hub account is set'):
-        timm.create_model('wrn28_10', pretrained=True)  # not released: no stranger's repository is asked for
+    with pytest.raises(RuntimeError, match='No weights for wrn52_1.cifar10: .* no Hub account is set'):
+        timm.create_model('wrn52_1', pretrained=True)  # not released: no stranger's repository is asked for
 
 
 def test_names_that_are_not_there(hub, load, monkeypatch):

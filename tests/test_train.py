@@ -1,6 +1,7 @@
 """Training from scratch: what is learnt, kept, resumed and refused."""
 import csv
 import dataclasses
+import functools
 import json
 import math
 import multiprocessing
@@ -22,7 +23,8 @@ import validate as validate_script
 from conftest import ROOT, SAMPLE
 from distributed_gradients import gradients
 from safetensors.torch import load_file
-from torchvision.transforms.functional import gaussian_blur
+from timm.optim.muon import _COEFFICIENTS, resolve_ns_coefficients, zeropower_via_newtonschulz
+from torchvision.transforms.functional import gaussian_blur, resize
 
 from wrn_timm.data.datasets import load
 from wrn_timm.data.device import DeviceLoader
@@ -30,6 +32,8 @@ from wrn_timm.hub import check_golden, model_card
 from wrn_timm.train.carry import pack, unpack
 from wrn_timm.train.loop import Learner, _climb, _schedule, evaluate, train
 from wrn_timm.train.metrics import classification_metrics
+from wrn_timm.train.optimizers import Muon, create_optimizer
+from wrn_timm.train.precision import resolve_precision
 from wrn_timm.train.recipes import RECIPES, get_recipe
 from wrn_timm.train.rundir import RunDir
 from wrn_timm.train.validate import open_model, validate
@@ -140,7 +144,7 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_exported(tmp_path, mon
 def test_optimiser_is_torchs_sgd_with_a_cosine(run):
     """One epoch of the loop against the same steps written out."""
     recipe = dataclasses.replace(get_recipe('smoke'), epochs=1, ema_decay=0., holdout=0)
-    out = train(recipe, '', run.parent / 'one')
+    out = train(recipe, '', run.parent / 'one', precision='no')
     torch.manual_seed(0)
     data = load('synthetic', '', train=True)
     model = timm.create_model('wrn16_1').to(memory_format=torch.channels_last).train()
@@ -264,16 +268,17 @@ def test_twenty_times_killed_the_weights_are_those_of_a_run_never_killed(tmp_pat
 
 def train_until_killed(monkeypatch, recipe, out, steps, **kwargs):
     """Train and be killed in the middle of the given optimiser step; True if the run ended before."""
-    taken, step = [0], torch.optim.SGD.step
+    taken, step = [0], Learner.step
 
     def counted(self, *args, **kw):
         taken[0] += 1
+        result = step(self, *args, **kw)
         if taken[0] > steps:
             raise Killed
-        return step(self, *args, **kw)
+        return result
 
     with monkeypatch.context() as m:
-        m.setattr(torch.optim.SGD, 'step', counted)
+        m.setattr(Learner, 'step', counted)
         try:
             train(recipe, '', out, checkpoint_every=0., **kwargs)
         except Killed:
@@ -282,7 +287,8 @@ def train_until_killed(monkeypatch, recipe, out, steps, **kwargs):
 
 
 @pytest.mark.parametrize('extra', [
-    {}, {'conv_drop_rate': .3, 'mixup': .2, 'cutmix': 1.}, {'sam_rho': .05, 'trivial_augment': True, 'cutout': 8}])
+    {}, {'conv_drop_rate': .3, 'mixup': .2, 'cutmix': 1.}, {'sam_rho': .05, 'trivial_augment': True, 'cutout': 8},
+    {'opt': 'muon', 'lr': .06, 'schedule': 'linear', 'warmup_epochs': .5, 'sizes': ((16, .5),)}])
 def test_killed_at_random_steps_and_resumed_the_weights_are_the_same(tmp_path, monkeypatch, extra):
     recipe = dataclasses.replace(SMOKE, epochs=2, **extra)
     train(recipe, '', tmp_path / 'whole')
@@ -395,8 +401,8 @@ def test_recipes_and_their_overrides(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_script.main(['--recipe', 'smoke', '--out', str(tmp_path / 'none'), '--label-smooting', '0.1'])
     assert '--label-smoothing' in capsys.readouterr().err
-    with pytest.raises(ValueError, match="schedule 'linear' is unknown; choose 'cosine' or 'step'"):
-        dataclasses.replace(SMOKE, schedule='linear')
+    with pytest.raises(ValueError, match="schedule 'lineal' is unknown; choose 'cosine', 'linear' or 'step'"):
+        dataclasses.replace(SMOKE, schedule='lineal')
 
 
 def test_paper_schedule_drops_at_its_epochs():
@@ -409,6 +415,123 @@ def test_paper_schedule_drops_at_its_epochs():
         rates.append(optimizer.param_groups[0]['lr'])
     expected = [lr for lr, epochs in ((.1, 60), (.02, 60), (.004, 40), (.0008, 40)) for _ in range(39 * epochs)]
     assert rates == pytest.approx(expected)
+
+
+def test_linear_schedule_rises_for_its_share_and_falls_to_zero():
+    recipe = dataclasses.replace(SMOKE, epochs=5, opt='muon', lr=.06, schedule='linear', warmup_epochs=1)
+    learner = Learner(timm.create_model('wrn16_1'), recipe, steps=20)
+    rates = []
+    for step in range(100):
+        learner.scheduler.step_update(step)
+        convolutions, rest = learner.optimizer.param_groups
+        assert rest['lr'] == convolutions['lr']  # AdamW multiplies it by its share
+        rates.append(convolutions['lr'])
+    rise = [.0006 + (.06 - .0006) * step / 20 for step in range(20)]
+    assert rates == pytest.approx(rise + [.06 * (80 - step) / 80 for step in range(80)])
+
+
+def test_muon_turns_the_updates_of_convolutions_into_orthogonal_matrices():
+    """One step from rest, against the polar factor by singular value decomposition."""
+    recipe = dataclasses.replace(SMOKE, opt='muon', lr=.1, weight_decay=.5)
+    model = timm.create_model('wrn16_2')
+    optimizer = create_optimizer(model, recipe)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.randn(16, 3, 32, 32)).logsumexp(1).sum().backward()
+    optimizer.step()
+    after = dict(model.named_parameters())
+    for name in ('layer1.0.conv1.weight', 'layer2.0.conv1.weight', 'layer3.0.shortcut.weight'):
+        moved = (before[name] * (1 - .1 * .5) - after[name].detach()).flatten(1) / .1
+        u, _, v = torch.linalg.svd(after[name].grad.flatten(1), full_matrices=False)
+        scale = max(1, moved.shape[0] / moved.shape[1]) ** .5
+        along = u.mT @ moved @ v.mT / scale
+        assert along.diagonal().min() > .5 and along.diagonal().max() < 1.5, name  # five Newton-Schulz steps
+        assert (along - along.diagonal().diag()).abs().max() < .1, name
+    for name in ('conv1.weight', 'fc.weight', 'layer2.0.bn1.bias'):  # AdamW, no decay: at first the rate itself
+        moved = (before[name] - after[name]).abs()[after[name].grad.abs() > 1e-3]
+        torch.testing.assert_close(moved, torch.full_like(moved, .1 * recipe.adamw_scale), rtol=.1, atol=0)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_muon_multiplies_in_the_type_that_is_fast(monkeypatch, dtype):
+    monkeypatch.setattr('wrn_timm.train.optimizers.fast_bfloat16', lambda device: dtype == torch.bfloat16)
+    weight = torch.nn.Parameter(torch.zeros(8, 16))
+    optimizer = Muon([weight], lr=1., adjust_lr_fn=None)
+    weight.grad = torch.randn(8, 16)
+    expected = zeropower_via_newtonschulz(
+        .05 * weight.grad, 5, resolve_ns_coefficients('quintic', _COEFFICIENTS), dtype=dtype)
+    optimizer.step()
+    assert torch.equal(weight.detach(), -expected.float())
+    assert timm.optim.muon.zeropower_via_newtonschulz is zeropower_via_newtonschulz
+
+
+def test_sizes_are_phases_of_the_epochs(tmp_path):
+    recipe = dataclasses.replace(SMOKE, epochs=10, sizes=((16, .3), (24, .2)))
+    assert [recipe.size_at(epoch, 32) for epoch in range(10)] == [16] * 3 + [24] * 2 + [32] * 5
+    short = dataclasses.replace(SMOKE, epochs=3, sizes=((16, .5), (24, .4)))
+    assert [short.size_at(epoch, 32) for epoch in range(3)] == [16, 16, 32]
+    train(dataclasses.replace(short, model='wrn16_1'), '', tmp_path / 'run')
+    history = csv.DictReader((tmp_path / 'run/history.csv').read_text().splitlines())
+    assert [row['size'] for row in history] == ['16', '16', '32']
+    for sizes in (((16, 1.),), ((4, .1),), ((16, -.1),), ((16, .6), (24, .4))):
+        with pytest.raises(ValueError, match='at least 8 pixels and a share of the epochs above 0'):
+            dataclasses.replace(SMOKE, sizes=sizes)
+
+
+def test_smaller_batches_are_the_large_ones_resized():
+    data = load('synthetic', '', train=True)
+    large, small = (DeviceLoader(data, 64, 'cpu', seed=3).epoch(1, size=size) for size in (None, 16))
+    for (x, y), (resized, labels) in zip(large, small, strict=True):
+        torch.testing.assert_close(resized, resize(x, [16, 16], antialias=True), atol=1e-6, rtol=1e-5)
+        assert torch.equal(y, labels) and resized.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_networks_are_compiled_once_per_size(monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(next(i.shape[-1] for i in inputs if i.ndim == 4 and i.shape[1] == 3 and i.shape[0] == 8))
+        return graph.forward
+
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend=backend))
+    learner = Learner(timm.create_model('wrn16_1'), SMOKE, steps=8, compile=True)
+    for step, size in enumerate((16, 16, 24, 24, 32, 32)):
+        learner.step(step, torch.randn(8, 3, size, size), torch.arange(8))
+    assert compiled == [16, 24, 32]
+
+
+@pytest.mark.parametrize('precision, dtype', [('bf16', torch.bfloat16), ('no', torch.float32)])
+def test_precision_of_training(tmp_path, monkeypatch, precision, dtype):
+    seen = set()
+    conv2d = torch.nn.functional.conv2d
+
+    def watched(x, weight, *args):
+        out = conv2d(x, weight, *args)
+        seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, 'conv2d', watched)
+    recipe = dataclasses.replace(SMOKE, model='wrn16_1', epochs=2)
+    train(recipe, '', tmp_path / 'whole', precision=precision)
+    assert seen == {dtype}
+    train(recipe, '', tmp_path / 'cut', precision=precision, time_budget=0)
+    train(recipe, '', tmp_path / 'cut', precision=precision, resume=True)
+    assert final_weights(tmp_path / 'cut') == final_weights(tmp_path / 'whole')
+    assert load_file(tmp_path / 'whole/weights/model.safetensors')['fc.weight'].dtype == torch.float32
+
+
+@pytest.mark.parametrize('instructions, expected', [
+    ({'avx512_bf16': True, 'amx_bf16': False}, 'bf16'), ({'amx_bf16': True}, 'bf16'), ({'avx512_f': True}, 'no'),
+    (None, 'no')])
+def test_auto_precision_is_what_the_processor_is_fast_in(monkeypatch, instructions, expected):
+    if instructions is None:  # a torch that cannot tell
+        monkeypatch.delattr(torch.cpu, 'get_capabilities', raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: instructions, raising=False)
+    assert resolve_precision('auto', 'cpu') == expected
+    with pytest.raises(ValueError, match="'fp16' is for GPUs; choose 'bf16' or 'no'"):
+        resolve_precision('fp16', 'cpu')
+    with pytest.raises(ValueError, match="precision 'half' is unknown"):
+        resolve_precision('half', 'cpu')
 
 
 def test_sam_climbs_along_the_gradient_to_its_radius():
@@ -568,6 +691,8 @@ def test_choices_that_cannot_be_are_refused(tmp_path, capsys):
         dataclasses.replace(SMOKE, rand_magnitude=31)
     with pytest.raises(ValueError, match='warmup_epochs is 3; it must be below the 3 epochs'):
         dataclasses.replace(SMOKE, warmup_epochs=3)
+    with pytest.raises(ValueError, match="opt 'adam' is unknown; choose 'nesterov' or 'muon'"):
+        dataclasses.replace(SMOKE, opt='adam')
     args = ['--recipe', 'smoke', '--out', str(tmp_path / 'run'), '--device', 'cpu', '--sync-batchnorm']
     assert train_script.main(args) == 1
     assert 'sync_batchnorm works on CUDA devices only' in capsys.readouterr().err

@@ -1,12 +1,26 @@
-"""A weights folder out of a repository of the Hugging Face Hub, and what to say when it cannot be had."""
+"""Files from the Hugging Face Hub or from a pinned address, and what to say when they cannot be had."""
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
-from urllib.request import getproxies
+from typing import BinaryIO
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, getproxies, urlopen
 
-__all__ = ['hub_fault', 'snapshot']
+import torch
 
+from .files import atomic_write, digest
+
+__all__ = ['hub_fault', 'kept_at', 'snapshot', 'unpacked']
+
+LIMIT = 200_000_000  # bytes of an archive, and of the file in it; the largest that is pinned has 147 million
+_TIMEOUT = 30  # seconds without a byte
 _PROXY = 'correct $HTTPS_PROXY and $HTTP_PROXY, or unset them'
 
 
@@ -95,3 +109,106 @@ def _of_answer(status: int, headers: dict[str, str], hub_id: str) -> str:
     if status >= 500:
         return 'The Hub has a fault of its own: run it again later'
     return 'Read what the Hub says, and correct the request'
+
+
+def kept_at(url: str, cache_dir: str | Path | None = None) -> Path:
+    """Where `unpacked` keeps the file in the archive at `url`: torch hub's cache, unless `cache_dir` is given."""
+    folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / 'checkpoints'
+    return folder / url.rpartition('/')[2].removesuffix('.zip')
+
+
+def unpacked(url: str, sha1: str, cache_dir: str | Path | None = None) -> Path:
+    """The one file in the zip archive at a pinned address, downloaded once; it has the archive's name less `.zip`.
+
+    A download that was cut off leaves nothing and is begun again.
+
+    Args:
+        url: Address.
+        sha1: What the file must have.
+        cache_dir: None for torch hub's cache ($TORCH_HOME).
+
+    Raises:
+        RuntimeError: The archive cannot be had, is too large, holds anything else, or the file has another sha1; says
+            which, and what to do.
+    """
+    file = kept_at(url, cache_dir)
+    if file.is_file():
+        if (found := digest(file, 'sha1')) != sha1:
+            raise RuntimeError(f'{file} is damaged or is another file: sha1 {found}, but wrn_timm/published.json names '
+                               f'{sha1}. Delete it and load again, which downloads it anew.')
+        return file
+
+    def fetch(part: Path) -> None:
+        with tempfile.TemporaryFile(dir=file.parent) as archive:
+            for block in _received(url):
+                archive.write(block)
+            _unpack(archive, part, url)
+        if (found := digest(part, 'sha1')) != sha1:
+            raise RuntimeError(f'{url} is refused: the file in it has sha1 {found}, but wrn_timm/published.json names '
+                               f'{sha1}.')
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, fetch)
+    except OSError as e:
+        raise RuntimeError(f'{file} cannot be written ({e}). Make room, or choose another folder by $TORCH_HOME or '
+                           f'cache_dir=.') from e
+    return file
+
+
+def _received(url: str) -> Iterator[bytes]:
+    """What an address holds, in blocks, with a progress bar."""
+    from huggingface_hub.utils import tqdm  # which $HF_HUB_DISABLE_PROGRESS_BARS silences
+    try:
+        with urlopen(Request(url, headers={'User-Agent': 'wrn_timm'}), timeout=_TIMEOUT) as answer:
+            size, done = int(answer.headers.get('Content-Length', 0)), 0
+            with tqdm(total=size or None, desc=url.rpartition('/')[2], unit='B', unit_scale=True) as bar:
+                while max(size, done) <= LIMIT and (block := answer.read(1 << 16)):
+                    yield block
+                    done += len(block)
+                    bar.update(len(block))
+            if max(size, done) > LIMIT:
+                raise RuntimeError(
+                    f'{url} is refused: it has {max(size, done):,} bytes or more, the limit is {LIMIT:,}.')
+            if done < size:
+                raise ConnectionError(f'{done:,} of {size:,} bytes came')
+    except (OSError, HTTPException) as e:
+        raise RuntimeError(f'{url} could not be downloaded. {_url_fault(e)}') from e
+
+
+def _unpack(archive: BinaryIO, to: Path, url: str) -> None:
+    """Write the one file that the archive from `url` may hold."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            members, name = opened.infolist(), kept_at(url).name
+            if [m.filename for m in members] != [name]:
+                names = ', '.join(repr(m.filename) for m in members[:3])
+                raise RuntimeError(f'{url} is refused: it holds {len(members)} files ({names}) and not {name} alone.')
+            if members[0].file_size > LIMIT:
+                raise RuntimeError(f'{url} is refused: the file in it has {members[0].file_size:,} bytes, the limit is '
+                                   f'{LIMIT:,}.')
+            with opened.open(name) as source, open(to, 'wb') as out:
+                shutil.copyfileobj(source, out, 1 << 20)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as e:
+        raise RuntimeError(f'{url} is refused: it is no sound zip archive ({e}).') from e
+
+
+def _url_fault(error: BaseException) -> str:
+    """Why an address gave nothing, in a sentence, and what to do about it in another."""
+    if isinstance(error, HTTPError):
+        said = f'The server says {error.code} {error.reason}'
+        if error.code in (404, 410):
+            advice = 'Its publisher has moved it or taken it away: see whether a newer wrn_timm knows another place'
+        elif error.code == 407:
+            advice = f'The proxy does not let you through: {_PROXY}'
+        else:
+            advice = 'Run it again later'
+    else:
+        said = f'{type(error).__name__}: {error}'
+        if not isinstance(error, URLError):
+            advice = 'The transfer was cut off: run it again'
+        elif getproxies().keys() & {'http', 'https', 'all'}:
+            advice = f'The way there is by a proxy: {_PROXY}'
+        else:
+            advice = 'Connect to the network'
+    return f'{said}. {advice}.'

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import weakref
@@ -15,7 +16,8 @@ try:
 except ImportError:  # not on Windows
     fcntl = None
 
-__all__ = ['LOCK_FILE', 'FolderLock', 'atomic_folder', 'atomic_write', 'discard_partial', 'make_folder', 'writing']
+__all__ = ['LOCK_FILE', 'FolderLock', 'atomic_folder', 'atomic_write', 'digest', 'discard_partial', 'make_folder',
+           'writing']
 
 LOCK_FILE = '.lock'
 
@@ -87,6 +89,15 @@ def discard_partial(folder: Path) -> None:
     """Remove what `atomic_write` left in a folder where it was killed."""
     for beside in folder.glob('.*.part[0-9]*'):
         beside.unlink(missing_ok=True)
+
+
+def digest(path: Path, algorithm: str = 'sha256') -> str:
+    """Hexadecimal digest of a file by one of hashlib's algorithms."""
+    found = hashlib.new(algorithm)
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def _sync(path: Path) -> None:

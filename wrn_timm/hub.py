@@ -22,7 +22,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from .data.folders import read_rgb, walk_files
 from .download import hub_fault
 from .files import atomic_write
-from .train.recipes import RECIPES, FinetuneConfig
+from .train.recipes import RECIPES, FinetuneConfig, Recipe
 from .train.rundir import read_record
 from .train.transfer import TRANSFER_FILE
 from .train.validate import normalised, open_model
@@ -66,6 +66,9 @@ _CITATION = '''@inproceedings{zagoruyko2016wide,
 }'''
 
 
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
+
+
 def _flags(settings: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
     """Command-line flags of the settings that are not the default."""
     flags = []
@@ -73,6 +76,7 @@ def _flags(settings: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
         name = key.replace('_', '-')
         if key not in defaults or defaults[key] != value:
             values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
+            values = [v for entry in values for v in (entry if isinstance(entry, list) else [entry])]  # sizes are pairs
             flags.append(shlex.join([f'--{"no-" * (value is False)}{name}', *map(str, values)]))
     return flags
 
@@ -83,8 +87,9 @@ def _command(run: dict[str, Any]) -> str:
         defaults = json.loads(json.dumps(dataclasses.asdict(FinetuneConfig())))
         flags = _flags(run['finetune'], {**defaults, 'model': ''})
         return ' '.join(['python scripts/finetune.py', *flags, '--data DIR --out RUN'])
+    settings = {**json.loads(json.dumps(_DEFAULTS)), **run['recipe']}  # earlier versions had fewer fields
     recipes = {name: json.loads(json.dumps(dataclasses.asdict(recipe))) for name, recipe in RECIPES.items()}
-    candidates = {name: _flags(run['recipe'], recipe) for name, recipe in recipes.items()}
+    candidates = {name: _flags(settings, recipe) for name, recipe in recipes.items()}
     nearest = min(candidates, key=lambda name: len(candidates[name]))
     return ' '.join([
         f'python scripts/train.py --recipe {nearest}', *candidates[nearest],

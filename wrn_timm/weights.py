@@ -1,16 +1,17 @@
 """Where the weights of a tag are, and whether they are whole.
 
 Searched in this order: what the caller names, `$WRN_TIMM_WEIGHTS`, the checkout's `weights/`, the small weights packed
-into the wheel, the Hugging Face Hub.
+into the wheel, the Hugging Face Hub. Other people's weights are fetched from where they published them.
 """
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
+import math
 import os
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from safetensors import SafetensorError, safe_open
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, list_models
 from timm.models._pretrained import PretrainedCfg
 
-from .download import snapshot
+from .download import kept_at, snapshot, unpacked
+from .files import digest
 
 __all__ = [
-    'Weights', 'find', 'list_weights', 'locate', 'pinned', 'released', 'sha256_of', 'sources', 'verify', 'version_tag']
+    'SOURCES', 'Weights', 'default_tag', 'find', 'list_weights', 'locate', 'more_accurate', 'pinned', 'published',
+    'released', 'sha256_of', 'sources', 'verify', 'version_tag']
 
 # The account on the Hub that holds our weights. Empty until its owner sets it: any other name could be a stranger's.
 HUB_NAMESPACE = ''
@@ -30,7 +33,7 @@ HUB_NAMESPACE = ''
 WEIGHTS_FILE = 'model.safetensors'
 HEADER_LIMIT = 1 << 20  # bytes; the longest of ours has 0.1 MB, and safetensors would parse 100 MB
 _PACKAGE = Path(__file__).resolve().parent
-_SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
+SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +42,15 @@ class Weights:
 
     Attributes:
         name: `<arch>.<tag>`.
-        location: Folder on this machine, or `hf-hub:<repository>`.
+        location: Folder or file on this machine, `hf-hub:<repository>`, or the address of a published file.
         size: Bytes of the weights file; None if it is neither on this machine nor released by us.
         sha256: Of the weights file; None as above.
         license: SPDX identifier.
         top1: Accuracy on the test set in %, by `validate.py`; None if it is not known here.
+        published_error: Error on the test set in % as pytorchcv published it with weights of its own, not measured
+            here; None for all others.
+        default: Whether `create_model(<arch>, pretrained=True)` takes these.
+        more_accurate: Name of listed weights of the same network and classes that have a lower error, '' for none.
     """
     name: str
     location: str
@@ -51,6 +58,9 @@ class Weights:
     sha256: str | None
     license: str
     top1: float | None
+    published_error: float | None = None
+    default: bool = False
+    more_accurate: str = ''
 
 
 def places() -> list[Path]:
@@ -66,17 +76,43 @@ def find(name: str) -> Path | None:
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return digest(path, 'sha256')
 
 
 @cache
 def released() -> dict[str, dict[str, Any]]:
     """Size, sha256, licence and accuracy of each released `<arch>.<tag>`, as `scripts/tables.py` wrote them down."""
     return json.loads((Path(__file__).resolve().parent / 'released.json').read_text(encoding='utf-8'))
+
+
+@cache
+def published() -> dict[str, dict[str, Any]]:
+    """Address, sha1 of the file in the archive there, and stated test error in % of each `<arch>.<tag>` of others.
+
+    As pytorchcv 0.0.74 has them in its table of models.
+    """
+    return json.loads((Path(__file__).resolve().parent / 'published.json').read_text(encoding='utf-8'))
+
+
+def default_tag(arch: str, tags: Iterable[str]) -> str:
+    """The tag that stands for a network's name alone, the same on every machine.
+
+    It is the first of `tags` that we released, else the first that others published, else the first.
+    """
+    tags = list(tags)
+    return next((tag for known in (released(), published()) for tag in tags if f'{arch}.{tag}' in known), tags[0])
+
+
+def more_accurate(name: str, errors: dict[str, float]) -> str:
+    """The weights in `errors` of the same network and classes that have the least error, if it is less than `name`'s.
+
+    Args:
+        name: `<arch>.<tag>`.
+        errors: Test error by `<arch>.<tag>`.
+    """
+    rivals = [n for n in errors if n.replace('.pcv_', '.') == name.replace('.pcv_', '.')]
+    best = min(rivals, key=errors.__getitem__, default=name)
+    return best if best != name and errors[best] < errors.get(name, math.inf) else ''
 
 
 def version_tag(sha256: str) -> str:
@@ -152,6 +188,8 @@ def pinned() -> dict[str, dict[str, Any]]:
 
 def _hub_id(name: str) -> str:
     """Where the Hub has our own `<arch>.<tag>`, or the account of $WRN_TIMM_HUB_NAMESPACE its own; '' for nowhere."""
+    if name in published():  # other people's, which no account of ours has
+        return ''
     account = os.environ.get('WRN_TIMM_HUB_NAMESPACE', HUB_NAMESPACE)
     if account != HUB_NAMESPACE:
         return f'{account}/{name}' if account else ''
@@ -159,10 +197,11 @@ def _hub_id(name: str) -> str:
 
 
 def sources(name: str) -> dict[str, str]:
-    """Where the weights of our own `<arch>.<tag>` can be had now, as fields of timm's pretrained configuration."""
-    folder, hub_id = find(name), _hub_id(name)
-    out = {'file': str(folder / WEIGHTS_FILE)} if folder else {}
-    return {**out, 'hf_hub_id': hub_id} if hub_id else out
+    """Where the weights of `<arch>.<tag>` can be had now, as fields of timm's pretrained configuration."""
+    folder = find(name)
+    found = {'file': folder and str(folder / WEIGHTS_FILE), 'hf_hub_id': _hub_id(name),
+             'url': published().get(name, {}).get('url')}
+    return {field: value for field, value in found.items() if value}
 
 
 def _download(hub_id: str, cache_dir: str | Path | None) -> str:
@@ -170,6 +209,10 @@ def _download(hub_id: str, cache_dir: str | Path | None) -> str:
     return str(verify(
         folder, pinned().get(hub_id, {}).get('sha256'),
         f'Delete {folder.parents[1]} and load again, which downloads it anew.'))
+
+
+def _published_at(url: str | None) -> dict[str, Any] | None:
+    return next((entry for entry in published().values() if entry['url'] == url), None)
 
 
 def _searched() -> str:
@@ -204,31 +247,54 @@ def locate(
     if not pretrained:
         return out
     given = None  # what of the caller's names a source of its own
-    if any(overlay.get(k) for k in _SOURCES):
+    if any(overlay.get(k) for k in SOURCES):
         given = cfg = PretrainedCfg(**overlay)
     elif pretrained_cfg is None or isinstance(pretrained_cfg, str):
         cfg = get_pretrained_cfg(f'{variant}.{pretrained_cfg}' if pretrained_cfg else variant)
     else:
         cfg = pretrained_cfg if isinstance(pretrained_cfg, PretrainedCfg) else PretrainedCfg(**pretrained_cfg)
-        given = cfg if cfg.source or any(getattr(cfg, k) for k in _SOURCES) else None
+        given = cfg if cfg.source or any(getattr(cfg, k) for k in SOURCES) else None
     if given:
         overlay.update(_verified(given, cache_dir))
         return out
     name = f'{variant}.{cfg.tag}'
-    if folder := find(name):
-        overlay['file'] = str(verify(folder))
-    elif hub_id := cfg.hf_hub_id or sources(name).get('hf_hub_id'):
-        try:
-            overlay['file'] = _download(hub_id, cache_dir)
-        except RuntimeError as e:
-            raise RuntimeError(
-                f'No weights for {name}: {_searched()}, and {e} Or put a folder called {name} with {WEIGHTS_FILE} into '
-                f'a place that $WRN_TIMM_WEIGHTS names.') from e
-    else:
-        raise RuntimeError(
-            f'No weights for {name}: {_searched()}, and no Hub account is set ($WRN_TIMM_HUB_NAMESPACE). '
-            f'Set $WRN_TIMM_WEIGHTS to the folder that holds {name}/, or use pretrained=False for random weights.')
+    overlay['file'] = _found(name, cfg, cache_dir)
     return out
+
+
+def _found(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> str:
+    """The verified file of a registered `<arch>.<tag>`, which is downloaded if it is not on this machine."""
+    if folder := find(name):
+        return str(verify(folder))
+    hub_id, entry = cfg.hf_hub_id or _hub_id(name), _published_at(cfg.url)
+    try:
+        if hub_id:
+            return _download(hub_id, cache_dir)
+        if entry:
+            return str(unpacked(cfg.url, entry['sha1'], cache_dir))
+    except RuntimeError as e:
+        remedy = (f'Or put a folder called {name} with {WEIGHTS_FILE} into a place that $WRN_TIMM_WEIGHTS names.'
+                  f'{_nearest(name)}' if hub_id else
+                  f'Or fetch it elsewhere, and keep the file that is in it as {kept_at(cfg.url, cache_dir)}.')
+        raise RuntimeError(f'No weights for {name}: {_searched()}, and {e} {remedy}') from e
+    raise RuntimeError(
+        f'No weights for {name}: {_searched()}, and no Hub account is set ($WRN_TIMM_HUB_NAMESPACE). '
+        f'Set $WRN_TIMM_WEIGHTS to the folder that holds {name}/, or use pretrained=False for random weights.'
+        f'{_nearest(name)}')
+
+
+def _nearest(name: str) -> str:
+    """A sentence that names weights for the same classes, of the network nearest in size; '' where there are none."""
+    def size(name: str) -> float:
+        depth, width = re.match(r'wrn(\d+)_([\d_]+)', name).groups()
+        return math.log((int(depth) - 4) * float(width.replace('_', '.')) ** 2)  # parameters are in proportion
+
+    tag = name.partition('.')[2].removeprefix('pcv_')
+    there = [n for n in list_models('wrn*', include_tags=True)
+             if n != name and n.partition('.')[2].removeprefix('pcv_') == tag
+             and (find(n) or n in published() or n in released() and _hub_id(n))]
+    nearest = min(there, key=lambda n: abs(size(n) - size(name)), default='')
+    return f' The nearest network that has weights: {nearest}.' if nearest else ''
 
 
 def _verified(cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, Any]:
@@ -237,24 +303,31 @@ def _verified(cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, Any
         return dict(source=None, custom_load=False, file=str(verify(Path(cfg.file))))
     if cfg.source == 'hf-hub' or (cfg.hf_hub_id and not (cfg.state_dict or cfg.file or cfg.hf_hub_filename)):
         return dict(source=None, custom_load=False, file=_download(cfg.hf_hub_id, cache_dir))
+    if (entry := _published_at(cfg.url)) and not (cfg.state_dict or cfg.file):
+        return dict(file=str(unpacked(cfg.url, entry['sha1'], cache_dir)))
     if cfg.file and not cfg.state_dict and not Path(cfg.file).is_file():
         raise FileNotFoundError(f'pretrained_cfg_overlay names {cfg.file}, which is not there')
     return {}
 
 
 def _check_tag(variant: str, tag: str) -> None:
-    tags = [name.partition('.')[2] for name in get_arch_pretrained_cfgs(variant)]
+    tags = sorted(name.partition('.')[2] for name in get_arch_pretrained_cfgs(variant))
     if tag not in tags:
         nearest = difflib.get_close_matches(tag, tags, n=1, cutoff=0)
         raise RuntimeError(f'{variant} has no tag {tag!r}; nearest: {nearest[0]}; known: {", ".join(tags)}')
 
 
 def list_weights() -> list[Weights]:
-    """Every tag of every WRN whose weights are on this machine or on the Hub, in timm's order of names."""
+    """Every tag of every WRN whose weights are on this machine, on the Hub or published by others.
+
+    In timm's order of names, those that pytorchcv published last.
+    """
     rows = []
     for name in list_models('wrn*', include_tags=True):
         cfg = get_pretrained_cfg(name)
-        known = {'size': None, 'sha256': None, 'license': cfg.license or '', 'top1': None}
+        entry = published().get(name, {})
+        known = {'size': None, 'sha256': None, 'license': cfg.license or '', 'top1': None,
+                 'published_error': entry.get('error'), 'default': get_pretrained_cfg(cfg.architecture).tag == cfg.tag}
         if folder := find(name):
             file, metrics = folder / WEIGHTS_FILE, folder / 'metrics.json'
             top1 = json.loads(metrics.read_text(encoding='utf-8')).get('top1') if metrics.is_file() else None
@@ -263,4 +336,11 @@ def list_weights() -> list[Weights]:
         elif hub_id := _hub_id(name) if name in released() else cfg.hf_hub_id:
             known.update(pinned().get(hub_id, {}))
             rows.append(Weights(name, f'hf-hub:{hub_id}', **known))
-    return rows
+        elif entry:
+            if (file := kept_at(entry['url'])).is_file():
+                known.update(size=file.stat().st_size, sha256=sha256_of(file))
+            rows.append(Weights(name, str(file) if file.is_file() else entry['url'], **known))
+    errors = {w.name: w.published_error if w.top1 is None else 100 - w.top1 for w in rows}
+    errors = {name: error for name, error in errors.items() if error is not None}
+    rows = [dataclasses.replace(w, more_accurate=more_accurate(w.name, errors)) for w in rows]
+    return sorted(rows, key=lambda w: w.published_error is not None)

@@ -24,7 +24,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models._features import feature_take_indices
 
 from .checkpoints import fit_to_model
-from .weights import locate, sources
+from .weights import SOURCES, default_tag, locate, published, sources
 
 __all__ = ['WideResNet', 'register_wrn']
 
@@ -341,7 +341,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-# Tags of every network of the family: the data set that its weights were trained on. The first is the default.
+# Tags of every network of the family: the data set that its weights were trained on.
 TAGS = {
     'cifar10': _cfg(label_names=CIFAR10_LABELS),
     'cifar100': _cfg(
@@ -349,13 +349,28 @@ TAGS = {
         mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
 }
 
+
+def _pytorchcv_cfg(**kwargs: Any) -> dict[str, Any]:
+    """Of pytorchcv's weights: one mean and deviation for all three data sets (its `cifar10_cls_dataset.py`)."""
+    return _cfg(
+        std=(0.2023, 0.1994, 0.2010), license='mit', origin_url='https://github.com/osmr/imgclsmob', **kwargs)
+
+
+# Tags of the networks for which pytorchcv published weights.
+PYTORCHCV_TAGS = {
+    'pcv_cifar10': _pytorchcv_cfg(label_names=CIFAR10_LABELS),
+    'pcv_cifar100': _pytorchcv_cfg(num_classes=100, label_names=CIFAR100_LABELS),
+    'pcv_svhn': _pytorchcv_cfg(label_names=tuple('0123456789')),
+}
+
 default_cfgs = {}
 
 
 def _create_wrn(variant: str, pretrained: bool = False, **kwargs: Any) -> WideResNet:
-    source = locate(
-        variant, pretrained, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None),
-        kwargs.get('cache_dir'))
+    cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None) or {}
+    if cfg is None and (not pretrained or any(overlay.get(k) for k in SOURCES)):
+        cfg = 'cifar10'  # random weights, or the caller's own: not to be saved with the licence of the default's
+    source = locate(variant, pretrained, cfg, overlay, kwargs.get('cache_dir'))
     return build_model_with_cfg(
         WideResNet, variant, pretrained,
         **source,
@@ -388,10 +403,11 @@ def register_wrn(depth: int, width: float) -> str:
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = f'WRN-{depth}-{width:g}: {(depth - 4) // 6} blocks a stage, {width:g} times as wide.'
     globals()[name] = entrypoint
-    # The star keeps the first tag the default on every machine, whichever weights are there; `file` makes timm list
-    # those that are.
-    cfgs = {f'{name}.{tag}{star}': {**cfg, **sources(f'{name}.{tag}')}
-            for (tag, cfg), star in zip(TAGS.items(), ('*', ''), strict=True)}
+    cfgs = TAGS | {tag: cfg for tag, cfg in PYTORCHCV_TAGS.items() if f'{name}.{tag}' in published()}
+    cfgs = {tag: {**cfg, **sources(f'{name}.{tag}')} for tag, cfg in cfgs.items()}  # `file` makes timm list it
+    default = default_tag(name, cfgs)
+    # timm puts the first tag with a source before the star, unless the star comes last
+    cfgs = {f'{name}.{tag}': cfg for tag, cfg in cfgs.items() if tag != default} | {f'{name}.{default}*': cfgs[default]}
     default_cfgs.update(generate_default_cfgs(cfgs))
     register_model(entrypoint)
     return name

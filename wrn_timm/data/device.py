@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 from .datasets import ImageArrays
 
@@ -68,12 +69,27 @@ class DeviceLoader:
         """Steps an epoch."""
         return len(self.labels) // self.batch_size
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of (float images (B, 3, H, W) in channels_last, int64 labels (B,)) from `first_step` on."""
+    def epoch(
+            self, epoch: int, first_step: int = 0, size: int | None = None,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of an epoch.
+
+        Args:
+            epoch: Which one, from 0.
+            first_step: Where to begin within it.
+            size: Side of the images, in pixels, to which they are scaled after augmentation; None for their own.
+
+        Yields:
+            Float images (B, 3, size, size) in channels_last, and int64 labels (B,).
+        """
         order = torch.randperm(len(self.labels), generator=self._seeded(epoch, -1), device=self.device)
         for step in range(first_step, len(self)):
             index = order[step * self.batch_size:(step + 1) * self.batch_size]
-            yield self._augment(index, self._seeded(epoch, step)), self.labels[index[self.rank::self.world_size]]
+            images = self._augment(index, self._seeded(epoch, step))
+            if size not in (None, self.size[0]):
+                images = F.interpolate(images, (size, size), mode='bilinear', antialias=True)
+            yield (images.contiguous(memory_format=torch.channels_last),
+                   self.labels[index[self.rank::self.world_size]])
 
     def _seeded(self, epoch: int, step: int) -> torch.Generator:
         return self._generator.manual_seed(((self.seed * 100_003 + epoch) * 1_000_003 + step + 1) % 2 ** 63)
@@ -107,4 +123,4 @@ class DeviceLoader:
             inside = ((ys >= y0) & (ys < y0 + self.cutout))[:, :, None] & \
                 ((xs >= x0) & (xs < x0 + self.cutout))[:, None, :]
             x = x.masked_fill(inside[:, None], 0.)
-        return x.contiguous(memory_format=torch.channels_last)
+        return x

@@ -16,7 +16,6 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -28,6 +27,8 @@ from ..data.augment import AutoAugment, RandAugment, TrivialAugment
 from ..data.datasets import ImageArrays, load
 from ..data.device import DeviceLoader
 from ..files import atomic_write
+from .optimizers import create_optimizer
+from .precision import Precision, autocast, resolve_precision
 from .recipes import Recipe, check_numbers
 from .rundir import RunDir, environment, export_weights, is_best, stop_requests
 
@@ -42,6 +43,7 @@ def evaluate(
         data: ImageArrays,
         device: torch.device,
         batch_size: int = 500,
+        precision: Precision = 'no',
 ) -> dict[str, float]:
     """Mean loss and accuracy in % of a model on images as they are, normalised by the data set's statistics."""
     model.eval()
@@ -49,7 +51,9 @@ def evaluate(
     loss = correct = torch.zeros((), device=device)
     for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True):
         labels = labels.to(device)
-        logits = model((images.to(device).float() / 255 - mean) / std).float()
+        images = (images.to(device).float() / 255 - mean) / std
+        with autocast(device, resolve_precision(precision, device)):
+            logits = model(images.contiguous(memory_format=torch.channels_last)).float()
         loss = loss + F.cross_entropy(logits, labels, reduction='sum')
         correct = correct + (logits.argmax(1) == labels).sum()
     return {'loss': loss.item() / len(data), 'accuracy': 100 * correct.item() / len(data)}
@@ -70,14 +74,14 @@ class _Progress:
         dist.all_reduce(self.sums)
         self.sums *= not rank
 
-    def end_epoch(self, lr: float, steps: int, batch_size: int, world: int) -> None:
+    def end_epoch(self, lr: float, size: int, steps: int, batch_size: int, world: int) -> None:
         """Put the epoch's line into the history, and the position at the start of the next."""
         if world > 1:
             dist.all_reduce(self.sums)
         loss, hits = (self.sums / (steps * world)).tolist()
         before = self.history[-1]['seconds'] if self.history else 0.
         self.history.append({
-            'epoch': self.epoch + 1, 'lr': lr, 'train_loss': loss, 'train_accuracy': 100 * hits,
+            'epoch': self.epoch + 1, 'lr': lr, 'size': size, 'train_loss': loss, 'train_accuracy': 100 * hits,
             'seconds': round(self.seconds, 2),
             'images_per_second': round(self.timed * batch_size / max(self.seconds - before, 1e-9))})
         self.epoch, self.step, self.timed = self.epoch + 1, 0, 0
@@ -86,17 +90,26 @@ class _Progress:
 class Learner:
     """A network with its optimiser, schedule and averaged weights, as a recipe has them.
 
-    On CUDA the network computes in bfloat16 where the GPU has it; in a process group it is data parallel.
+    In a process group the network is data parallel.
 
     Args:
         model: On its device; trained in place.
         recipe: How.
         steps: Optimiser steps an epoch.
         seed: Of dropout and mixing, together with the step and the process: a resumed run draws the same.
-        compile: Compile the network, whose first step then takes a minute or so.
+        compile: Compile the network; the first step at each image size then takes a minute or so.
+        precision: 'bf16', 'no' (float32), or 'auto': bfloat16 on GPUs and CPUs that are faster in it.
     """
 
-    def __init__(self, model: torch.nn.Module, recipe: Recipe, steps: int, seed: int = 0, compile: bool = False):
+    def __init__(
+            self,
+            model: torch.nn.Module,
+            recipe: Recipe,
+            steps: int,
+            seed: int = 0,
+            compile: bool = False,
+            precision: Precision = 'auto',
+    ):
         self.device = next(model.parameters()).device
         cuda = self.device.type == 'cuda'
         if recipe.sync_batchnorm:
@@ -104,9 +117,7 @@ class Learner:
                 raise ValueError('sync_batchnorm works on CUDA devices only; leave it off')
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model, self.recipe = model, recipe
-        self.optimizer = create_optimizer_v2(
-            model, 'nesterov', lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum,
-            filter_bias_and_bn=not recipe.decay_norm, fused=True)
+        self.optimizer = create_optimizer(model, recipe)
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.scheduler = _schedule(recipe, self.optimizer, steps)
         self._mix = _mixer(recipe, model.num_classes)
@@ -117,7 +128,9 @@ class Learner:
         if compile:  # around it, so that gradients are exchanged while others are computed
             self._forward = torch.compile(self._forward, dynamic=False)
         self._seed = seed * 1009 + rank
-        self._bfloat16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.precision = resolve_precision(precision, self.device)
+        if self.precision == 'fp16':  # its gradients would have to be scaled
+            self.precision = 'no'
 
     @property
     def averaged(self) -> torch.nn.Module:
@@ -148,7 +161,7 @@ class Learner:
 
     def _backward(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
+        with autocast(self.device, self.precision):
             logits = self._forward(images)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=self.recipe.label_smoothing)
         loss.backward()
@@ -181,10 +194,13 @@ def _compilation() -> Iterator[None]:
 
 
 def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Scheduler:
-    kind = 'multistep' if recipe.schedule == 'step' else recipe.schedule
+    stepwise, linear = recipe.schedule == 'step', recipe.schedule == 'linear'
     scheduler, _ = create_scheduler_v2(
-        optimizer, kind, recipe.epochs, decay_milestones=recipe.drop_epochs, decay_rate=recipe.drop_factor,
-        warmup_epochs=recipe.warmup_epochs, warmup_lr=recipe.lr / 100, step_on_epochs=False, updates_per_epoch=steps)
+        optimizer, {'step': 'multistep', 'linear': 'poly'}.get(recipe.schedule, recipe.schedule),
+        recipe.epochs if stepwise else recipe.epochs - recipe.warmup_epochs, decay_milestones=recipe.drop_epochs,
+        decay_rate=1. if linear else recipe.drop_factor,  # the power of 'poly'
+        warmup_epochs=recipe.warmup_epochs, warmup_prefix=not stepwise, warmup_lr=recipe.lr / 100, step_on_epochs=False,
+        updates_per_epoch=steps)
     return scheduler
 
 
@@ -305,6 +321,7 @@ def train(
         grad_checkpointing: bool = False,
         half: bool = False,
         tracker: str = '',
+        precision: Precision = 'auto',
 ) -> Path | None:
     """Train a network and leave a weights folder in the run directory.
 
@@ -314,7 +331,7 @@ def train(
         recipe: How.
         data_dir: Folder of the data set's official files.
         out: Run directory.
-        device: 'cpu' or 'cuda'. On CUDA the network computes in bfloat16 where the GPU has it.
+        device: 'cpu' or 'cuda'.
         seed: Of the weights, the order and the augmentation.
         time_budget: Seconds after which the run stops, to be resumed.
         checkpoint_every: Seconds between checkpoints, and more where they are slow to write, so that they take at most
@@ -322,10 +339,11 @@ def train(
             epoch and a run that stops have theirs at once.
         resume: Go on with the run in `out`: bit for bit on a CPU, from the middle of an epoch too.
         download: Fetch the data set if it is missing.
-        compile: Compile the network; None does so on CUDA alone.
+        compile: Compile the network; None does so on CUDA alone. On a CPU it needs a C++ compiler.
         grad_checkpointing: Recompute the activations of each block in the backward pass, for memory.
         half: Export convolution and linear weights in half precision.
         tracker: 'tensorboard', 'wandb', 'trackio' or another of accelerate's, told of every epoch.
+        precision: 'bf16', 'no' (float32), or 'auto': bfloat16 on GPUs and CPUs that are faster in it.
 
     Returns:
         The weights folder, or None if the run was stopped (by the budget, SIGTERM or Ctrl-C) before its end.
@@ -355,7 +373,7 @@ def train(
         model = create_model(recipe, len(data.classes)).to(device, memory_format=torch.channels_last)
         if grad_checkpointing:
             model.set_grad_checkpointing()
-        learner = Learner(model, recipe, steps, seed, cuda if compile is None else compile)
+        learner = Learner(model, recipe, steps, seed, cuda if compile is None else compile, precision)
         progress = _Progress(torch.zeros(2, device=device))
 
         run = RunDir(out, settings, resume, write=not rank, device=device)
@@ -365,18 +383,19 @@ def train(
             progress = _Progress(**{f.name: saved[f.name] for f in dataclasses.fields(_Progress)})
             progress.sums = progress.sums.to(device) * (not rank)  # they are of all processes
             del saved  # as large as the network, the optimiser and the average together
-        run.log('%s on %s, %d process(es), from epoch %d, step %d', recipe.model, device, world, progress.epoch,
-                progress.step)
+        run.log('%s on %s, precision %s, %d process(es), from epoch %d, step %d', recipe.model, device,
+                learner.precision, world, progress.epoch, progress.step)
         run.log(', '.join(f'{k} {v}' for k, v in environment(device).items()))
 
         asked = stack.enter_context(stop_requests())
-        last_saved, saving, stopping, due, warm = time.monotonic(), 0., False, False, False
+        last_saved, saving, stopping, due, warm = time.monotonic(), 0., False, False, 0
         while progress.epoch < recipe.epochs:
             model.train()
+            size = recipe.size_at(progress.epoch, data.images.shape[-1])
             if not progress.step:
                 progress.sums = torch.zeros_like(progress.sums)
             batches = tqdm(
-                loader.epoch(progress.epoch, progress.step), desc=f'epoch {progress.epoch + 1}/{recipe.epochs}',
+                loader.epoch(progress.epoch, progress.step, size), desc=f'epoch {progress.epoch + 1}/{recipe.epochs}',
                 total=steps, initial=progress.step, unit='img', unit_scale=recipe.batch_size, leave=False,
                 disable=True if rank else None)
             began, first_timed = time.monotonic(), progress.step
@@ -384,10 +403,10 @@ def train(
                 result = learner.step(progress.epoch * steps + progress.step, images, labels)
                 progress.sums = progress.sums + result
                 progress.step += 1
-                if not warm:  # the step that compiles is told apart
+                if warm != size:  # the step that compiles is told apart
                     torch.cuda.synchronize() if cuda else None
-                    run.log('first step, compilation included: %.1f s', time.monotonic() - began)
-                    warm, began, first_timed = True, time.monotonic(), progress.step
+                    run.log('first step at %d px, compilation included: %.1f s', size, time.monotonic() - began)
+                    warm, began, first_timed = size, time.monotonic(), progress.step
 
                 now = time.monotonic()
                 reason = asked[0] if asked else 'the time budget' if now > deadline else ''
@@ -406,10 +425,12 @@ def train(
                     f'the loss is not finite at epoch {progress.epoch + 1}, step {progress.step}; the checkpoints in '
                     f'{run.checkpoints} are from before. Try a smaller learning rate.')
             if progress.step == steps:
-                progress.end_epoch(learner.optimizer.param_groups[0]['lr'], steps, recipe.batch_size, world)
+                progress.end_epoch(
+                    learner.optimizer.param_groups[0]['lr'], size, steps, recipe.batch_size, world)
                 row = progress.history[-1]
                 if held_out:
-                    row |= {f'holdout_{k}': v for k, v in evaluate(learner.averaged, held_out, device).items()}
+                    measured = evaluate(learner.averaged, held_out, device, precision=learner.precision)
+                    row |= {f'holdout_{k}': v for k, v in measured.items()}
                     if not math.isfinite(row['holdout_loss']):
                         raise FloatingPointError(
                             f'the loss on held-out images is not finite after epoch {progress.epoch}; the checkpoints '

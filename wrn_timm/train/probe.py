@@ -5,6 +5,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ def _chosen_probe(parts: dict[str, tuple[torch.Tensor, torch.Tensor]], classes: 
 def _at_hand() -> list[str]:
     """The weights on this machine, in folders or in the cache of the Hub's client; the others are named in the log."""
     listed = list_weights()
-    here = [w.name for w in listed if not w.location.startswith(HUB) or isinstance(
+    here = [w.name for w in listed if Path(w.location).exists() or w.location.startswith(HUB) and isinstance(
         try_to_load_from_cache(w.location.removeprefix(HUB).partition('@')[0], WEIGHTS_FILE), str)]
     if absent := [w.name for w in listed if w.name not in here]:
         _logger.info('not on this machine, and left out: %s; name them to fetch them', ', '.join(absent))

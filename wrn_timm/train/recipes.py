@@ -26,7 +26,7 @@ def check_numbers(settings: Mapping[str, Any], most: float = sys.float_info.max)
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a network is trained from scratch: SGD with Nesterov momentum, the learning rate set every step."""
+    """How a network is trained from scratch; the learning rate is set every step."""
 
     dataset: str
     """'cifar10', 'cifar100', 'svhn' or 'synthetic'."""
@@ -38,12 +38,17 @@ class Recipe:
     """Stem of a network of this package: 'cifar' (3x3, stride 1), 'imagenet' (7x7 and pooling), or '' for its own."""
     batch_size: int = 128
     """Images a step, over all processes."""
+    opt: Literal['nesterov', 'muon'] = 'nesterov'
+    """'nesterov' is SGD with Nesterov momentum; 'muon' orthogonalises the updates of the convolutions (timm's Muon) and
+    leaves the stem, the classifier and BatchNorm to AdamW."""
     lr: float = 0.1
     """Peak learning rate."""
-    schedule: str = 'cosine'
-    """'cosine' to 0, or 'step': times `drop_factor` at each of `drop_epochs`."""
-    warmup_epochs: int = 0
-    """Linear rise from lr / 100 before the cosine."""
+    adamw_scale: float = 0.08
+    """AdamW's share of the learning rate, with 'muon'."""
+    schedule: Literal['cosine', 'linear', 'step'] = 'cosine'
+    """'cosine' or 'linear' to 0, or 'step': times `drop_factor` at each of `drop_epochs`."""
+    warmup_epochs: float = 0.
+    """Epochs in which the learning rate first rises linearly from lr / 100."""
     drop_epochs: tuple[int, ...] = ()
     """Epochs at which the 'step' schedule drops."""
     drop_factor: float = 0.2
@@ -51,15 +56,18 @@ class Recipe:
     momentum: float = 0.9
     """Nesterov momentum."""
     weight_decay: float = 5e-4
-    """L2 penalty."""
+    """L2 penalty; with 'muon' the decay of the convolutions, times the learning rate per step."""
     decay_norm: bool = True
-    """Decay BatchNorm and biases too, as the paper does."""
+    """Decay BatchNorm and biases too, as the paper does; 'muon' never does."""
     label_smoothing: float = 0.
     """Mass moved from the label to all classes."""
     ema_decay: float = 0.
     """Decay a step of the averaged weights, which are then the ones exported; 0 exports the last."""
     sam_rho: float = 0.
     """Radius of sharpness-aware minimisation (arXiv:2010.01412), at twice the cost; 0 for none."""
+    sizes: tuple[tuple[int, float], ...] = ()
+    """Smaller image sizes to begin with, each with its share of the epochs: (16, 0.3), (24, 0.2) trains on images
+    scaled to 16 pixels, then to 24, and the other half of the epochs at full size."""
     pad: int = 4
     """Reflected border for random crops, in pixels."""
     flip: bool = True
@@ -88,18 +96,32 @@ class Recipe:
     """Training images kept aside and measured every epoch, for choices; 0 trains on all."""
 
     def __post_init__(self):
-        if self.schedule not in ('cosine', 'step'):
-            raise ValueError(f"schedule {self.schedule!r} is unknown; choose 'cosine' or 'step'")
+        if self.opt not in ('nesterov', 'muon'):
+            raise ValueError(f"opt {self.opt!r} is unknown; choose 'nesterov' or 'muon'")
+        if self.schedule not in ('cosine', 'linear', 'step'):
+            raise ValueError(f"schedule {self.schedule!r} is unknown; choose 'cosine', 'linear' or 'step'")
         for name in ('epochs', 'batch_size'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least 1')
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f'warmup_epochs is {self.warmup_epochs}; it must be below the {self.epochs} epochs')
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(f'warmup_epochs is {self.warmup_epochs:g}; it must be below the {self.epochs} epochs')
+        if any(size < 8 or not share > 0 for size, share in self.sizes) or sum(share for _, share in self.sizes) >= 1:
+            raise ValueError(f'sizes are {self.sizes}; each wants at least 8 pixels and a share of the epochs above 0, '
+                             f'and the shares must leave epochs for the full size')
         if not 0 <= self.rand_magnitude <= 30:
             raise ValueError(f'rand_magnitude is {self.rand_magnitude}; it must be 0 to 30')
         if self.trivial_augment + bool(self.rand_augment) + self.auto_augment > 1:
             raise ValueError('choose one of trivial_augment, rand_augment and auto_augment')
         check_numbers(vars(self))
+
+    def size_at(self, epoch: int, full: int) -> int:
+        """Side in pixels of the images of an epoch (from 0), where `full` is that of the data set."""
+        end = 0.
+        for size, share in self.sizes:
+            end += share
+            if epoch < round(end * self.epochs) and epoch < self.epochs - 1:  # the last is always at full size
+                return size
+        return full
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""The optimiser of a recipe."""
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import timm.optim
+import torch
+from timm.optim import create_optimizer_v2, muon
+
+from .precision import fast_bfloat16
+from .recipes import Recipe
+
+__all__ = ['Muon', 'create_optimizer']
+
+
+class Muon(timm.optim.Muon):
+    """timm's Muon, which orthogonalises in float32 where bfloat16 is slow.
+
+    Args:
+        params: As timm's.
+        dtype: Type of the matrix products; None takes bfloat16 where the device of the parameters is fast in it.
+        **kwargs: As timm's.
+    """
+
+    def __init__(self, params: Any, dtype: torch.dtype | None = None, **kwargs: Any):
+        super().__init__(params, **kwargs)
+        device = self.param_groups[0]['params'][0].device
+        self.dtype = dtype or (torch.bfloat16 if fast_bfloat16(device) else torch.float32)
+
+    def step(self, closure: Any = None) -> Any:
+        """One step. timm's takes no type, though the function that it calls does."""
+        orthogonalise = muon.zeropower_via_newtonschulz
+        muon.zeropower_via_newtonschulz = functools.partial(orthogonalise, dtype=self.dtype)
+        try:
+            return super().step(closure)
+        finally:
+            muon.zeropower_via_newtonschulz = orthogonalise
+
+
+def create_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum for all parameters, or Muon for the convolutions and AdamW for the rest.
+
+    With Muon the stem is left to AdamW too, as the classifier is: neither maps features to features. Only what Muon
+    updates is decayed.
+    """
+    if recipe.opt == 'nesterov':
+        return create_optimizer_v2(
+            model, 'nesterov', lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum,
+            filter_bias_and_bn=not recipe.decay_norm, fused=True)
+    stem = model.pretrained_cfg['first_conv']
+    kernels = [m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Conv2d) and name != stem]
+    known = {id(p) for p in kernels}
+    rest = [p for p in model.parameters() if id(p) not in known]
+    return Muon(
+        [{'params': kernels, 'use_fallback': False},
+         {'params': rest, 'use_fallback': True, 'weight_decay': 0., 'nesterov': False}],  # else it would be NAdamW
+        lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum, nesterov=True,
+        adjust_lr_fn='original', fallback_lr_scale=recipe.adamw_scale)

@@ -1,0 +1,47 @@
+"""The number format that networks compute in."""
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+__all__ = ['Precision', 'autocast', 'fast_bfloat16', 'resolve_precision']
+
+Precision = Literal['auto', 'no', 'fp16', 'bf16']
+
+
+def fast_bfloat16(device: torch.device | str) -> bool:
+    """Whether a device computes faster in bfloat16 than in float32.
+
+    True for GPUs that have bfloat16, and for CPUs with the instructions avx512_bf16 or amx_bf16. Other CPUs imitate it,
+    several times slower than float32. Versions of torch that cannot tell the CPU's instructions count as without.
+    """
+    device = torch.device(device)
+    if device.type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != 'cpu' or not hasattr(torch.cpu, 'get_capabilities'):
+        return False
+    instructions = torch.cpu.get_capabilities()
+    return any(instructions.get(name, False) for name in ('avx512_bf16', 'amx_bf16'))
+
+
+def resolve_precision(precision: Precision, device: torch.device | str) -> Literal['no', 'fp16', 'bf16']:
+    """What 'auto' stands for on a device: bf16 where that is fast, else fp16 on GPUs and float32 ('no') on CPUs.
+
+    Raises:
+        ValueError: The precision is none of 'auto', 'no', 'fp16' and 'bf16', or is fp16 on a CPU.
+    """
+    device = torch.device(device)
+    if precision not in ('auto', 'no', 'fp16', 'bf16'):
+        raise ValueError(f"precision {precision!r} is unknown; choose 'auto', 'no' (float32), 'fp16' or 'bf16'")
+    if precision == 'fp16' and device.type == 'cpu':
+        raise ValueError("precision 'fp16' is for GPUs; choose 'bf16' or 'no' (float32) on a CPU")
+    if precision != 'auto':
+        return precision
+    return 'bf16' if fast_bfloat16(device) else 'fp16' if device.type == 'cuda' else 'no'
+
+
+def autocast(device: torch.device | str, precision: Literal['no', 'fp16', 'bf16']) -> torch.autocast:
+    """A context in which networks on `device` compute in `precision`."""
+    dtype = torch.float16 if precision == 'fp16' else torch.bfloat16
+    return torch.autocast(torch.device(device).type, dtype, enabled=precision != 'no')
