@@ -288,8 +288,8 @@ def _tracker(name: str, run: RunDir, settings: dict[str, Any], device: torch.dev
         return
     from accelerate import Accelerator
     tracker = Accelerator(cpu=device.type == 'cpu', log_with=name, project_dir=run.path)
-    recipe = dataclasses.asdict(settings['recipe'])
-    tracker.init_trackers('wrn_timm', {**recipe, 'drop_epochs': str(recipe['drop_epochs'])})
+    told = {k: str(v) if isinstance(v, tuple) else v for k, v in vars(settings['recipe']).items()}
+    tracker.init_trackers('wrn_timm', told)
     try:
         yield tracker
     finally:
