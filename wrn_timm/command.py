@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 __all__ = ['TRACEBACK_HELP', 'reports_errors', 'show_error']
 
 TRACEBACK_HELP = 'show where an error arose'
-_EXPECTED = (ArithmeticError, ImportError, OSError, RuntimeError, ValueError)  # whose messages are for the user
+_EXPECTED = (FloatingPointError, ImportError, OSError, RuntimeError, ValueError)  # whose messages are for the user
 
 
 def show_error(error: Exception) -> None:
