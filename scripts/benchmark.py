@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,6 +44,7 @@ from torchvision.transforms import v2
 
 import wrn_timm
 from wrn_timm.checkpoints import convert_state_dict, fit_to_model
+from wrn_timm.command import reports_errors
 from wrn_timm.data.augment import AutoAugment, RandAugment, TrivialAugment
 from wrn_timm.data.datasets import ImageArrays, load, parse_spec
 from wrn_timm.data.device import DeviceLoader
@@ -96,6 +97,8 @@ class Command:
     """Measure the peak memory of training, each in a process of its own."""
     json: bool = False
     """Print JSON in place of tables."""
+    traceback: bool = False
+    """Show where an error arose."""
 
     def __post_init__(self):
         for name, known in (('sections', SECTIONS), ('models', timm.list_models('*'))):
@@ -683,21 +686,18 @@ def finetune(command: Command) -> Iterator[Case]:
 SECTIONS = {f.__name__: f for f in (evaluate, int8, train, latency, growth, scale, augment, start, head, finetune)}
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        command = tyro.cli(Command, args=argv, prog='benchmark.py', description=__doc__)
-        torch.backends.cudnn.benchmark = command.device == 'cuda'
-        if command.device == 'cuda':  # convolutions compute in TF32, and so does what they are compared with
-            torch.backends.cuda.matmul.allow_tf32 = True
-        results: dict[str, list[dict[str, Any]]] = {}
-        for name in command.sections or SECTIONS:
-            for case in SECTIONS[name](command):
-                results.setdefault(name, []).append(dataclasses.asdict(case))
-                if not command.json:
-                    show(name, case)
-    except (ValueError, OSError, RuntimeError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 1
+@reports_errors
+def main(argv: Sequence[str]) -> int:
+    command = tyro.cli(Command, args=argv, prog='benchmark.py', description=__doc__)
+    torch.backends.cudnn.benchmark = command.device == 'cuda'
+    if command.device == 'cuda':  # convolutions compute in TF32, and so does what they are compared with
+        torch.backends.cuda.matmul.allow_tf32 = True
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name in command.sections or SECTIONS:
+        for case in SECTIONS[name](command):
+            results.setdefault(name, []).append(dataclasses.asdict(case))
+            if not command.json:
+                show(name, case)
     about = {'device': command.device, 'threads': torch.get_num_threads(), 'rounds': command.rounds,
              **{f'matmul_gflops_{d}': round(matmul_rate(command.device, getattr(torch, d)) / 1e9, 1)
                 for d in command.dtypes}, **environment(command.device)}

@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
 """Carry a run or a weights folder in small shards, and put it together again, bit for bit.
 
-    python scripts/carry.py pack RUN SHARDS             # 15 MB each; of the checkpoints the newest
+    python scripts/carry.py pack RUN SHARDS             # 15 MB each; of the checkpoints the newest and the best
     python scripts/carry.py unpack SHARDS RUN           # elsewhere; then train.py --resume --out RUN
 """
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
+from wrn_timm.command import TRACEBACK_HELP, reports_errors
 from wrn_timm.train.carry import pack, unpack
 
 
-def main(argv: list[str] | None = None) -> int:
+@reports_errors
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
     packing = commands.add_parser('pack', help='cut a folder into shards')
@@ -22,16 +25,14 @@ def main(argv: list[str] | None = None) -> int:
     unpacking = commands.add_parser('unpack', help='put shards together')
     unpacking.add_argument('shards', help='folder of the shards')
     unpacking.add_argument('out', help='new folder for what they hold')
+    for command in (packing, unpacking):
+        command.add_argument('--traceback', action='store_true', help=TRACEBACK_HELP)
     args = parser.parse_args(argv)
-    try:
-        if args.command == 'pack':
-            files = pack(args.folder, args.out, int(args.shard_mb * 1e6))
-            print(f'{len(files) - 1} shards in {args.out}')
-        else:
-            print(unpack(args.shards, args.out))
-    except (ValueError, OSError, RuntimeError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 1
+    if args.command == 'pack':
+        files = pack(args.folder, args.out, int(args.shard_mb * 1e6))
+        print(f'{len(files) - 1} shards in {args.out}')
+    else:
+        print(unpack(args.shards, args.out))
     return 0
 
 

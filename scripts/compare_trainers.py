@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +34,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader
 
+from wrn_timm.command import reports_errors
 from wrn_timm.data.folders import ImageFiles, examine, list_folder
 from wrn_timm.data.splits import data_name, list_source, make_split
 from wrn_timm.files import atomic_write
@@ -68,6 +69,8 @@ class Command:
     """Splits and runs."""
     out: str = ''
     """JSON file to write the figures to."""
+    traceback: bool = False
+    """Show where an error arose."""
 
     def __post_init__(self):
         if unknown := set(self.trainers) - set(TRAINERS):
@@ -202,19 +205,16 @@ def compare(command: Command) -> dict[str, Any]:
     return {**settings, 'data': data_name(command.data), 'rows': rows, 'environment': environment('cpu') | versions}
 
 
-def main(argv: list[str] | None = None) -> int:
+@reports_errors
+def main(argv: Sequence[str]) -> int:
     command = tyro.cli(Command, args=argv, description=__doc__)
     logging.basicConfig(level=logging.ERROR)
-    names = command.trainers or TRAINERS
-    try:  # before minutes are spent
-        if absent := [n for n in ('fastai', 'ultralytics') if n in names and not find_spec(n)]:
-            raise ValueError(f'not installed: {", ".join(absent)}; pip install {" ".join(absent)}, or name trainers')
-        if 'timm' in names and not Path(os.environ.get('TIMM_SOURCE', ''), 'train.py').is_file():
-            raise ValueError('set TIMM_SOURCE to a checkout of timm, whose package lacks train.py, or name trainers')
-        result = compare(command)
-    except (ValueError, OSError, RuntimeError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 1
+    names = command.trainers or TRAINERS  # whether they are there, before minutes are spent
+    if absent := [n for n in ('fastai', 'ultralytics') if n in names and not find_spec(n)]:
+        raise ValueError(f'not installed: {", ".join(absent)}; pip install {" ".join(absent)}, or name trainers')
+    if 'timm' in names and not Path(os.environ.get('TIMM_SOURCE', ''), 'train.py').is_file():
+        raise ValueError('set TIMM_SOURCE to a checkout of timm, whose package lacks train.py, or name trainers')
+    result = compare(command)
     if command.out:
         atomic_write(Path(command.out), json.dumps(result, indent=2) + '\n')
     return 0

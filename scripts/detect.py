@@ -12,16 +12,19 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import tyro
 
 import wrn_timm  # noqa: F401  (registers the models)
+from wrn_timm.command import TRACEBACK_HELP, reports_errors
 from wrn_timm.train.detect import DetectConfig, detect, draw, load_detector
 
 
-def main(argv: list[str] | None = None) -> int:
+@reports_errors
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         epilog='Any field of DetectConfig (wrn_timm/train/detect.py) is an option too: --epochs 20 --image-size 320')
@@ -35,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
                         help='what to do with bad boxes and unreadable files')
     parser.add_argument('--time-budget', type=float, default=math.inf, metavar='SECONDS')
     parser.add_argument('--resume', action='store_true', help='go on with the run in --out')
+    parser.add_argument('--traceback', action='store_true', help=TRACEBACK_HELP)
     args, overrides = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     logging.getLogger('timm').setLevel(logging.WARNING)
@@ -52,9 +56,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f'stopped; go on with --resume if {args.out} holds a checkpoint', file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 1
     if metrics:
         print(f"mAP@0.5 {metrics['map_50']:.1f} %, mAP@0.5:0.95 {metrics['map']:.1f} % on {metrics['images']} "
               f"photographs; all in {args.out}")

@@ -18,7 +18,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,12 +26,13 @@ import torch
 import tyro
 
 import wrn_timm  # noqa: F401  (registers the models)
+from wrn_timm.command import reports_errors
 from wrn_timm.files import atomic_write
 from wrn_timm.hub import finish_weights_folder
 from wrn_timm.train.finetune import finetune_seeds
 from wrn_timm.train.probe import probe
 from wrn_timm.train.recipes import FinetuneConfig
-from wrn_timm.train.rundir import check_place
+from wrn_timm.train.rundir import check_place, config_of
 from wrn_timm.train.transfer import record_transfer, transfer_folder
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
@@ -72,7 +73,7 @@ class Command:
     """Show where an error arose."""
 
 
-def defaults(argv: list[str]) -> Command:
+def defaults(argv: Sequence[str]) -> Command:
     """What is meant where nothing is said: with --resume, what the run was started with."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument('--out', type=Path, default=Command.out)
@@ -82,8 +83,7 @@ def defaults(argv: list[str]) -> Command:
     recipe = next((run / 'recipe.json' for run in runs if (run / 'recipe.json').is_file()), None)
     if not (known.resume and recipe):
         return Command()
-    there = json.loads(recipe.read_text(encoding='utf-8')).get('finetune', {})
-    return Command(FinetuneConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in there.items()}))
+    return Command(config_of(recipe, 'finetune', FinetuneConfig))
 
 
 def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
@@ -101,8 +101,6 @@ def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
         raise ValueError('--probe runs in one process; start it without torchrun')
     if command.workers < 0:
         raise ValueError(f'workers is {command.workers}; it must be at least 0')
-    if not command.image_memory >= 0:
-        raise ValueError(f'image_memory is {command.image_memory:g}; it must be at least 0')
     if command.record:
         for name in command.probe or [config.model]:
             if name != 'all':
@@ -163,28 +161,19 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def main(argv: list[str] | None = None) -> int:
+@reports_errors
+def main(argv: Sequence[str]) -> int:
     main_process = os.environ.get('RANK', '0') == '0'
-    try:
-        argv = sys.argv[1:] if argv is None else argv
-        command = tyro.cli(Command, args=argv, prog='finetune.py', description=__doc__, default=defaults(argv))
-        logging.basicConfig(format='%(message)s', force=True, level=logging.INFO)
-        logging.getLogger().setLevel(logging.INFO if command.messages == 'text' and main_process else logging.ERROR)
-        logging.getLogger('timm').setLevel(logging.WARNING)
-    except ValueError as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 1
+    command = tyro.cli(Command, args=argv, prog='finetune.py', description=__doc__, default=defaults(argv))
+    logging.basicConfig(format='%(message)s', force=True, level=logging.INFO)
+    logging.getLogger().setLevel(logging.INFO if command.messages == 'text' and main_process else logging.ERROR)
+    logging.getLogger('timm').setLevel(logging.WARNING)
     try:
         with sigterm_as_ctrl_c():
             result = run(command)
     except KeyboardInterrupt:
         print(f'stopped; go on with --resume if {command.out} holds an epoch', file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
-        if command.traceback:
-            raise
-        print(f'error: {e}', file=sys.stderr)
-        return 1
     if main_process and command.messages == 'json' and isinstance(result, dict):
         print(json.dumps(result), flush=True)
     if main_process and command.messages == 'text':

@@ -10,12 +10,13 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 import wrn_timm  # noqa: F401  (registers the models)
+from wrn_timm.command import TRACEBACK_HELP, reports_errors
 from wrn_timm.train.predict import find_images, predict_files
 
 
@@ -36,7 +37,8 @@ def print_text(result: dict[str, Any]) -> None:
         print(f"  error: {result['error']}")
 
 
-def main(argv: list[str] | None = None) -> int:
+@reports_errors
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='file, folder, or - for a list on standard input')
     parser.add_argument('--model', default='wrn16_1.cifar10', help='timm name or weights folder (default: %(default)s)')
@@ -46,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--top-k', type=int, default=5, metavar='K', help='classes a file (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--traceback', action='store_true', help=TRACEBACK_HELP)
     args = parser.parse_args(argv)
     for option in ('batch_size', 'top_k'):
         if getattr(args, option) < 1:
@@ -54,22 +57,18 @@ def main(argv: list[str] | None = None) -> int:
     results = predict_files(args.model, find_images(named(args.images)), args.device, args.batch_size,
                             args.top_k)
     table = csv.writer(sys.stdout, lineterminator='\n')
-    try:
-        if args.json:
-            results = list(results)
-            print(json.dumps(results, indent=2))
+    if args.json:
+        results = list(results)
+        print(json.dumps(results, indent=2))
+    if args.csv:
+        table.writerow(['image', 'label', 'probability', 'error'])
+    for result in results:
+        failed += 'error' in result
         if args.csv:
-            table.writerow(['image', 'label', 'probability', 'error'])
-        for result in results:
-            failed += 'error' in result
-            if args.csv:
-                best = result.get('top', [{'label': '', 'probability': ''}])[0]
-                table.writerow([result['image'], best['label'], best['probability'], result.get('error', '')])
-            elif not args.json:
-                print_text(result)
-    except (OSError, RuntimeError, ValueError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 1
+            best = result.get('top', [{'label': '', 'probability': ''}])[0]
+            table.writerow([result['image'], best['label'], best['probability'], result.get('error', '')])
+        elif not args.json:
+            print_text(result)
     if failed:
         print(f'{failed} files could not be read', file=sys.stderr)
     return 1 if failed else 0

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import wrn_timm  # noqa: F401  (registers the models)
+from wrn_timm.command import TRACEBACK_HELP, reports_errors, show_error
 from wrn_timm.hub import preview, publish
 
 WEIGHTS = Path(__file__).resolve().parents[1] / 'weights'
 
 
-def main(argv: list[str] | None = None) -> int:
+@reports_errors
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folders', nargs='*', metavar='FOLDER', help='weights folder of train.py or finetune.py')
     parser.add_argument('--namespace', required=True, metavar='NAME', help='user or organisation on the Hub')
@@ -27,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--dry-run', action='store_true', help='check, and show each file, its size and the card')
     parser.add_argument('--endpoint', metavar='URL', help='another Hub (default: $HF_ENDPOINT, else the Hub itself)')
     parser.add_argument('--all', action='store_true', help='every folder of weights/')
+    parser.add_argument('--traceback', action='store_true', help=TRACEBACK_HELP)
     args = parser.parse_args(argv)
     if args.all == bool(args.folders):
         parser.error('name folders, or --all')
@@ -35,8 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         try:
             print(preview(folder, args.namespace) if args.dry_run
                   else publish(folder, args.namespace, args.private, args.endpoint))
-        except (OSError, ValueError, RuntimeError) as e:
-            print(f'error: {e}', file=sys.stderr)
+        except Exception as e:  # the others are published all the same
+            if args.traceback:
+                raise
+            show_error(e)
             failed += 1
     return 1 if failed else 0
 

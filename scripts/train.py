@@ -11,16 +11,19 @@ import argparse
 import logging
 import math
 import sys
+from collections.abc import Sequence
 
 import torch
 import tyro
 
 import wrn_timm  # noqa: F401  (registers the models)
+from wrn_timm.command import TRACEBACK_HELP, reports_errors
 from wrn_timm.train.loop import train
 from wrn_timm.train.recipes import RECIPES, Recipe, get_recipe
 
 
-def main(argv: list[str] | None = None) -> int:
+@reports_errors
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument('--recipe', required=True, help=f'one of {", ".join(RECIPES)}')
@@ -40,19 +43,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--grad-checkpointing', action='store_true', help='save memory by computing blocks twice')
     parser.add_argument('--half', action='store_true', help='export half-precision weights (BatchNorm stays float32)')
     parser.add_argument('--tracker', default='', help='tensorboard, wandb, trackio or another that accelerate knows')
+    parser.add_argument('--traceback', action='store_true', help=TRACEBACK_HELP)
     args, overrides = parser.parse_known_args(argv)
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     logging.getLogger('timm').setLevel(logging.WARNING)
-    try:
-        recipe = tyro.cli(Recipe, default=get_recipe(args.recipe), args=overrides, prog='train.py --recipe ...')
-        folder = train(
-            recipe, args.data, args.out, device=args.device, seed=args.seed, time_budget=args.time_budget,
-            checkpoint_every=args.checkpoint_every, resume=args.resume, download=args.download,
-            compile=args.compile, grad_checkpointing=args.grad_checkpointing, half=args.half, tracker=args.tracker,
-            precision=args.precision)
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 1
+    recipe = tyro.cli(Recipe, default=get_recipe(args.recipe), args=overrides, prog='train.py --recipe ...')
+    folder = train(
+        recipe, args.data, args.out, device=args.device, seed=args.seed, time_budget=args.time_budget,
+        checkpoint_every=args.checkpoint_every, resume=args.resume, download=args.download,
+        compile=args.compile, grad_checkpointing=args.grad_checkpointing, half=args.half, tracker=args.tracker,
+        precision=args.precision)
     if folder:
         print(f'weights: {folder}')
     return 0

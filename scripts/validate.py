@@ -10,18 +10,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 import wrn_timm  # noqa: F401  (registers the models)
-from wrn_timm.hub import finish_weights_folder
+from wrn_timm.command import TRACEBACK_HELP, reports_errors
+from wrn_timm.hub import check_run_records, finish_weights_folder
 from wrn_timm.train.validate import validate, weights_folder
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
 
 
-def main(argv: list[str] | None = None) -> int:
+@reports_errors
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', required=True, help='timm name or weights folder')
     parser.add_argument('--data', required=True, help='cifar10:DIR, cifar100:DIR, svhn:DIR, synthetic, folder:DIR, '
@@ -34,16 +37,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--corruptions', action='store_true', help='measure under noise, blur and JPEG too')
     parser.add_argument('--write', action='store_true',
                         help='write metrics, golden logits and the card into the weights folder that --model names')
+    parser.add_argument('--traceback', action='store_true', help=TRACEBACK_HELP)
     args = parser.parse_args(argv)
     if args.write and not Path(args.model).is_dir():
         parser.error(f'--write needs a weights folder; {args.model} is none')
-    try:
-        metrics = validate(
-            args.model, args.data, args.batch_size, args.device, args.workers, args.download, args.corruptions,
-            args.split)
-    except (ValueError, OSError, RuntimeError) as e:
-        print(f'error: {e}', file=sys.stderr)
-        return 1
+    if args.write:
+        check_run_records(weights_folder(args.model))  # before minutes are spent
+    metrics = validate(
+        args.model, args.data, args.batch_size, args.device, args.workers, args.download, args.corruptions,
+        args.split)
     print(json.dumps(metrics, indent=2))
     if args.write:
         finish_weights_folder(weights_folder(args.model), metrics, SAMPLE)

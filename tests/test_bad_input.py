@@ -123,6 +123,11 @@ def as_it_is(data):
     (as_it_is, ('--holdout', '-1'), 'holdout is -1.0; it must be from 0 to 0.9'),
     (as_it_is, ('--stem', 'imagenet', '--input-size', '0'), 'stem imagenet needs an input_size'),
     (as_it_is, ('--image-memory', 'nan'), 'image_memory is nan; it must be at least 0'),
+    (as_it_is, ('--time-budget', 'nan'), 'time_budget is nan; it must be at least 0'),
+    (as_it_is, ('--lr', 'nan'), 'lr is nan; it must be at least 0'),
+    (as_it_is, ('--weight-decay', 'nan'), 'weight_decay is nan; it must be finite and at least 0'),
+    (as_it_is, ('--mixup', 'inf'), 'mixup is inf; it must be finite and at least 0'),
+    (as_it_is, ('--color-jitter', '-1'), 'color_jitter is -1; it must be finite and at least 0'),
     (as_it_is, ('--patience', '3', '--holdout', '0'), 'patience needs held-out files'),
     (as_it_is, ('--seeds', '0'), 'seeds is 0; it must be at least 1'),
     (as_it_is, ('--workers', '-1'), 'workers is -1; it must be at least 0'),
@@ -146,7 +151,7 @@ def test_what_cannot_be_trained(data, weights, tmp_path, capsys, prepare, argv, 
     assert tune(source, weights, tmp_path / 'run', *argv) == 1
     error = capsys.readouterr().err
     assert error.startswith('error: ') and message in error and 'Traceback' not in error
-    if '--lr' not in argv:
+    if '1e30' not in argv:
         assert not (tmp_path / 'run').exists()
 
 

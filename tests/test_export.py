@@ -201,6 +201,13 @@ def test_exported_file_carries_preprocessing_and_class_names(trained, tmp_path):
         assert config['label_names'][3] == 'cat'
 
 
+@pytest.mark.parametrize('factor', [1.001, float('nan')])
+def test_an_exported_file_that_gives_something_else_is_not_kept(tmp_path, capsys, monkeypatch, factor):
+    monkeypatch.setattr(export_script, 'run_exported', lambda path, images: factor * run_exported(path, images))
+    assert export_script.main(['--model', 'wrn16_1.cifar10', '--to', 'ts', '--out', str(tmp_path / 'a.ts')]) == 1
+    assert 'differs from the network by' in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_clear_errors(tmp_path, capsys, trained):
     with pytest.raises(SystemExit):
         export_script.main(['--model', 'wrn16_1.cifar10', '--to', 'onnx', '--out', 'wrn.pt2'])

@@ -1,4 +1,5 @@
 """The main job on real photographs, small: fine-tune, look, predict."""
+import contextlib
 import csv
 import dataclasses
 import html.parser
@@ -13,6 +14,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import finetune as finetune_script
 import predict as predict_script
@@ -29,13 +31,15 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from wrn_timm.data.folders import ImageFiles, list_folder, read_rgb
+from wrn_timm.data.splits import Split
 from wrn_timm.hub import check_golden
 from wrn_timm.train import finetune as ft
 from wrn_timm.train.devices import accelerator_on
-from wrn_timm.train.fit import Features, _Unfreezing, largest_batch, make_loader, predict
+from wrn_timm.train.fit import Features, Fitted, _Unfreezing, largest_batch, make_loader, predict
 from wrn_timm.train.probe import extract_features, knn, linear_probe
+from wrn_timm.train.recipes import FinetuneConfig
 from wrn_timm.train.report import grad_cam
-from wrn_timm.train.rundir import export_weights
+from wrn_timm.train.rundir import RunDir, export_weights
 from wrn_timm.train.transfer import read_transfer, record_transfer
 from wrn_timm.train.validate import eval_transform, open_model, validate
 from wrn_timm.weights import sha256_of
@@ -236,6 +240,50 @@ def test_readme_fine_tunes_in_python(photographs, tmp_path, capsys):
     assert capsys.readouterr().out.split()[-2:] == [str(metrics['top1']), str(metrics['mean_per_class'])]
 
 
+def test_figures_of_a_run_in_half_precision_are_those_of_float32(weights, photographs, tmp_path):
+    assert tune(photographs, weights, tmp_path / 'run', '--epochs', '1', '--precision', 'bf16') == 0
+    metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
+    again = validate(str(tmp_path / 'run'), str(photographs), split=str(tmp_path / 'run' / 'split.csv'))
+    assert metrics['mixed_precision'] == 'bf16'
+    assert (metrics['ece'], metrics['top1']) == (again['ece'], again['top1'])
+
+
+def test_a_finished_run_keeps_its_card_where_a_resume_fails(run, photographs, tmp_path, capsys):
+    out, data = shutil.copytree(run, tmp_path / 'run'), shutil.copytree(photographs, tmp_path / photographs.name)
+    before = {p.name: p.read_bytes() for p in (out / 'best').iterdir()}
+    assert {'README.md', 'metrics.json', 'golden.npz'} <= before.keys()
+    for row in csv.DictReader((out / 'split.csv').read_text().splitlines()):
+        if row['part'] == 'test':
+            (data / row['path']).unlink()
+    assert finetune_script.main(['--out', str(out), '--resume', '--device', 'cpu', '--data', str(data)]) == 1
+    assert 'no image can be read' in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in (out / 'best').iterdir()} == before
+
+
+def test_a_run_without_its_best_epoch_says_which_it_exports(tmp_path, caplog):
+    run, model = RunDir(tmp_path / 'run', {'seed': 0}), timm.create_model('wrn16_1')
+    history = [{'epoch': 1, 'holdout_accuracy': 60.}, {'epoch': 2, 'holdout_accuracy': 50.}]
+    fitted = Fitted(model, history, [])
+    run.save({'epoch': 1, 'step': 0, 'history': history[:1], 'model': model.state_dict(), 'ema': None}, history[:1])
+    assert ft._export(model, model, fitted, run, {'tag': 'x'}, {}) == 1 and not caplog.text
+    (run.checkpoints / 'best.pt').unlink()
+    assert ft._export(model, model, fitted, run, {'tag': 'x'}, {}) == 2
+    assert 'the checkpoint of epoch 1, the best on held-out files, is lost; best/ holds epoch 2' in caplog.text
+
+
+def test_figures_of_other_runs_are_not_written_over(run, photographs, weights, tmp_path, capsys):
+    out = shutil.copytree(run, tmp_path / 'run')
+    before = (out / 'metrics.json').read_bytes()
+    for resume in ((), ('--resume',)):
+        assert tune(photographs, weights, out, '--seeds', '2', *resume) == 1
+        assert f'{out} holds a run by itself; choose another --out for several seeds' in capsys.readouterr().err
+    (tmp_path / 'several').mkdir()
+    (tmp_path / 'several' / 'metrics.json').write_bytes(before)
+    assert tune(photographs, weights, tmp_path / 'several', '--seeds', '2', '--seed', '5') == 1
+    assert 'several already holds the figures of several seeds; choose another --out' in capsys.readouterr().err
+    assert (out / 'metrics.json').read_bytes() == before == (tmp_path / 'several' / 'metrics.json').read_bytes()
+
+
 def test_sigterm_is_answered_as_ctrl_c_is(weights, photographs, tmp_path):
     command = [sys.executable, str(ROOT / 'scripts/finetune.py'), '--data', str(photographs), '--model', weights,
                '--out', str(tmp_path / 'run'), '--input-size', '32', '--epochs', '1000', '--device', 'cpu']
@@ -250,8 +298,7 @@ def test_sigterm_is_answered_as_ctrl_c_is(weights, photographs, tmp_path):
 def test_a_run_that_failed_before_its_first_epoch_leaves_its_place_free(weights, photographs, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(ft, 'fit', lambda *args, **kwargs: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            tune(photographs, weights, tmp_path / 'run', '--seed', '1')
+        assert tune(photographs, weights, tmp_path / 'run', '--seed', '1') == 1
     assert (tmp_path / 'run' / 'recipe.json').is_file()
     assert tune(photographs, weights, tmp_path / 'run', '--epochs', '1') == 0
     assert json.loads((tmp_path / 'run' / 'recipe.json').read_text())['finetune']['seed'] == 0
@@ -451,6 +498,45 @@ def test_two_processes_share_a_run(weights, photographs, tmp_path):
     assert len((tmp_path / 'run' / 'split.csv').read_text().splitlines()) == 37
     assert [row['protocol'] for row in read_transfer(own)] == ['70-30']
     open_model(str(tmp_path / 'run' / 'best'))
+
+
+ONE_AFTER_ANOTHER = '''
+import os, sys, time
+import timm
+create, rank = timm.create_model, os.environ['RANK']
+
+def slowly(*args, **kwargs):
+    print(rank, 'begins', flush=True)
+    time.sleep(1)
+    model = create(*args, **kwargs)
+    print(rank, 'ends', flush=True)
+    return model
+
+timm.create_model = slowly
+import finetune
+sys.exit(finetune.main(sys.argv[1:]))
+'''
+
+
+def test_one_process_alone_fetches_weights(weights, tmp_path):
+    (tmp_path / 'main.py').write_text(ONE_AFTER_ANOTHER)
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+         str(tmp_path / 'main.py'), '--data', 'nowhere', '--model', weights, '--out', str(tmp_path / 'run'),
+         '--device', 'cpu'], capture_output=True, text=True,
+        env={**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "scripts"}', 'OMP_NUM_THREADS': '1'})
+    assert done.stdout.splitlines()[:2] == ['0 begins', '0 ends'] and 'no folder at nowhere' in done.stderr
+
+
+def test_a_stream_among_processes_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    stream = SimpleNamespace(streamed=True, classes=CLASSES)
+    monkeypatch.setattr(ft, '_named_split', lambda *args: (Split(stream, None, stream), {}))
+    accelerator = SimpleNamespace(
+        is_main_process=True, num_processes=2, local_main_process_first=contextlib.nullcontext)
+    model = timm.create_model('wrn16_1')
+    with pytest.raises(ValueError, match='wds/x is a stream, which is read in one process; start it without torchrun'):
+        ft._open_run(FinetuneConfig(), model, 'wds/x', tmp_path / 'run', accelerator, 'skip', False, False)
+    assert not (tmp_path / 'run').exists()
 
 
 def test_grey_palette_and_cmyk_photographs_train(weights, tmp_path):

@@ -68,7 +68,7 @@ def test_everything_is_shown_and_nothing_fetched(browser, report):
     assert heading == f"data: {metrics['top1']:.1f} % of {metrics['images']} test files" == browser.title
     rows = browser.execute_script(
         'return [...document.querySelectorAll("table")].at(-1).innerText.split("\\n").map(line => line.split("\\t"))')
-    assert rows[0] == ['class', 'recall, %', 'precision, %']
+    assert rows[0] == ['class', 'recall, %', 'precision, %', 'files']
     assert {row[0]: row[1] for row in rows[1:]} == {c: f'{v:.1f}' for c, v in metrics['per_class'].items()}
     assert not browser.execute_script('return document.querySelector("b")')  # a class name is no mark-up
 

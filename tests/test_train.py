@@ -36,6 +36,7 @@ from wrn_timm.train.optimizers import Muon, create_optimizer
 from wrn_timm.train.precision import resolve_precision
 from wrn_timm.train.recipes import RECIPES, get_recipe
 from wrn_timm.train.rundir import RunDir
+from wrn_timm.train.validate import open_model, validate
 from wrn_timm.weights import sha256_of
 
 SMOKE = RECIPES['smoke']
@@ -105,6 +106,41 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert not list((tmp_path / 'run').glob('checkpoints/*'))
 
 
+@pytest.mark.parametrize(('option', 'value'), [
+    ('lr', math.inf), ('weight_decay', math.nan), ('label_smoothing', math.nan), ('sam_rho', -1.)])
+def test_settings_that_are_no_numbers_are_refused(option, value):
+    with pytest.raises(ValueError, match=f'{option} is {value:g}; it must be finite and at least 0'):
+        dataclasses.replace(SMOKE, **{option: value})
+
+
+@pytest.mark.parametrize('option', ['time_budget', 'checkpoint_every'])
+def test_seconds_that_are_no_number_are_refused(tmp_path, option):
+    with pytest.raises(ValueError, match=f'{option} is nan; it must be at least 0'):
+        train(SMOKE, '', tmp_path / 'run', **{option: math.nan})
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('holdout', [0, 128])
+def test_weights_that_are_not_finite_are_neither_kept_nor_exported(tmp_path, monkeypatch, holdout):
+    """The last step of a run breaks them, whose loss was taken before it."""
+    taken, step = [0], torch.optim.SGD.step
+
+    def breaking(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        taken[0] += 1
+        if taken[0] == 4:
+            self.param_groups[0]['params'][0].data.fill_(math.nan)
+
+    monkeypatch.setattr(torch.optim.SGD, 'step', breaking)
+    half = (len(load('synthetic', '', train=True)) - holdout) // 2
+    recipe = dataclasses.replace(SMOKE, epochs=2, batch_size=half, holdout=holdout, ema_decay=0.)
+    with pytest.raises(FloatingPointError, match='finite after epoch 2.* are from before'):
+        train(recipe, '', tmp_path / 'run', checkpoint_every=0.)
+    assert not (tmp_path / 'run' / 'weights').exists()
+    monkeypatch.undo()
+    assert train(recipe, '', tmp_path / 'run', resume=True)
+
+
 def test_optimiser_is_torchs_sgd_with_a_cosine(run):
     """One epoch of the loop against the same steps written out."""
     recipe = dataclasses.replace(get_recipe('smoke'), epochs=1, ema_decay=0., holdout=0)
@@ -142,6 +178,31 @@ def test_validate_reloads_measures_and_finishes_the_folder(run, capsys):
     assert card.split('```python\n')[1].startswith('import wrn_timm\n')
     assert 'library_name: timm' in card
     assert 'python scripts/train.py --recipe smoke --data DIR --out RUN --seed 0' in card
+
+
+@pytest.mark.parametrize('most', [3, 0])
+def test_validate_takes_a_smaller_batch_where_memory_is_short(run, monkeypatch, most):
+    expected = validate(str(run), f'synthetic:{run}')
+    tried = []
+
+    def hungry(name):
+        model = open_model(name)
+        model.register_forward_pre_hook(lambda _, args: check(len(args[0])))
+        return model
+
+    def check(n):
+        if n > most:
+            tried.append(n)
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.')
+
+    monkeypatch.setattr('wrn_timm.train.validate.open_model', hungry)
+    if most:
+        assert validate(str(run), f'synthetic:{run}', batch_size=50) == expected and tried == [50, 25, 12, 6]
+    else:
+        with pytest.raises(RuntimeError, match='not even one image of 32 px fits into the memory of cpu'):
+            validate(str(run), f'synthetic:{run}', batch_size=50)
+    with pytest.raises(ValueError, match='batch_size is 0; it must be at least 1'):
+        validate(str(run), f'synthetic:{run}', batch_size=0)
 
 
 def test_validate_refuses_other_classes(run, tmp_path, capsys):
@@ -512,13 +573,16 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 
 def test_torchrun_trains_stops_and_resumes(tmp_path):
     whole, out = tmp_path / 'whole', tmp_path / 'run'
-    dropout = '--conv-drop-rate', '0.1'
-    torchrun(*script(whole, *dropout)[1:])
-    stopped = torchrun(*script(out, *dropout, '--time-budget', '0', '--tracker', 'tensorboard')[1:])
-    assert 'stopped by the time budget' in stopped.stderr and not (out / 'weights').exists()
-    torchrun(*script(out, *dropout, '--resume')[1:])
-    history = list(csv.DictReader((out / 'history.csv').read_text().splitlines()))
-    assert len(history) == SMOKE.epochs and float(history[-1]['train_accuracy']) > 80
+    options = '--conv-drop-rate', '0.1', '--batch-size', '16'  # 24 steps an epoch, of which it stops after 20
+    torchrun(*script(whole, *options)[1:])
+    stopped = torchrun(*script(out, *options, '--time-budget', '0', '--tracker', 'tensorboard')[1:])
+    assert 'stopped by the time budget after epoch 0, step 20' in stopped.stderr and not (out / 'weights').exists()
+    torchrun(*script(out, *options, '--resume')[1:])
+    history, expected = (list(csv.DictReader((p / 'history.csv').read_text().splitlines())) for p in (out, whole))
+    assert len(history) == SMOKE.epochs and float(history[-1]['train_accuracy']) > 50
+    for row, other in zip(history, expected, strict=True):
+        for column in ('train_loss', 'train_accuracy', 'holdout_loss'):
+            assert float(row[column]) == pytest.approx(float(other[column]), rel=1e-6)
     timm.create_model(f'local-dir:{out / "weights"}', pretrained=True)
     assert final_weights(out) == final_weights(whole)
 
@@ -549,6 +613,29 @@ def test_a_run_goes_on_from_carried_shards(run, tmp_path, capsys):
     assert carry_script.main(['pack', str(tmp_path / 'none'), str(tmp_path / 'new')]) == 1
     assert 'holds no files to carry' in capsys.readouterr().err
     assert not (tmp_path / 'new').exists() and not list(tmp_path.glob('.*.part'))
+
+
+def test_a_carried_run_keeps_its_best_epoch(tmp_path):
+    run = RunDir(tmp_path / 'run', {'seed': 0})
+    history = [{'epoch': 1, 'holdout_accuracy': 60.}, {'epoch': 2, 'holdout_accuracy': 50.}]
+    for epoch, copies in ((1, 1), (2, 2)):  # the first is the best, and the newest by another name
+        done = history[:epoch]
+        run.save({'epoch': epoch, 'step': 0, 'history': done, 'model': {'w': torch.randn(10_000)}}, done, draw=False)
+        shards = pack(run.path, tmp_path / f'shards-{epoch}')
+        assert 40_000 * copies < sum(p.stat().st_size for p in shards) < 40_000 * copies + 30_000
+        elsewhere = RunDir(unpack(tmp_path / f'shards-{epoch}', tmp_path / str(epoch)), {'seed': 0}, resume=True)
+        assert elsewhere.load_best()['epoch'] == 1 and elsewhere.load_checkpoint()['epoch'] == epoch
+
+
+def test_a_finished_folder_stays_finished(run, tmp_path):
+    out = tmp_path / 'run'
+    shutil.copytree(run, out)
+    (out / 'weights' / 'README.md').write_text('card')
+    before = {p.name: p.read_bytes() for p in (out / 'weights').iterdir()}
+    train(SMOKE, '', out, resume=True)
+    assert {p.name: p.read_bytes() for p in (out / 'weights').iterdir()} == before
+    train(SMOKE, '', out, resume=True, half=True)
+    assert not (out / 'weights' / 'README.md').exists()  # which was of other weights
 
 
 def test_weights_come_back_from_shards_as_they_were(run, tmp_path):

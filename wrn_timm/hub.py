@@ -23,12 +23,14 @@ from .data.folders import read_rgb, walk_files
 from .download import hub_fault
 from .files import atomic_write
 from .train.recipes import RECIPES, FinetuneConfig, Recipe
+from .train.rundir import read_record
 from .train.transfer import TRANSFER_FILE
 from .train.validate import normalised, open_model
 from .weights import WEIGHTS_FILE, verify, version_tag
 
 __all__ = [
-    'PAPER_ERROR', 'check_folder', 'check_golden', 'finish_weights_folder', 'model_card', 'preview', 'publish']
+    'PAPER_ERROR', 'check_folder', 'check_golden', 'check_run_records', 'finish_weights_folder', 'model_card',
+    'preview', 'publish']
 
 GOLDEN_FILE = 'golden.npz'  # a second .safetensors in the folder confuses timm up to 1.0.26
 GOLDEN_TOLERANCE = 1e-3  # of a logit; another CPU or GPU adds in another order
@@ -123,6 +125,23 @@ def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
 | the paper | {paper} |"""
 
 
+def check_run_records(folder: Path) -> dict[str, Any]:
+    """What `recipe.json` of a weights folder says of the run that made it, which its card tells.
+
+    Raises:
+        FileNotFoundError: It, or `history.csv`, is not there.
+        ValueError: It is damaged, or tells of no run.
+    """
+    for name in ('recipe.json', 'history.csv'):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f'{folder} holds no {name}: only folders that train.py or finetune.py wrote can be '
+                                    f'finished by --write')
+    run = read_record(folder / 'recipe.json')
+    if not any(isinstance(run.get(key), dict) for key in ('recipe', 'finetune')) or 'environment' not in run:
+        raise ValueError(f'{folder / "recipe.json"} tells of no run of train.py or finetune.py')
+    return run
+
+
 def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str:
     """The card (README.md) of a weights folder, from its `config.json`, `metrics.json` and `recipe.json`.
 
@@ -131,7 +150,7 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
         metrics: In place of those in `metrics.json`.
     """
     folder = Path(folder)
-    config, run = (json.loads((folder / f'{name}.json').read_text(encoding='utf-8')) for name in ('config', 'recipe'))
+    config, run = json.loads((folder / 'config.json').read_text(encoding='utf-8')), check_run_records(folder)
     metrics = metrics or json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
     settings = run.get('recipe') or run['finetune']
     arch, cfg = config['architecture'], config['pretrained_cfg']

@@ -4,15 +4,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write
-from .rundir import carried_files
+from ..files import atomic_folder
+from .rundir import carried_files, read_record
 
 __all__ = ['pack', 'unpack']
 
@@ -64,7 +62,7 @@ class _ShardReader(io.RawIOBase):
 
 
 def pack(folder: str | Path, out: str | Path, shard_bytes: int = 15_000_000) -> list[Path]:
-    """Cut a run directory (its newest checkpoint, no older one) or a weights folder into shards.
+    """Cut a run directory (of its checkpoints the newest and the best) or a weights folder into shards.
 
     Args:
         folder: What to carry; it is not changed.
@@ -87,13 +85,16 @@ def pack(folder: str | Path, out: str | Path, shard_bytes: int = 15_000_000) -> 
         raise FileNotFoundError(f'{folder} holds no files to carry')
     if out.exists():
         raise FileExistsError(f'{out} is there already; choose another place for the shards')
-    out.mkdir(parents=True)
-    writer = _ShardWriter(out, shard_bytes)
-    with tarfile.open(fileobj=writer, mode='w|') as archive:
-        for file in files:
-            archive.add(file, file.relative_to(folder).as_posix())
-    writer.finish()
-    atomic_write(out / INDEX_FILE, json.dumps({'shards': writer.shards}, indent=2) + '\n')
+
+    def fill(new: Path) -> None:
+        writer = _ShardWriter(new, shard_bytes)
+        with tarfile.open(fileobj=writer, mode='w|') as archive:
+            for file in files:
+                archive.add(file, file.relative_to(folder).as_posix())
+        writer.finish()
+        (new / INDEX_FILE).write_text(json.dumps({'shards': writer.shards}, indent=2) + '\n', encoding='utf-8')
+
+    atomic_folder(out, fill)
     return sorted(out.iterdir())
 
 
@@ -111,6 +112,7 @@ def unpack(shards: str | Path, out: str | Path) -> Path:
         FileNotFoundError: The index or a shard is missing; says which.
         FileExistsError: `out` is there already.
         RuntimeError: A shard is not the one that the index names; says which.
+        ValueError: The index is damaged.
     """
     shards, out = Path(shards), Path(out)
     index = shards / INDEX_FILE
@@ -118,7 +120,9 @@ def unpack(shards: str | Path, out: str | Path) -> Path:
         raise FileNotFoundError(f'{shards} holds no {INDEX_FILE}')
     if out.exists():
         raise FileExistsError(f'{out} is there already; choose another folder')
-    rows = json.loads(index.read_text(encoding='utf-8'))['shards']
+    rows = read_record(index).get('shards')
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and {'name', 'sha256'} <= r.keys() for r in rows):
+        raise ValueError(f'{index} is damaged: it lists no shards. Carry it again')
     missing = [row['name'] for row in rows if not (shards / row['name']).is_file()]
     if missing:
         raise FileNotFoundError(f'{shards} lacks {len(missing)} of {len(rows)} shards: {", ".join(missing[:5])}')
@@ -131,12 +135,9 @@ def unpack(shards: str | Path, out: str | Path) -> Path:
                                    f"{row['sha256']}. Carry it again.")
             yield data
 
-    beside = out.with_name(f'.{out.name}.part')
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    def fill(new: Path) -> None:
         with tarfile.open(fileobj=io.BufferedReader(_ShardReader(checked())), mode='r|') as archive:
-            archive.extractall(beside, filter='data')
-        os.replace(beside, out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            archive.extractall(new, filter='data')
+
+    atomic_folder(out, fill)
     return out

@@ -31,7 +31,8 @@ from ..data.voc import BoxedImages, read_voc
 from ..detection import DETECTORS, anchor_generator
 from ..files import atomic_write
 from .devices import fused
-from .rundir import RunDir, environment, stop_requests
+from .recipes import check_numbers
+from .rundir import RunDir, check_weights, environment, stop_requests
 
 __all__ = ['DetectConfig', 'detect', 'draw', 'evaluate_detector', 'load_detector']
 
@@ -86,6 +87,7 @@ class DetectConfig:
         for name, low in (('epochs', 1), ('batch_size', 1), ('rois', 4), ('image_size', 32), ('out_channels', 1)):
             if getattr(self, name) < low:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least {low}')
+        check_numbers(vars(self))
         fixed = {'detector': 'faster_rcnn', 'pretrained': False, 'frozen_stages': 0, 'out_channels': 256}
         for name, value in fixed.items() if self.model == PEER else ():
             if getattr(self, name) != value:
@@ -188,13 +190,14 @@ def detect(
         FloatingPointError: The loss is no longer finite.
         What `read_voc`, `fpn_backbone` and `RunDir` raise.
     """
+    check_numbers({'time_budget': time_budget}, math.inf)
     started = time.monotonic()
     train, bad = read_voc(data, config.train_split, on_bad=on_bad)
     test, bad_test = read_voc(data, config.test_split, train.classes, on_bad)
     for reason in bad + bad_test:
         _logger.warning('left out: %s', reason)
     name = Path(data).resolve().name
-    settings = {'detect': dataclasses.asdict(config), 'data': name, 'classes': train.classes}
+    settings = {'detect': config, 'data': name, 'classes': train.classes}
     RunDir.check(out, settings, resume)
     torch.manual_seed(config.seed)
     detector = _build(config, len(train.classes), config.pretrained).to(device)
@@ -300,6 +303,7 @@ def _step(
 
 def _export(detector: nn.Module, run: RunDir) -> None:
     folder = run.path / 'weights'
+    check_weights(detector.state_dict(), folder)
     folder.mkdir(exist_ok=True)
     tensors = {k: v.contiguous() for k, v in detector.state_dict().items()}
     atomic_write(folder / 'model.safetensors', lambda p: save_file(tensors, p))

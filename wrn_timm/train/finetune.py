@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ from .devices import accelerator_on
 from .fit import BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
 from .metrics import classification_metrics
 from .probe import extract_features, summarise
-from .recipes import FinetuneConfig
+from .recipes import FinetuneConfig, check_numbers
 from .report import write_report
-from .rundir import RunDir, check_place, environment, export_weights
+from .rundir import RunDir, check_place, environment, export_weights, read_record
 from .validate import eval_transform, open_model, source_of
 
 __all__ = ['build_model', 'finetune', 'finetune_seeds', 'make_accelerator', 'prepare_split', 'preprocessing',
@@ -89,11 +90,13 @@ def finetune(
     Raises:
         What `prepare_split`, `RunDir` and `fit` raise.
     """
+    check_numbers({'image_memory': image_memory, 'time_budget': time_budget}, math.inf)
     started = time.monotonic()
     _check_policy(config.auto_augment)
     accelerator = make_accelerator(config, device)
     main = accelerator.is_main_process
-    model = build_model(config)
+    with accelerator.local_main_process_first():  # it may have to download them, and the others then find them
+        model = build_model(config)
     run, split, found = _open_run(config, model, str(data), Path(out), accelerator, on_bad, resume, download)
     name, classes = data_name(str(data)), split.train.classes
 
@@ -132,17 +135,17 @@ def finetune(
     if fitted.stopped:
         _logger.info('stopped by %s after epoch %d; it can go on with --resume', fitted.stopped,
                      fitted.history[-1]['epoch'])
-    if main:
-        _export(model, network, fitted, run, cfg, _model_args(config))
+    best_epoch = _export(model, network, fitted, run, cfg, _model_args(config)) if main else fitted.best_epoch()
     accelerator.wait_for_everyone()
 
     best = open_model(str(run.path / 'best')).to(accelerator.device, memory_format=torch.channels_last)
     transform = eval_transform(best)
-    result = predict(best, split.test.as_dataset(transform), accelerator, workers=workers, title='testing',
-                     progress=progress)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as `validate` measures
+        result = predict(best, split.test.as_dataset(transform), accelerator, workers=workers, title='testing',
+                         progress=progress)
     metrics = classification_metrics(result.logits, result.labels, classes) | {
         'dataset': name, 'split': found.get('split'), 'input_size': cfg['input_size'][-1],
-        'best_epoch': fitted.best_epoch(), 'epochs': len(fitted.history), 'stopped': fitted.stopped,
+        'best_epoch': best_epoch, 'epochs': len(fitted.history), 'stopped': fitted.stopped,
         'train_files': len(split.train), 'holdout_files': len(split.holdout or ()),
         'leaks': found.get('leaks', []), 'skipped': [*found.get('bad', []), *fitted.bad, *result.bad],
         'train_seconds': round(train_seconds, 1),
@@ -156,7 +159,7 @@ def finetune(
 
 
 def _settings(config: FinetuneConfig, data: str) -> dict[str, Any]:
-    return {'finetune': dataclasses.asdict(config), 'data': data_name(data)}
+    return {'finetune': config, 'data': data_name(data)}
 
 
 def _room(config: FinetuneConfig, model: torch.nn.Module) -> int:
@@ -185,7 +188,11 @@ def _open_run(
         RunDir.check(out, settings, resume)
         check_place(out, 0 if resume else _room(config, model))
     if named:
-        split, found = _named_split(config, data, download)
+        with accelerator.local_main_process_first():
+            split, found = _named_split(config, data, download)
+        streamed = any(part and part.streamed for part in (split.train, split.holdout, split.test))
+        if streamed and accelerator.num_processes > 1:
+            raise ValueError(f'{data} is a stream, which is read in one process; start it without torchrun')
     elif main:
         split, found = prepare_split(config, data, on_bad, download, out if resume else None)
     run = RunDir(out, settings, resume, write=main, device=accelerator.device)
@@ -283,8 +290,7 @@ def prepare_split(
     """
     data = str(data)
     if run and (run / 'scan.json').is_file():
-        found = json.loads((run / 'scan.json').read_text(encoding='utf-8'))
-        return read_split(run / 'split.csv', source_root(data)), found
+        return read_split(run / 'split.csv', source_root(data)), read_record(run / 'scan.json')
     if config.split.endswith('.csv'):
         return read_split(config.split, source_root(data, download)), {
             'split': Path(config.split).name, 'bad': [], 'leaks': [], 'summary': [f'split by {config.split}']}
@@ -404,13 +410,19 @@ def _export(
         run: RunDir,
         cfg: dict[str, Any],
         model_args: dict[str, Any],
-) -> None:
-    """Write `last/` and `best/`. `network` is what was fitted: the model or its classifier."""
+) -> int:
+    """Write `last/` and `best/`, whose epoch is returned. `network` is what was fitted: the model or its classifier.
+    """
     network.load_state_dict(fitted.network.state_dict())
     export_weights(model, run.path / 'last', cfg, model_args=model_args)
-    if best := run.load_best():
+    last, best = fitted.history[-1]['epoch'], run.load_best()
+    if best:
         network.load_state_dict(best['ema'] or best['model'])
+    elif last != fitted.best_epoch():
+        run.log('the checkpoint of epoch %d, the best on held-out files, is lost; best/ holds epoch %d, the last',
+                fitted.best_epoch(), last, level=logging.WARNING)
     export_weights(model, run.path / 'best', cfg, model_args=model_args)
+    return best['epoch'] if best else last
 
 
 def _finish(
@@ -426,7 +438,16 @@ def _finish(
     write_report(run.path, metrics, model, files, result, transform, found.get('summary', []))
     for folder in (run.path / 'best', run.path / 'last'):
         for file in ('recipe.json', 'history.csv', 'curves.png', *(['metrics.json'] * (folder.name == 'best'))):
-            shutil.copy(run.path / file, folder / file)
+            atomic_write(folder / file, partial(shutil.copyfile, run.path / file))
+
+
+def _check_place_of_seeds(out: Path, resume: bool) -> None:
+    """Whether a folder takes the figures of several runs beside what is there."""
+    if (out / 'recipe.json').is_file():
+        raise FileExistsError(f'{out} holds a run by itself; choose another --out for several seeds')
+    if (out / 'metrics.json').is_file() and not resume:
+        raise FileExistsError(f'{out} already holds the figures of several seeds; choose another --out, or go on with '
+                              f'--resume')
 
 
 def finetune_seeds(
@@ -456,6 +477,8 @@ def finetune_seeds(
         resume = kwargs.get('resume', False) and (seeds == 1 or (folder / 'recipe.json').is_file())
         planned.append((dataclasses.replace(config, seed=seed), folder, resume))
     if int(os.environ.get('RANK', 0)) == 0:  # of all, before the first is run; others would not find what it makes
+        if seeds > 1:
+            _check_place_of_seeds(Path(out), kwargs.get('resume', False))
         for own, folder, resume in planned:
             RunDir.check(folder, _settings(own, str(data)), resume)
     runs = [finetune(own, data, folder, **kwargs | {'resume': resume}) for own, folder, resume in planned]

@@ -100,6 +100,8 @@ def predict(
 ) -> Predictions:
     """Run a network over a data set, shared among the processes; each gets the whole result.
 
+    It computes in float32, unless it is called within `accelerator.autocast()`.
+
     Args:
         network: In evaluation mode afterwards.
         dataset: Of (image, label).
@@ -133,10 +135,9 @@ def predict(
     def run(batch_size: int) -> None:
         found[:] = predict_logits(network, readable(batch_size), accelerator.device)
 
-    with accelerator.autocast():
-        if len(mine) and not largest_batch(run, batch_size):
-            raise RuntimeError(f'not even one image fits into the memory of {accelerator.device}; choose a smaller '
-                               f'--input-size or --model')
+    if len(mine) and not largest_batch(run, batch_size):
+        raise RuntimeError(f'not even one image fits into the memory of {accelerator.device}; choose a smaller '
+                           f'--input-size or --model')
     mine = [*found, torch.cat(index)] if index else []
     gathered = gather_object([(mine, bad)]) if world > 1 else [(mine, bad)]
     bad = [reason for _, reasons in gathered for reason in reasons]
@@ -275,7 +276,7 @@ def fit(
         on_epoch: Called with each line of the history.
 
     Raises:
-        FloatingPointError: The loss is no longer finite; the checkpoints before it stand.
+        FloatingPointError: A loss is no longer finite, or a weight; the checkpoints before it stand.
         BatchTooLarge: Out of memory; the batch size that would fit is named.
         ValueError: A file cannot be read, with 'fail', or none of a whole batch can.
     """
@@ -355,15 +356,15 @@ def fit(
                 if step % 10 == 0 and not bar.disable:
                     bar.set_postfix(loss=f'{total.item() / (step + 1):.3f}')
             mean_loss = accelerator.reduce(total, 'mean').item() / steps
-            if not math.isfinite(mean_loss):
-                raise FloatingPointError(
-                    f'the loss is {mean_loss} in epoch {state.epoch + 1}; try a smaller --lr than {config.lr:g}')
+            _check_finite(mean_loss, 'loss', state.epoch + 1, config.lr)
             trained = time.monotonic() - epoch_began
             row = {'epoch': state.epoch + 1, 'lr': max(g['lr'] for g in state.optimizer.param_groups),
                    'train_loss': mean_loss, 'images_per_second': round(seen * world / trained, 1)}
             if holdout is not None:
-                result = predict(measured, holdout, accelerator, workers=workers)
+                with accelerator.autocast():
+                    result = predict(measured, holdout, accelerator, workers=workers)
                 row['holdout_loss'] = F.cross_entropy(result.logits, result.labels).item()
+                _check_finite(row['holdout_loss'], 'loss on held-out files', state.epoch + 1, config.lr)
                 row['holdout_accuracy'] = 100 * (result.logits.argmax(1) == result.labels).float().mean().item()
                 bad += [r for r in result.bad if r not in bad]
             state.epoch += 1
@@ -441,6 +442,11 @@ def _check_readable(reasons: list[str], none_left: bool, on_bad: str) -> None:
     if none_left:
         raise ValueError(f'no file of a whole batch can be read any more: {some(reasons, "; ")}. The checkpoints '
                          f'stand; mend it and go on with --resume')
+
+
+def _check_finite(loss: float, what: str, epoch: int, lr: float) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f'the {what} is {loss} in epoch {epoch}; try a smaller --lr than {lr:g}')
 
 
 def _loss(model, images, targets, smoothing, class_weights) -> torch.Tensor:

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from tqdm import tqdm
 from ..data.augment import AutoAugment, RandAugment, TrivialAugment
 from ..data.datasets import ImageArrays, load
 from ..data.device import DeviceLoader
+from ..files import atomic_write
 from .optimizers import create_optimizer
 from .precision import Precision, autocast, resolve_precision
-from .recipes import Recipe
+from .recipes import Recipe, check_numbers
 from .rundir import RunDir, environment, export_weights, is_best, stop_requests
 
 __all__ = ['Learner', 'create_model', 'evaluate', 'train']
@@ -66,6 +68,11 @@ class _Progress:
     timed: int = 0  # steps of it that `seconds` has the time of
     seconds: float = 0.
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+    def gather(self, rank: int) -> None:
+        """Move the sums of all processes to the first, which writes them down."""
+        dist.all_reduce(self.sums)
+        self.sums *= not rank
 
     def end_epoch(self, lr: float, size: int, steps: int, batch_size: int, world: int) -> None:
         """Put the epoch's line into the history, and the position at the start of the next."""
@@ -229,15 +236,15 @@ def _processes(device: torch.device) -> Iterator[tuple[int, int]]:
         dist.destroy_process_group()
 
 
-def _any_process(flag: bool, ask: bool, world: int, device: torch.device) -> bool:
-    """Whether any process raised its flag. The others are asked, and waited for, where `ask` is set on all."""
+def _any_process(flags: tuple[bool, ...], ask: bool, world: int, device: torch.device) -> tuple[bool, ...]:
+    """Which flags any process raised. The others are asked, and waited for, where `ask` is set on all."""
     if world == 1:
-        return flag
+        return flags
     if not ask:
-        return False
-    flags = torch.tensor(float(flag), device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags.item())
+        return (False,) * len(flags)
+    raised = torch.tensor(flags, dtype=torch.float32, device=device)
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return tuple(map(bool, raised.tolist()))
 
 
 def _augmentation(recipe: Recipe, size: int) -> torch.nn.Module | None:
@@ -281,7 +288,8 @@ def _tracker(name: str, run: RunDir, settings: dict[str, Any], device: torch.dev
         return
     from accelerate import Accelerator
     tracker = Accelerator(cpu=device.type == 'cpu', log_with=name, project_dir=run.path)
-    tracker.init_trackers('wrn_timm', {**settings['recipe'], 'drop_epochs': str(settings['recipe']['drop_epochs'])})
+    told = {k: str(v) if isinstance(v, tuple) else v for k, v in vars(settings['recipe']).items()}
+    tracker.init_trackers('wrn_timm', told)
     try:
         yield tracker
     finally:
@@ -327,7 +335,8 @@ def train(
         seed: Of the weights, the order and the augmentation.
         time_budget: Seconds after which the run stops, to be resumed.
         checkpoint_every: Seconds between checkpoints, and more where they are slow to write, so that they take at most
-            a twentieth of the time; 0 writes one every step. The best epoch and a run that stops have theirs at once.
+            a twentieth of the time; 0 writes one every step, or every twentieth where processes have to agree. The best
+            epoch and a run that stops have theirs at once.
         resume: Go on with the run in `out`: bit for bit on a CPU, from the middle of an epoch too.
         download: Fetch the data set if it is missing.
         compile: Compile the network; None does so on CUDA alone. On a CPU it needs a C++ compiler.
@@ -343,10 +352,11 @@ def train(
         FloatingPointError: The loss is no longer finite; the checkpoints before it stand.
         What `load` and `RunDir` raise.
     """
+    check_numbers({'time_budget': time_budget, 'checkpoint_every': checkpoint_every}, math.inf)
     deadline = time.monotonic() + time_budget
     device = torch.device(device)
     cuda = device.type == 'cuda'
-    settings = {'recipe': dataclasses.asdict(recipe), 'seed': seed}
+    settings = {'recipe': recipe, 'seed': seed}
     _check_tracker(tracker)
     with contextlib.ExitStack() as stack:
         rank, world = stack.enter_context(_processes(device))
@@ -378,7 +388,7 @@ def train(
         run.log(', '.join(f'{k} {v}' for k, v in environment(device).items()))
 
         asked = stack.enter_context(stop_requests())
-        last_saved, saving, stopping, warm = time.monotonic(), 0., False, 0
+        last_saved, saving, stopping, due, warm = time.monotonic(), 0., False, False, 0
         while progress.epoch < recipe.epochs:
             model.train()
             size = recipe.size_at(progress.epoch, data.images.shape[-1])
@@ -401,15 +411,15 @@ def train(
                 now = time.monotonic()
                 reason = asked[0] if asked else 'the time budget' if now > deadline else ''
                 ask = progress.step % 20 == 0 or progress.step == steps
-                stopping = _any_process(bool(reason), ask, world, device)
-                if stopping or now - last_saved > checkpoint_every + _SHARE_OF_SAVING * saving:
+                due = not rank and now - last_saved > checkpoint_every + _SHARE_OF_SAVING * saving
+                stopping, due = _any_process((bool(reason), due), ask, world, device)
+                if stopping or due:
                     break
 
             finite = math.isfinite(progress.sums[0].item())  # waits for the device
             now = time.monotonic()
             progress.seconds += now - began
             progress.timed += progress.step - first_timed
-            due = stopping or now - last_saved > checkpoint_every + _SHARE_OF_SAVING * saving
             if not finite:
                 raise FloatingPointError(
                     f'the loss is not finite at epoch {progress.epoch + 1}, step {progress.step}; the checkpoints in '
@@ -421,11 +431,17 @@ def train(
                 if held_out:
                     measured = evaluate(learner.averaged, held_out, device, precision=learner.precision)
                     row |= {f'holdout_{k}': v for k, v in measured.items()}
+                    if not math.isfinite(row['holdout_loss']):
+                        raise FloatingPointError(
+                            f'the loss on held-out images is not finite after epoch {progress.epoch}; the checkpoints '
+                            f'in {run.checkpoints} are from before. Try a smaller learning rate.')
                 run.log('  '.join(f'{k} {v:.4g}' for k, v in row.items()))
                 if tracking:
                     tracking.log(row, step=progress.epoch)
                 due |= progress.epoch == recipe.epochs or is_best(progress.history)
-            if due:
+            elif world > 1:
+                progress.gather(rank)
+            if due or stopping:
                 run.save({**learner.state_dict(), **vars(progress)}, progress.history)
                 last_saved = time.monotonic()
                 saving = last_saved - now if checkpoint_every else 0.
@@ -443,5 +459,5 @@ def train(
             'tag': recipe.tag or recipe.dataset, 'mean': data.mean, 'std': data.std, 'label_names': data.classes,
             'input_size': tuple(data.images.shape[1:]), 'crop_pct': 1.0}, half, _model_args(recipe))
         for name in ('recipe.json', 'history.csv', 'curves.png'):
-            shutil.copy(run.path / name, folder / name)
+            atomic_write(folder / name, partial(shutil.copyfile, run.path / name))
         return folder

@@ -42,7 +42,13 @@ def classification_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: 
     Returns:
         `images`, `top1`, `top5` (None below six classes), `mean_per_class`, by name `per_class` (the recall; None where
         there are no images) and `precision` (None where nothing was taken for the class), `ece`.
+
+    Raises:
+        FloatingPointError: A logit is not finite.
     """
+    if bad := int((~logits.isfinite().all(1)).sum()):
+        raise FloatingPointError(f'the network gives logits that are not finite for {bad} of {len(logits)} images; its '
+                                 f'weights are damaged, or their training diverged')
     n = len(classes)
     precision = multiclass_precision(logits, labels, n, average='none')
     predicted = torch.bincount(logits.argmax(1), minlength=n) > 0

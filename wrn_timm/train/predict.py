@@ -52,6 +52,10 @@ def predict_files(
 
     Yields:
         `image` (the path), and `top` (a list of `label` and `probability`) or `error`.
+
+    Raises:
+        FloatingPointError: The network gives probabilities that are not finite.
+        What `open_model` raises.
     """
     model = open_model(name).to(device, memory_format=torch.channels_last)
     labels = model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)]
@@ -77,6 +81,9 @@ def predict_files(
 def _answers(
         model: torch.nn.Module, images: torch.Tensor, labels: list[str], top_k: int) -> list[list[dict[str, Any]]]:
     probabilities = model(images.contiguous(memory_format=torch.channels_last)).softmax(1)
+    if not probabilities.isfinite().all():
+        raise FloatingPointError('the network gives probabilities that are not finite: its weights are damaged, or '
+                                 'their training diverged')
     top = probabilities.topk(min(top_k, probabilities.shape[1]))
     return [[{'label': labels[i], 'probability': round(p, 6)} for p, i in zip(ps, indices, strict=True)]
             for ps, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True)]

@@ -50,7 +50,8 @@ def extract_features(
         progress: bool | None = None,
 ) -> Predictions:
     """What a timm model's classifier would be given, (N, C), in place of the logits of `predict`."""
-    return predict(_Backbone(model), dataset, accelerator, workers=workers, title='features', progress=progress)
+    with accelerator.autocast():
+        return predict(_Backbone(model), dataset, accelerator, workers=workers, title='features', progress=progress)
 
 
 def knn(

@@ -4,11 +4,24 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from typing import Literal
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from ..data.splits import check_protocol
 
-__all__ = ['RECIPES', 'FinetuneConfig', 'Recipe', 'get_recipe']
+__all__ = ['RECIPES', 'FinetuneConfig', 'Recipe', 'check_numbers', 'get_recipe']
+
+
+def check_numbers(settings: Mapping[str, Any], most: float = sys.float_info.max) -> None:
+    """Refuse floating-point settings that are negative, NaN, or above `most` (by default infinite).
+
+    Raises:
+        ValueError: One is; it is named.
+    """
+    for name, value in settings.items():
+        if isinstance(value, float) and not 0 <= value <= most:
+            raise ValueError(f'{name} is {value:g}; it must be {"finite and " * (most < math.inf)}at least 0')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +112,7 @@ class Recipe:
             raise ValueError(f'rand_magnitude is {self.rand_magnitude}; it must be 0 to 30')
         if self.trivial_augment + bool(self.rand_augment) + self.auto_augment > 1:
             raise ValueError('choose one of trivial_augment, rand_augment and auto_augment')
+        check_numbers(vars(self))
 
     def size_at(self, epoch: int, full: int) -> int:
         """Side in pixels of the images of an epoch (from 0), where `full` is that of the data set."""
@@ -206,6 +220,7 @@ class FinetuneConfig:
             raise ValueError(f'parts are {", ".join(self.parts)}; two or three are wanted')
         if not self.split.endswith('.csv'):
             check_protocol(self.split)
+        check_numbers(vars(self))
 
     @property
     def cached(self) -> bool:

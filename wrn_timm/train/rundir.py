@@ -12,6 +12,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import dataclasses
+import errno
+import functools
+import hashlib
 import io
 import json
 import logging
@@ -22,26 +26,28 @@ import signal
 import subprocess
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
 import torchvision
 from timm.models import save_for_hf
 
-from ..files import atomic_write, discard_partial
+from ..files import LOCK_FILE, FolderLock, atomic_folder, atomic_write, discard_partial, make_folder, writing
 from ..weights import WEIGHTS_FILE, sha256_of
 
 __all__ = [
-    'RunDir', 'carried_files', 'check_place', 'environment', 'export_weights', 'is_best',
-    'plot_history', 'stop_requests',
+    'RunDir', 'carried_files', 'check_place', 'check_weights', 'config_of', 'environment', 'export_weights', 'is_best',
+    'plot_history', 'read_record', 'stop_requests',
 ]
 
 _logger = logging.getLogger(__name__)
 
 _RECIPE = 'recipe.json'
+_FORMAT = 1  # of checkpoints; to be raised when an older version would misread a new one
 _MADE = ('checkpoints', 'history.csv', 'weights', 'last', 'best', 'metrics.json')  # what training leaves
 
 
@@ -93,16 +99,68 @@ def stop_requests() -> Iterator[list[str]]:
 
 
 def carried_files(folder: Path) -> list[Path]:
-    """The files of a run directory that it goes on from elsewhere: all but its older checkpoints."""
-    newest = _newest_first(folder / 'checkpoints')[:1]
-    return sorted(
-        p for p in folder.rglob('*') if p.is_file() and (p.parent != folder / 'checkpoints' or p in newest))
+    """The files of a run directory that it goes on from elsewhere: of its checkpoints, the newest and the best."""
+    checkpoints = folder / 'checkpoints'
+    carried = [checkpoints / 'best.pt', *_newest_first(checkpoints)[:1]]
+    return sorted(p for p in folder.rglob('*')
+                  if p.is_file() and p.name != LOCK_FILE and (p.parent != checkpoints or p in carried))
 
 
 def is_best(history: list[dict[str, float]]) -> bool:
     """Whether the last epoch is the most accurate so far on held-out images; False where there are none."""
     held_out = [row['holdout_accuracy'] for row in history if 'holdout_accuracy' in row]
     return bool(held_out) and held_out[-1] >= max(held_out)
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """What a JSON file of a run says, as `recipe.json` does of its settings and environment.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        ValueError: It is damaged.
+    """
+    try:
+        record = json.loads(file.read_text(encoding='utf-8'))
+        if not isinstance(record, dict):
+            raise ValueError('it holds no JSON object')
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{file} is damaged: {e}. Restore it, or begin a new run') from e
+    return record
+
+
+_Config = TypeVar('_Config')
+
+
+def config_of(file: Path, key: str, kind: type[_Config]) -> _Config:
+    """The settings that a `recipe.json` holds under `key`, as the dataclass `kind`; its defaults where it has none.
+
+    Raises:
+        ValueError: The file is damaged, a setting is not known to this version, or has no such value.
+    """
+    recipe = read_record(file)
+    names = {f.name: None for f in dataclasses.fields(kind)}
+    _check_known({key: recipe.get(key)}, {key: names}, recipe, file)
+    try:
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.get(key, {}).items()})
+    except (AttributeError, TypeError, ValueError) as e:
+        raise ValueError(f'{file} is damaged: {e}. Restore it, or begin a new run') from e
+
+
+def _check_known(there: dict[str, Any], known: dict[str, Any], recipe: dict[str, Any], file: Path) -> None:
+    """Refuse settings that this version would pass over."""
+    def unknown(there: dict[str, Any], known: dict[str, Any], prefix: str = '') -> Iterator[str]:
+        for key, value in there.items():
+            if key not in known:
+                yield f'{prefix}{key}'
+            elif isinstance(value, dict) and isinstance(known[key], dict):
+                yield from unknown(value, known[key], f'{prefix}{key}.')
+
+    if names := list(unknown(there, known)):
+        from .. import __version__
+        environment = recipe.get('environment')
+        version = environment.get('wrn_timm') if isinstance(environment, dict) else None
+        raise ValueError(f'{file} names settings that wrn_timm {__version__} does not know ({", ".join(names)}); it '
+                         f'was written by version {version or "unknown"}: go on with that one')
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
@@ -138,19 +196,22 @@ def check_place(path: Path, wanted: int = 0) -> None:
 
 
 class RunDir:
-    """Opens (or makes) a run directory.
+    """Opens (or makes) a run directory, for this process alone as long as the object lives.
 
     Args:
         path: The directory.
-        settings: What decides the run's result: recipe, seed, data. Kept in `recipe.json`.
+        settings: What decides the run's result: recipe, seed, data. Kept in `recipe.json`. Of a dataclass, a field that
+            the `recipe.json` of an older version lacks counts as having its default there.
         resume: Go on with the run that is there; None for runs that cannot be resumed.
         write: False for the processes of a run that leave the writing to the first.
         device: Where the run computes, for its records.
 
     Raises:
+        BlockingIOError: Another process has it open.
         FileExistsError: Another run is there and `resume` is off.
         FileNotFoundError: `resume` is on and there is no run.
-        ValueError: `resume` is on and the settings are not those of the run; the fields that differ are named.
+        ValueError: `resume` is on, and the settings are not those of the run (the fields that differ are named) or its
+            `recipe.json` is damaged or of another version.
     """
 
     def __init__(
@@ -168,11 +229,13 @@ class RunDir:
         if not write:
             return
         self.check(self.path, settings, resume)
+        make_folder(self.path)
+        self._lock = FolderLock(self.path)
+        self.check(self.path, settings, resume)  # another may have begun and ended
         for folder in (self.path, self.checkpoints):
             discard_partial(folder)  # a checkpoint that was being written when the run was killed
         if not resume or not self.recipe_file.is_file():
-            self.path.mkdir(parents=True, exist_ok=True)
-            record = {**settings, 'environment': environment(device)}
+            record = {**_plain(settings), 'environment': environment(device)}
             atomic_write(self.recipe_file, json.dumps(record, indent=2) + '\n')
 
     @staticmethod
@@ -186,8 +249,13 @@ class RunDir:
             return
         if not recipe_file.is_file():
             raise FileNotFoundError(f'{path} holds no run to resume')
-        there = json.loads(recipe_file.read_text(encoding='utf-8'))
-        if differ := _differences(there, json.loads(json.dumps(settings))):
+        there, now = read_record(recipe_file), _plain(settings)
+        _check_known(there, now | {'environment': None}, there, recipe_file)
+        for key, value in settings.items():
+            if dataclasses.is_dataclass(value) and isinstance(there.get(key), dict):
+                fields = [f for f in dataclasses.fields(value) if f.default is not dataclasses.MISSING]
+                there[key] = _plain({f.name: f.default for f in fields}) | there[key]
+        if differ := _differences(there, now):
             raise ValueError(f'{path} was started with other settings ({", ".join(differ)}); '
                              f'resume with the same, or choose another --out')
 
@@ -196,7 +264,8 @@ class RunDir:
         if not self.write:
             return
         _logger.log(level, message, *args)
-        with open(self.path / 'train.log', 'a', encoding='utf-8', errors='surrogateescape') as f:
+        log = self.path / 'train.log'
+        with writing(log), open(log, 'a', encoding='utf-8', errors='surrogateescape') as f:
             f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message % args}\n")
 
     def save(self, state: dict[str, Any], history: list[dict[str, float]], draw: bool = True) -> None:
@@ -206,23 +275,37 @@ class RunDir:
             state: Tensors, numbers and their containers, with `epoch` and `step`; read back by `load_checkpoint`.
             history: A line an epoch so far; where it has `holdout_accuracy`, the best is kept as `best.pt`.
             draw: Whether to draw `curves.png`, which can take longer than a short epoch.
+
+        Raises:
+            FloatingPointError: A weight is not finite.
+            OSError: It cannot be written.
         """
         if not self.write:
             return
+        for weights in (state.get('model'), state.get('ema')):
+            if name := _not_finite(weights or {}):
+                raise FloatingPointError(
+                    f'{name} is no longer finite after epoch {state["epoch"]}, step {state["step"]}; the checkpoints '
+                    f'in {self.checkpoints} are from before. Try a smaller learning rate.')
         if history and state['step'] == 0:  # before the checkpoint, from which they would not be made again
             self.write_history(history, draw)
-        self.checkpoints.mkdir(exist_ok=True)
+        make_folder(self.checkpoints)
         newest = self.checkpoints / f"epoch-{state['epoch']:04d}-step-{state['step']:06d}.pt"
+        state = {**state, 'format': _FORMAT, 'fingerprint': self._fingerprint}
         try:
-            atomic_write(newest, lambda p: torch.save(state, p))
-        except (OSError, RuntimeError) as e:  # torch's writer raises either
-            free = shutil.disk_usage(self.checkpoints).free / 1e6
-            raise OSError(f'{newest} cannot be written ({str(e).splitlines()[0]}); {free:.0f} MB are free there. What '
-                          f'was written before is whole: make room and go on with --resume') from e
+            atomic_write(newest, lambda p: _save(state, p))
+        except OSError as e:
+            raise OSError(f'{e}. What was written before is whole: make room and go on with --resume') from e
         if state['step'] == 0 and is_best(history):
             self._keep_best(newest)
         for old in _newest_first(self.checkpoints)[2:]:
             old.unlink()
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        """Of the settings in `recipe.json`: what ties a checkpoint to its run."""
+        recipe = {k: v for k, v in read_record(self.recipe_file).items() if k != 'environment'}
+        return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last whole checkpoint, on the CPU, or None before the first.
@@ -231,18 +314,13 @@ class RunDir:
 
         Raises:
             OSError: One cannot be read, for reasons that are not its own.
-            ValueError: None of those that are there is whole.
+            ValueError: None of those that are there is whole, or the last one is of another run or a later version.
         """
         damaged = []
         for path in _newest_first(self.checkpoints):
-            try:
-                found = torch.load(path, map_location='cpu', weights_only=True)
-            except OSError:
-                raise
-            except Exception as e:  # a damaged zip or pickle raises what it likes
+            found = self._read(path)
+            if found is None:
                 damaged.append(path)
-                self.log('%s is damaged (%s); going back to the one before', path, type(e).__name__,
-                         level=logging.WARNING)
                 continue
             if self.write:
                 for other in damaged:  # its name would keep the next ones out
@@ -254,13 +332,32 @@ class RunDir:
             raise ValueError(f'no checkpoint in {self.checkpoints} is whole; begin again with another --out')
         return None
 
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        """A checkpoint of this run, or None if it is damaged."""
+        try:
+            found = _load_whole(path)
+        except zipfile.BadZipFile as e:
+            self.log('%s is damaged (%s); going back to the one before', path, e, level=logging.WARNING)
+            return None
+        if not isinstance(found, dict) or not {'epoch', 'step', 'history'} <= found.keys():
+            raise ValueError(f'{path} is no checkpoint of a training run; move it away')
+        if found.get('format', _FORMAT) > _FORMAT:
+            raise ValueError(f'{path} was written by a later version of wrn_timm; go on with that one')
+        if found.get('fingerprint', self._fingerprint) != self._fingerprint:  # older versions wrote none
+            raise ValueError(f'{path} is of another run than {self.recipe_file}: the settings differ. Move it away, or '
+                             f'restore the recipe.json that it belongs to')
+        return found
+
     def _keep_best(self, checkpoint: Path) -> None:
         atomic_write(self.checkpoints / 'best.pt', lambda p: _link(checkpoint, p))
 
     def load_best(self) -> dict[str, Any] | None:
-        """The checkpoint of the epoch most accurate on the held-out images, on the CPU; None where there are none."""
+        """The checkpoint of the epoch most accurate on the held-out images, on the CPU; None where there are none.
+
+        A damaged one is named and passed over. Raises as `load_checkpoint`.
+        """
         path = self.checkpoints / 'best.pt'
-        return torch.load(path, map_location='cpu', weights_only=True) if path.is_file() else None
+        return self._read(path) if path.is_file() else None
 
     def write_history(self, history: list[dict[str, float]], draw: bool = True) -> None:
         """Write `history.csv` and, with `draw`, `curves.png`."""
@@ -273,6 +370,39 @@ class RunDir:
         atomic_write(self.path / 'history.csv', text.getvalue())
         if draw:
             atomic_write(self.path / 'curves.png', lambda p: plot_history(history, p))
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as e:  # torch's word for a disk that is full
+        raise OSError(str(e)) from e
+
+
+def _load_whole(path: Path) -> Any:
+    """What `torch.save` wrote, on the CPU; torch itself does not compare the checksums of the zip.
+
+    Raises:
+        BadZipFile: It is damaged.
+        OSError, MemoryError: It cannot be read for another reason.
+    """
+    open(path, 'rb').close()  # whether it may be read at all
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if entry := archive.testzip():
+                raise zipfile.BadZipFile(f'{entry} has another checksum')
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as e:  # a damaged zip or pickle raises what it likes, EINVAL for a place before its beginning too
+        if (isinstance(e, OSError) and e.errno != errno.EINVAL) or 'DefaultCPUAllocator' in str(e):
+            raise
+        raise zipfile.BadZipFile(f'{type(e).__name__}: {str(e).partition(chr(10))[0]}') from e
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back."""
+    return json.loads(json.dumps(settings, default=dataclasses.asdict))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = '') -> list[str]:
@@ -312,6 +442,21 @@ def plot_history(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def _not_finite(weights: dict[str, torch.Tensor]) -> str:
+    """The first of the tensors that holds NaN or infinity; '' if none does."""
+    return next((name for name, t in weights.items() if not t.isfinite().all()), '')
+
+
+def check_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Make sure that weights are worth exporting.
+
+    Raises:
+        FloatingPointError: One holds NaN or infinity; it is named.
+    """
+    if name := _not_finite(weights):
+        raise FloatingPointError(f'{name} is not finite, in {weights[name].dtype}; nothing is exported to {folder}')
+
+
 def export_weights(
         model: torch.nn.Module,
         folder: Path,
@@ -323,27 +468,32 @@ def export_weights(
 
     Args:
         model: Made by `timm.create_model`; it is not changed.
-        folder: Replaced as a whole if it is there.
+        folder: Replaced as a whole if it is there. What stands in it beside its weights (metrics, card...) is kept if
+            the weights are the same.
         pretrained_cfg: What the configuration says beyond the model's own (`tag`, `mean`, `label_names`...).
         half: Keep convolution and linear weights in half precision; BatchNorm stays in float32.
         model_args: Arguments beyond the name with which `timm.create_model` makes the network again (`stem`...).
+
+    Raises:
+        FloatingPointError: A weight is not finite; a folder that is there stays as it is.
     """
-    final, folder, old = (folder.with_name(n) for n in (folder.name, f'.{folder.name}.part', f'.{folder.name}.old'))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
     if half:
         for module in model.modules():
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
                 module.half()
-    save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
-    shutil.copymode(folder / 'config.json', folder / WEIGHTS_FILE)  # safetensors lets nobody else read it
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf merges or replaces it, by timm's version
-    config['sha256'] = sha256_of(folder / WEIGHTS_FILE)
-    (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-    if final.exists():  # a directory can be renamed only to where there is none
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(final, old)
-    os.replace(folder, final)
-    shutil.rmtree(old, ignore_errors=True)
+    check_weights(model.state_dict(), folder)
+
+    def fill(new: Path) -> None:
+        save_for_hf(model, str(new), model_args=model_args, safe_serialization=True)
+        shutil.copymode(new / 'config.json', new / WEIGHTS_FILE)  # safetensors lets nobody else read it
+        config = json.loads((new / 'config.json').read_text(encoding='utf-8'))
+        config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf merges or replaces it, by timm's version
+        config['sha256'] = sha256_of(new / WEIGHTS_FILE)
+        (new / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        if (folder / WEIGHTS_FILE).is_file() and sha256_of(folder / WEIGHTS_FILE) == config['sha256']:
+            for file in folder.iterdir():
+                if file.is_file() and not (new / file.name).exists():
+                    shutil.copy(file, new)
+
+    atomic_folder(folder, fill)

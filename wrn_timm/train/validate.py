@@ -87,7 +87,7 @@ def validate(
         name: timm name or weights folder.
         data: `NAME:DIR` of a named set (its test split); or `folder:DIR` of class folders, a CSV file or
             `caltech101:DIR`, as `list_source` reads them (the part to test on, or all files where they are not split).
-        batch_size: Images a step.
+        batch_size: Images a step; fewer where they do not fit the device's memory.
         device: Where the model runs, in float32 (and not in TF32).
         workers: Processes that read images.
         download: Fetch a named set if it is missing.
@@ -99,10 +99,14 @@ def validate(
         each corruption as `corruptions`.
 
     Raises:
+        RuntimeError: Out of memory with one image.
         ValueError: The data's classes are not among the model's; corruptions are asked for on files, or a split of a
             named set.
         What `list_source` and `read_split` raise.
     """
+    from .fit import largest_batch  # it takes a second to import accelerate, and `predict.py` imports this
+    if batch_size < 1:
+        raise ValueError(f'batch_size is {batch_size}; it must be at least 1')
     files = data.partition(':')[0] not in NAMES
     if corruptions and files:
         raise ValueError('corruptions are for the named sets of small images, not for files')
@@ -130,10 +134,18 @@ def validate(
             f'{len(part.classes)} ({", ".join(part.classes[:3])}...)')
 
     def measure(part: ImageArrays | ImageFiles, what: str) -> dict[str, Any]:
-        loader = DataLoader(part.as_dataset(transform), batch_size, num_workers=workers)
-        progress = tqdm(loader, desc=what, unit='batch', leave=False, disable=None)
+        found: list[torch.Tensor] = []
+
+        def run(batch_size: int) -> None:
+            loader = DataLoader(part.as_dataset(transform), batch_size, num_workers=workers)
+            with tqdm(loader, desc=what, unit='batch', leave=False, disable=None) as progress:
+                found[:] = predict_logits(model, progress, device)
+
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return classification_metrics(*predict_logits(model, progress, device), part.classes)
+            if not largest_batch(run, batch_size):
+                raise RuntimeError(
+                    f"not even one image of {config['input_size'][-1]} px fits into the memory of {device}")
+        return classification_metrics(*found, part.classes)
 
     metrics = measure(part, 'validating')
     if corruptions:
