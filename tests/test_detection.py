@@ -271,6 +271,24 @@ def test_torchvisions_own_detector_by_the_same_script(tmp_path, capsys):
         assert f'{expected}; of torchvision/resnet50_fpn it is' in ' '.join(capsys.readouterr().err.split())
 
 
+def test_a_damaged_detector_is_refused(run, tmp_path, capsys):
+    shutil.copytree(run / 'weights', tmp_path / 'run' / 'weights')
+    file = tmp_path / 'run' / 'weights' / 'model.safetensors'
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 1
+    file.write_bytes(data)
+    assert detect_script.main(['--out', str(tmp_path / 'run'), '--draw', 'x.jpg']) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and 'but detector.json names' in error
+    record = json.loads((file.parent / 'detector.json').read_text())
+    assert record.pop('sha256') == sha256_of(run / 'weights' / 'model.safetensors')
+    (file.parent / 'detector.json').write_text(json.dumps(record))  # as runs of before left it
+    load_detector(tmp_path / 'run')
+    file.write_bytes(data[:-1000])
+    with pytest.raises(RuntimeError, match='model.safetensors is damaged: '):
+        load_detector(tmp_path / 'run')
+
+
 def test_draw_by_a_finished_run(run, tmp_path, capsys):
     detector, classes = load_detector(run)
     assert classes == ('Platelets', 'RBC', 'WBC') and not detector.training

@@ -3,15 +3,20 @@ import hashlib
 import json
 import os
 import random
+import re
 
+import finetune as finetune_script
+import predict as predict_script
 import pytest
 import timm
 import torch
+from conftest import SAMPLE
 from safetensors.torch import load_file, save_file
 
 from wrn_timm.checkpoints import fit_to_model
 from wrn_timm.hub import publish
 from wrn_timm.train.rundir import export_weights
+from wrn_timm.train.validate import open_model
 from wrn_timm.weights import HEADER_LIMIT, verify
 from wrn_timm.wrn import WideResNet
 
@@ -238,3 +243,66 @@ def test_damaged_configurations_do_no_harm(tmp_path):
             assert verify(tmp_path) == file
         except RuntimeError as e:
             assert 'is damaged' in str(e)
+
+
+@pytest.fixture
+def others(tmp_path):
+    """A sound weights folder of a network that is not ours."""
+    export_weights(timm.create_model('test_resnet', num_classes=2), tmp_path / 'test_resnet.mine', {'tag': 'mine'})
+    return tmp_path / 'test_resnet.mine'
+
+
+def flipped(file):
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 1
+    file.write_bytes(data)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def cut_without_a_hash(file):
+    cut(file)
+    config = json.loads((file.parent / 'config.json').read_text())
+    del config['sha256']
+    (file.parent / 'config.json').write_text(json.dumps(config))
+
+
+def pickled(file):
+    torch.save(load_file(file), file.with_name('pytorch_model.bin'))
+    file.unlink()
+
+
+@pytest.mark.parametrize(('spoil', 'message'), [
+    (flipped, 'is damaged or is another file: sha256'), (cut, 'is damaged or is another file: sha256'),
+    (cut_without_a_hash, 'model.safetensors is damaged: '),
+    (pickled, 'holds no model.safetensors; pytorch_model.bin is a pickle, and pickles are not read')])
+def test_weights_of_any_network_are_verified(others, no_weights, spoil, message, tmp_path, capsys):
+    photograph = str(SAMPLE / 'ketch' / 'image_0001.jpg')
+    assert predict_script.main(['--model', str(others), '--device', 'cpu', photograph]) == 0
+    spoil(others / 'model.safetensors')
+    finetune = ['--data', str(SAMPLE), '--out', str(tmp_path / 'run'), '--device', 'cpu', '--messages', 'quiet']
+    for main, argv in ((predict_script.main, ['--device', 'cpu', photograph]), (finetune_script.main, finetune)):
+        for name in (str(others), f'local-dir:{others}'):
+            assert main(['--model', name, *argv]) == 1
+            error = capsys.readouterr().err
+            assert error.startswith('error: ') and message in error
+    if spoil != pickled:  # found by its name, as ours are
+        others.rename(no_weights / others.name)
+        with pytest.raises(RuntimeError, match='is damaged'):
+            open_model('test_resnet.mine')
+    assert open_model(str(no_weights / others.name if spoil != pickled else others), pretrained=False).num_classes == 2
+
+
+def test_the_pickle_is_rewritten_as_the_message_says(others, monkeypatch):
+    whole = open_model(str(others)).state_dict()
+    pickled(others / 'model.safetensors')
+    with pytest.raises(FileNotFoundError) as refused:
+        open_model(str(others))
+    code = re.search(r'by (safetensors\.torch\.save_file\(.*\))$', str(refused.value))[1]
+    monkeypatch.chdir(others)
+    exec(f'import safetensors.torch, torch\n{code}')
+    change_config(others, sha256=None)
+    for key, value in open_model(str(others)).state_dict().items():
+        torch.testing.assert_close(value, whole[key])

@@ -28,6 +28,7 @@ __all__ = [
 HUB_NAMESPACE = ''
 
 WEIGHTS_FILE = 'model.safetensors'
+_PICKLES = ('.bin', '.pth', '.pt', '.ckpt')
 HEADER_LIMIT = 1 << 20  # bytes; the longest of ours has 0.1 MB, and safetensors would parse 100 MB
 _PACKAGE = Path(__file__).resolve().parent
 _SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
@@ -114,7 +115,12 @@ def _check_safetensors(file: Path) -> None:
         pass
 
 
-def verify(folder: Path, sha256: str | None = None, remedy: str = 'Restore the folder from where it came.') -> Path:
+def verify(
+        folder: Path,
+        sha256: str | None = None,
+        remedy: str = 'Restore the folder from where it came.',
+        named_by: str = 'wrn_timm/released.json',
+) -> Path:
     """The weights file of a folder, once it is whole and the one that is meant.
 
     Args:
@@ -122,16 +128,21 @@ def verify(folder: Path, sha256: str | None = None, remedy: str = 'Restore the f
         sha256: What the file must have; None for the one that `config.json` names. Where neither is known, a file in
             the cache must have the one that the Hub named when it was fetched; any other is taken as it is.
         remedy: What to do about a damaged file.
+        named_by: Where `sha256` is from.
 
     Raises:
-        FileNotFoundError: The folder holds no weights file.
+        FileNotFoundError: The folder holds no weights file; a pickle in its place is named, and not read.
         RuntimeError: The file has another sha256 (both are given), or is no sound safetensors file.
     """
     file = folder / WEIGHTS_FILE
     if not file.is_file():
-        raise FileNotFoundError(f'{folder} holds no {WEIGHTS_FILE}')
-    named_by = 'wrn_timm/released.json' if sha256 else 'config.json'
+        pickle = next((p.name for p in sorted(folder.glob('*')) if p.suffix in _PICKLES), None)
+        raise FileNotFoundError(f'{folder} holds no {WEIGHTS_FILE}' + (
+            f'; {pickle} is a pickle, and pickles are not read: write its tensors anew, by '
+            f"safetensors.torch.save_file(torch.load('{pickle}', weights_only=True), '{WEIGHTS_FILE}')"
+            if pickle else ''))
     expected = sha256 or _config(folder, remedy).get('sha256')
+    named_by = named_by if sha256 else 'config.json'
     if not expected and re.fullmatch('[0-9a-f]{64}', blob := file.resolve().name):
         named_by, expected = 'the Hub', blob
     if expected and (found := sha256_of(file)) != expected:

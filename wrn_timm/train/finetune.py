@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from timm.data import Mixup, create_transform, resolve_model_data_config
@@ -40,7 +39,7 @@ from .probe import extract_features, summarise
 from .recipes import FinetuneConfig
 from .report import write_report
 from .rundir import RunDir, check_place, environment, export_weights
-from .validate import eval_transform, open_model, source_of
+from .validate import eval_transform, open_model
 
 __all__ = ['build_model', 'finetune', 'finetune_seeds', 'make_accelerator', 'prepare_split', 'preprocessing',
            'training_set']
@@ -325,12 +324,12 @@ def build_model(config: FinetuneConfig) -> torch.nn.Module:
 
     Raises:
         ValueError: timm knows no such model, or it takes no such stem or input size.
-        What `timm.create_model` raises.
+        What `open_model` raises.
     """
     kwargs = _model_args(config)
     random_seed(config.seed)
     try:
-        model = timm.create_model(source_of(config.model), pretrained=config.pretrained, **kwargs).eval()
+        model = open_model(config.model, pretrained=config.pretrained, **kwargs)
     except TypeError as e:
         raise ValueError(f'{config.model} has no option {" nor ".join(kwargs)}') from e
     own = model.pretrained_cfg.get('input_size', (0,))[-1]

@@ -17,28 +17,40 @@ from ..data.corrupt import CORRUPTIONS, corrupt
 from ..data.datasets import NAMES, ImageArrays, load, parse_spec
 from ..data.folders import FolderScan, ImageFiles, examine
 from ..data.splits import data_name, list_source, read_split, source_root
-from ..weights import find
+from ..weights import find, verify
 from .metrics import classification_metrics, predict_logits
 from .rundir import environment
 
 __all__ = ['eval_transform', 'normalised', 'open_model', 'source_of', 'validate', 'weights_folder']
 
 
-def open_model(name: str, **kwargs: Any) -> torch.nn.Module:
-    """A pretrained model by timm name (`wrn16_1.cifar10`) or weights folder, in evaluation mode.
+_LOCAL = 'local-dir:'
+
+
+def open_model(name: str, pretrained: bool = True, **kwargs: Any) -> torch.nn.Module:
+    """A model by timm name (`wrn16_1.cifar10`) or weights folder, in evaluation mode.
+
+    Args:
+        name: timm name, weights folder or run directory.
+        pretrained: With the weights. Those of a folder are verified first, whichever network they are of.
+        kwargs: Of `timm.create_model`.
 
     Raises:
-        FileNotFoundError: There is no such folder.
+        FileNotFoundError: There is no such folder, or it holds no weights file.
+        RuntimeError: The weights file is damaged, or not the one that its configuration names.
         ValueError: timm knows no such model; the nearest are named.
         What `timm.create_model` raises.
     """
-    return timm.create_model(source_of(name), pretrained=True, **kwargs).eval()
+    source = source_of(name)
+    if pretrained and source.startswith(_LOCAL):
+        verify(Path(source.removeprefix(_LOCAL)))
+    return timm.create_model(source, pretrained=pretrained, **kwargs).eval()
 
 
 def source_of(name: str) -> str:
     """What `timm.create_model` takes for a timm name or a weights folder; it raises the same as `open_model`."""
     if Path(name).is_dir():
-        return f'local-dir:{weights_folder(name)}'
+        return f'{_LOCAL}{weights_folder(name)}'
     if ':' in name:
         return name
     if Path(name).is_file():
@@ -49,7 +61,7 @@ def source_of(name: str) -> str:
         nearest = difflib.get_close_matches(name.partition('.')[0], timm.list_models(), n=3, cutoff=0.5)
         raise ValueError(f'timm knows no model {name}; nearest: {", ".join(nearest) or "none"}')
     if name not in timm.list_models('wrn*', include_tags=True) and (folder := find(name)):
-        return f'local-dir:{folder}'  # another network's weights, beside ours
+        return f'{_LOCAL}{folder}'  # another network's weights, beside ours
     return name
 
 
