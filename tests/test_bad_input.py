@@ -166,6 +166,11 @@ def too_large(data):
     return 'large.png cannot be read: Image size (400000000 pixels) exceeds limit'
 
 
+def a_line(data):
+    Image.new('1', (400_000, 1)).save(data / 'pizza' / 'line.png')
+    return 'line.png cannot be read: it is 400,000 x 1 pixels'
+
+
 def looping_link(data):
     (data / 'pizza' / 'up').symlink_to(data, target_is_directory=True)
     return 'links to a folder that holds it'
@@ -186,7 +191,7 @@ def odd_names(data):
     return '.txt is not an image'
 
 
-LEFT_OUT = [zero_bytes, cut_off, too_large, looping_link, link_to_itself, odd_names]
+LEFT_OUT = [zero_bytes, cut_off, too_large, a_line, looping_link, link_to_itself, odd_names]
 
 
 @pytest.mark.parametrize('prepare', LEFT_OUT)

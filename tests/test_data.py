@@ -13,14 +13,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SAMPLE, data_dir
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageFile
 from torchvision import datasets as tv
 from torchvision.transforms import v2
 
 from wrn_timm.data import datasets
 from wrn_timm.data.corrupt import corrupt
 from wrn_timm.data.device import DeviceLoader
-from wrn_timm.data.folders import ReadableOnly, collate_readable, examine, list_csv, list_folder, read_rgb
+from wrn_timm.data.folders import (
+    ReadableOnly,
+    collate_readable,
+    examine,
+    list_csv,
+    list_folder,
+    looks_like_image,
+    read_rgb,
+)
 from wrn_timm.data.named import is_named
 from wrn_timm.data.splits import (
     data_name,
@@ -432,6 +440,47 @@ def test_an_image_too_large_to_decode_safely(tmp_path):
     Image.new('1', (20_000, 20_000)).save(tmp_path / 'x.png')
     with pytest.raises(ValueError, match='x.png cannot be read: Image size .400000000 pixels. exceeds limit'):
         read_rgb(tmp_path / 'x.png')
+
+
+@pytest.mark.parametrize('size', [(20_000_000, 1), (1, 400_000), (3001, 30)])
+def test_a_line_is_refused_before_it_is_decoded(folder, monkeypatch, size):
+    """20,000,000 x 1 at 32 px would be 640,000,000 x 32: from a file of 60 KB."""
+    line = folder / 'pizza' / 'line.png'
+    Image.new('1', size).save(line)
+    Image.new('1', (3000, 30)).save(folder / 'ketch' / 'longest.png')
+    monkeypatch.setattr(ImageFile.ImageFile, 'load', lambda image: pytest.fail('it was decoded'))
+    reason = f'line.png cannot be read: it is {size[0]:,} x {size[1]:,} pixels, and one side may be 100 times as long'
+    with pytest.raises(ValueError, match=reason):
+        read_rgb(line)
+    monkeypatch.undo()
+    scan = examine(list_folder(folder))
+    assert len(scan.bad) == 1 and reason in scan.bad[0] and len(scan.train) == 7
+
+
+def test_no_other_decoder_is_reached(tmp_path, monkeypatch):
+    """That of EPS would run Ghostscript, here one that leaves a trace."""
+    (tmp_path / 'gs').write_text(f'#!/bin/sh\ntouch {tmp_path}/trace\n')
+    (tmp_path / 'gs').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    monkeypatch.setattr(EpsImagePlugin, 'gs_binary', None)  # looked for anew
+    for name in ('a.jpg', 'a.eps'):
+        Image.new('RGB', (8, 8)).save(tmp_path / name, 'EPS')
+    with pytest.raises(ValueError, match='a.jpg is not an image$'):
+        read_rgb(tmp_path / 'a.jpg')
+    with pytest.raises(ValueError, match=r'a.eps is not an image of a format that is read here \(.*BMP, GIF, .*JPEG'):
+        read_rgb(tmp_path / 'a.eps')
+    assert not (tmp_path / 'trace').exists()
+    with pytest.raises(OSError), Image.open(tmp_path / 'a.eps') as image:
+        image.load()  # what is kept off works
+    assert (tmp_path / 'trace').exists()
+
+
+@pytest.mark.parametrize('form', ['BMP', 'GIF', 'JPEG', 'MPO', 'PNG', 'PPM', 'TIFF', 'WEBP'])
+def test_formats_of_photographs(tmp_path, form):
+    file = tmp_path / f'x.{ {"JPEG": "jpg", "MPO": "mpo"}.get(form, form.lower())}'
+    Image.new('RGB', (8, 8), 'white').save(file, form)
+    assert looks_like_image(file) and np.asarray(read_rgb(file)).min() > 250
+    assert not looks_like_image(tmp_path / 'x.eps') and not looks_like_image(tmp_path / 'x.txt')
 
 
 def test_many_files_are_listed_in_little_memory(tmp_path):

@@ -511,10 +511,13 @@ def test_data_sets_of_the_hub(weights, parts, tmp_path, offline, capsys):
     options = ('--epochs', '1', '--parts', 'train', 'validation')
     assert tune(f'hfids/{parts}', weights, tmp_path / 'unknown', *options) == 1
     assert 'Its size is not recorded; give it as hfds/' in capsys.readouterr().err
+    Image.new('1', (40_000, 1)).save(parts / 'train' / CLASSES[0] / 'line.png')
     for name in ('hfds', 'hfids'):  # a stream has a size once the data set has been prepared
         assert tune(f'{name}/{parts}', weights, tmp_path / name, *options) == 0
         metrics = json.loads((tmp_path / name / 'metrics.json').read_text())
         assert metrics['images'] == 12 and tuple(metrics['per_class']) == CLASSES
+        reasons = [f'hfds/{parts} train 8 cannot be read: it is 40,000 x 1 pixels']
+        assert [r.partition(', and')[0] for r in metrics['skipped']] == (reasons if name == 'hfds' else [])
 
 
 def test_weights_of_other_networks_beside_ours(photographs, no_weights, tmp_path):
@@ -531,12 +534,14 @@ def test_weights_of_other_networks_beside_ours(photographs, no_weights, tmp_path
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # webdataset leaves its files open
-def test_streamed_data_sets(weights, parts, tmp_path):
+def test_streamed_data_sets(weights, parts, tmp_path, capsys):
     pytest.importorskip('webdataset')
     info = {'num_classes': 3, 'splits': {}}
     for part in ('train', 'val'):
         with tarfile.open(tmp_path / f'{part}.tar', 'w') as tar:
             for i, p in enumerate(sorted((parts / part).rglob('*.jpg'))):
+                if (part, i) == ('train', 3):
+                    Image.new('1', (40_000, 1)).save(p)
                 (tmp_path / 'cls').write_text(str(CLASSES.index(p.parent.name)))
                 tar.add(p, f'{i:03d}.jpg')
                 tar.add(tmp_path / 'cls', f'{i:03d}.cls')
@@ -544,6 +549,8 @@ def test_streamed_data_sets(weights, parts, tmp_path):
         info['splits'][part] = {
             'name': part, 'num_samples': count, 'filenames': [f'{part}.tar'], 'shard_lengths': [count]}
     (tmp_path / '_info.json').write_text(json.dumps(info))
-    assert tune(f'wds/shards:{tmp_path}', weights, tmp_path / 'run', '--epochs', '2', '--parts', 'train', 'val') == 0
+    options = ('--epochs', '2', '--parts', 'train', 'val', '--messages', 'text')
+    assert tune(f'wds/shards:{tmp_path}', weights, tmp_path / 'run', *options) == 0
+    assert re.search(r'left out: wds/shards:\S+ train \d+: it is 40,000 x 1 pixels', capsys.readouterr().err)
     metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
     assert metrics['images'] == 12 and set(metrics['per_class']) == {'0', '1', '2'}

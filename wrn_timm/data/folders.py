@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -20,18 +21,45 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset, default_collate
 
 __all__ = [
-    'EXAMINED_AT_MOST', 'FolderScan', 'ImageFiles', 'ReadableOnly', 'collate_readable', 'examine', 'list_csv',
-    'list_folder', 'read_rgb', 'walk_files']
+    'EXAMINED_AT_MOST', 'FORMATS', 'FolderScan', 'ImageFiles', 'ReadableOnly', 'check_shape', 'collate_readable',
+    'examine', 'list_csv', 'list_folder', 'looks_like_image', 'read_rgb', 'walk_files']
 
 _PARTS = {'train': ('train', 'training'), 'test': ('test',), 'val': ('val', 'valid', 'validation')}
+
+# What photographs come in, by Pillow's names. Its other decoders are seldom used, and that of EPS runs Ghostscript.
+FORMATS = ('AVIF', 'BMP', 'GIF', 'HEIF', 'JPEG', 'JPEG2000', 'MPO', 'PNG', 'PPM', 'TIFF', 'WEBP')
+_MOST_OBLONG = 100  # longer side over shorter: resized by its shorter side, a line of a file takes gigabytes
 
 # Decoding a photograph takes a core about a millisecond: more files than this are not examined beforehand.
 EXAMINED_AT_MOST = 50_000
 _BLOCK = 2 ** 25  # bytes of decoded images in one tensor: processes share each by a file of its own
 
 
-def read_rgb(path: str | Path | io.BytesIO, least: int = 0) -> Image.Image:
-    """Read an image file as RGB, turned as its EXIF says.
+@functools.cache
+def _decoders() -> tuple[str, ...]:
+    """Those of `FORMATS` that Pillow reads here."""
+    Image.init()
+    return tuple(f for f in FORMATS if f in Image.OPEN)
+
+
+def looks_like_image(path: str | Path) -> bool:
+    """Whether a file is called as an image of one of `FORMATS` is."""
+    return Image.registered_extensions().get(Path(path).suffix.lower()) in FORMATS
+
+
+def check_shape(size: tuple[int, int]) -> None:
+    """Refuse an image that is a line, before it is decoded or resized.
+
+    Raises:
+        ValueError: One side is more than 100 times as long as the other.
+    """
+    if max(size) > _MOST_OBLONG * min(size):
+        raise ValueError(f'it is {size[0]:,} x {size[1]:,} pixels, and one side may be {_MOST_OBLONG} times as long as '
+                         f'the other at most')
+
+
+def read_rgb(path: str | Path | io.BytesIO, least: int = 0, name: str = '') -> Image.Image:
+    """Read an image file of one of `FORMATS` as RGB, turned as its EXIF says.
 
     Grey (8 and 16 bits), palette and CMYK are converted; transparency is laid on white.
 
@@ -39,17 +67,20 @@ def read_rgb(path: str | Path | io.BytesIO, least: int = 0) -> Image.Image:
         path: The file, or what is in it.
         least: Pixels that both sides keep where a larger JPEG is decoded at a half, a quarter or an eighth of its size,
             which is quicker; 0 decodes it whole.
+        name: What errors call it; '' for the path.
 
     Raises:
-        ValueError: The file is no image, is cut off, or is too large to decode safely; the path and reason are named.
+        ValueError: The file is no image, is cut off, or is too large or too oblong to decode safely; it and the
+            reason are named.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_decoders()) as image:
+            check_shape(image.size)
             if least:
                 image.draft(None, (least, least))
             return _as_rgb(image)
     except Exception as e:  # the decoders of damaged files raise nearly anything
-        raise ValueError(_reason(path, e)) from e
+        raise ValueError(_reason(name or str(path), e)) from e
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -63,10 +94,13 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert('RGB')
 
 
-def _reason(path: str | Path, error: Exception) -> str:
-    return f'{path} ' + (
-        'is not an image' if isinstance(error, Image.UnidentifiedImageError)
-        else 'is not there' if isinstance(error, FileNotFoundError) else f'cannot be read: {error}')
+def _reason(name: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f'{name} is not there'
+    if not isinstance(error, Image.UnidentifiedImageError):
+        return f'{name} cannot be read: {error}'
+    other = Path(name).suffix.lower() in Image.registered_extensions() and not looks_like_image(name)
+    return f'{name} is not an image' + (f' of a format that is read here ({", ".join(_decoders())})' if other else '')
 
 
 def _from_deep_grey(pixels: np.ndarray) -> Image.Image:
@@ -486,8 +520,8 @@ def _examine_file(path: str) -> _Examined:
     """Decode a file whole."""
     try:
         content = Path(path).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            size = image.size
+        with Image.open(io.BytesIO(content), formats=_decoders()) as image:
+            check_shape(size := image.size)
             image.draft(None, (1, 1))  # what is cut off or damaged is found at an eighth of the size too
             _as_rgb(image)
     except Exception as e:  # as in `read_rgb`
