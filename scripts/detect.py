@@ -18,6 +18,7 @@ import torch
 import tyro
 
 import wrn_timm  # noqa: F401  (registers the models)
+from wrn_timm.names import printable, terminal_handler
 from wrn_timm.train.detect import DetectConfig, detect, draw, load_detector
 
 
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--time-budget', type=float, default=math.inf, metavar='SECONDS')
     parser.add_argument('--resume', action='store_true', help='go on with the run in --out')
     args, overrides = parser.parse_known_args(argv)
-    logging.basicConfig(level=logging.INFO, format='%(message)s')
+    logging.basicConfig(level=logging.INFO, handlers=[terminal_handler()])
     logging.getLogger('timm').setLevel(logging.WARNING)
     try:
         if args.draw:
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f'stopped; go on with --resume if {args.out} holds a checkpoint', file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
-        print(f'error: {e}', file=sys.stderr)
+        print(f'error: {printable(e, lines=True)}', file=sys.stderr)
         return 1
     if metrics:
         print(f"mAP@0.5 {metrics['map_50']:.1f} %, mAP@0.5:0.95 {metrics['map']:.1f} % on {metrics['images']} "

@@ -28,6 +28,7 @@ import tyro
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.files import atomic_write
 from wrn_timm.hub import finish_weights_folder
+from wrn_timm.names import printable, terminal_handler
 from wrn_timm.train.finetune import finetune_seeds
 from wrn_timm.train.probe import probe
 from wrn_timm.train.recipes import FinetuneConfig
@@ -168,11 +169,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         argv = sys.argv[1:] if argv is None else argv
         command = tyro.cli(Command, args=argv, prog='finetune.py', description=__doc__, default=defaults(argv))
-        logging.basicConfig(format='%(message)s', force=True, level=logging.INFO)
+        logging.basicConfig(handlers=[terminal_handler()], force=True, level=logging.INFO)
         logging.getLogger().setLevel(logging.INFO if command.messages == 'text' and main_process else logging.ERROR)
         logging.getLogger('timm').setLevel(logging.WARNING)
     except ValueError as e:
-        print(f'error: {e}', file=sys.stderr)
+        print(f'error: {printable(e, lines=True)}', file=sys.stderr)
         return 1
     try:
         with sigterm_as_ctrl_c():
@@ -183,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
         if command.traceback:
             raise
-        print(f'error: {e}', file=sys.stderr)
+        print(f'error: {printable(e, lines=True)}', file=sys.stderr)
         return 1
     if main_process and command.messages == 'json' and isinstance(result, dict):
         print(json.dumps(result), flush=True)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 
 import wrn_timm  # noqa: F401  (registers the models)
+from wrn_timm.names import as_cell, printable
 from wrn_timm.train.predict import find_images, predict_files
 
 
@@ -29,11 +32,11 @@ def named(arguments: list[str]) -> Iterator[str]:
 
 
 def print_text(result: dict[str, Any]) -> None:
-    print(result['image'])
+    print(printable(result['image']))
     for row in result.get('top', ()):
-        print(f"  {100 * row['probability']:5.1f} %  {row['label']}")
+        print(f"  {100 * row['probability']:5.1f} %  {printable(row['label'])}")
     if 'error' in result:
-        print(f"  error: {result['error']}")
+        print(f"  error: {printable(result['error'])}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     for option in ('batch_size', 'top_k'):
         if getattr(args, option) < 1:
             parser.error(f'--{option.replace("_", "-")} is {getattr(args, option)}; it must be at least 1')
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='surrogateescape')  # names of files can be any bytes
     failed = 0
     results = predict_files(args.model, find_images(named(args.images)), args.device, args.batch_size,
                             args.top_k)
@@ -64,11 +70,16 @@ def main(argv: list[str] | None = None) -> int:
             failed += 'error' in result
             if args.csv:
                 best = result.get('top', [{'label': '', 'probability': ''}])[0]
-                table.writerow([result['image'], best['label'], best['probability'], result.get('error', '')])
+                table.writerow([as_cell(result['image']), as_cell(best['label']), best['probability'],
+                                as_cell(result.get('error', ''))])
             elif not args.json:
                 print_text(result)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads it has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, as a shell has it of other programs
     except (OSError, RuntimeError, ValueError) as e:
-        print(f'error: {e}', file=sys.stderr)
+        print(f'error: {printable(e, lines=True)}', file=sys.stderr)
         return 1
     if failed:
         print(f'{failed} files could not be read', file=sys.stderr)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.hub import preview, publish
+from wrn_timm.names import printable
 
 WEIGHTS = Path(__file__).resolve().parents[1] / 'weights'
 
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
             print(preview(folder, args.namespace) if args.dry_run
                   else publish(folder, args.namespace, args.private, args.endpoint))
         except (OSError, ValueError, RuntimeError) as e:
-            print(f'error: {e}', file=sys.stderr)
+            print(f'error: {printable(e, lines=True)}', file=sys.stderr)
             failed += 1
     return 1 if failed else 0
 

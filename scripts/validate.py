@@ -16,6 +16,7 @@ import torch
 
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.hub import finish_weights_folder
+from wrn_timm.names import printable
 from wrn_timm.train.validate import validate, weights_folder
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
             args.model, args.data, args.batch_size, args.device, args.workers, args.download, args.corruptions,
             args.split)
     except (ValueError, OSError, RuntimeError) as e:
-        print(f'error: {e}', file=sys.stderr)
+        print(f'error: {printable(e, lines=True)}', file=sys.stderr)
         return 1
     print(json.dumps(metrics, indent=2))
     if args.write:

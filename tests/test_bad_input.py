@@ -150,6 +150,9 @@ def test_what_cannot_be_trained(data, weights, tmp_path, capsys, prepare, argv, 
         assert not (tmp_path / 'run').exists()
 
 
+NOT_UTF8 = os.fsdecode(b'\xe9t\xe9')
+
+
 def zero_bytes(data):
     (data / 'pizza' / 'empty.jpg').write_bytes(b'')
     return 'empty.jpg is not an image'
@@ -186,6 +189,7 @@ def odd_names(data):
         shutil.copytree(SAMPLE / 'watch', data / name)
         (data / name / f'{name}.txt').write_text('no image')
     if sys.platform == 'linux':  # where names are bytes, and these are not UTF-8
+        shutil.copytree(SAMPLE / 'watch', data / NOT_UTF8)
         shutil.copy(data / 'a b' / 'image_0001.jpg', data / 'a b' / os.fsdecode(b'\xe9.jpg'))
         (data / 'a b' / os.fsdecode(b'\xe9.txt')).write_text('no image')
     return '.txt is not an image'
@@ -211,9 +215,12 @@ def test_a_run_with_all_of_these(data, weights, tmp_path):
     metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
     for message in messages:
         assert any(message in reason for reason in metrics['skipped'])
-    assert len(metrics['per_class']) == 7
+    assert len(metrics['per_class']) == 7 + (sys.platform == 'linux')
     assert open_model(str(tmp_path / 'run' / 'best')).pretrained_cfg['label_names'] == sorted(metrics['per_class'])
-    assert '&lt;b&gt;$x$' in (tmp_path / 'run' / 'report.html').read_text()
+    assert '&lt;b&gt;$x$' in (tmp_path / 'run' / 'report.html').read_text(encoding='utf-8')
+    (tmp_path / 'run' / 'metrics.json').unlink()  # as killed while the report was written
+    assert tune(data, weights, tmp_path / 'run', '--resume') == 0
+    assert json.loads((tmp_path / 'run' / 'metrics.json').read_text())['per_class'] == metrics['per_class']
 
 
 def test_a_run_that_is_there_is_left_as_it_is(data, weights, tmp_path, capsys):

@@ -326,7 +326,7 @@ def test_nested_folders_are_of_the_class_above_or_classes_of_their_own(tmp_path)
 
 def test_csv_of_any_names(tmp_path):
     source = (SAMPLE / 'pizza' / 'image_0001.jpg').read_bytes()
-    names = ['a b.jpg', 'comma, "quote".jpg', "l'été 鳥.jpg", 'x\ny.jpg']
+    names = ['=f.jpg', 'comma, "quote".jpg', "l'été 鳥.jpg", 'x\ny.jpg']
     for name in names:
         (tmp_path / name).write_bytes(source + name.encode())  # bytes after the end of a JPEG are not read
     with open(tmp_path / 'list.csv', 'w', newline='', encoding='utf-8-sig') as f:
@@ -340,6 +340,8 @@ def test_csv_of_any_names(tmp_path):
     split = make_split(scan, '50-50')
     (tmp_path / 'split.csv').write_text(write_split(split, tmp_path))
     assert read_split(tmp_path / 'split.csv', tmp_path) == split
+    rows = [row for row in csv.reader((tmp_path / 'split.csv').read_text().splitlines()) if row]
+    assert not any(cell.startswith('=') for row in rows for cell in row) and any("'=f.jpg" in row for row in rows)
     (tmp_path / 'split.csv').write_text((tmp_path / 'split.csv').read_text() + 'test,zebra,x.jpg\n')
     with pytest.raises(ValueError, match='split.csv names no files to train on of zebra'):
         read_split(tmp_path / 'split.csv', tmp_path)

@@ -86,7 +86,8 @@ def read_voc(
     if not listed.is_file():
         raise FileNotFoundError(f'no list of images at {listed}')
     # a line of a class's own list has a flag after the name
-    names = [line.split()[0] for line in listed.read_text(encoding='utf-8').splitlines() if line.strip()]
+    names = [line.split()[0] for line in listed.read_text(
+        encoding='utf-8', errors='surrogateescape').splitlines() if line.strip()]
     with ThreadPoolExecutor() as pool:
         read = list(pool.map(lambda name: _read_one(root, name), names))
     bad = tuple(reason for *_, reasons in read for reason in reasons)
