@@ -7,14 +7,15 @@ import shutil
 import subprocess
 import sys
 
+import carry as carry_script
 import finetune as finetune_script
 import pytest
 from conftest import ROOT, SAMPLE
 from PIL import Image
 
-from wrn_timm.train.finetune import finetune, prepare_split
+from wrn_timm.train.finetune import _settings, finetune, prepare_split
 from wrn_timm.train.recipes import FinetuneConfig
-from wrn_timm.train.rundir import check_place
+from wrn_timm.train.rundir import RunDir, check_place
 from wrn_timm.train.validate import open_model
 
 
@@ -278,6 +279,33 @@ def test_a_download_that_fails_says_how_to_do_without(weights, tmp_path, capsys,
     assert tune(f'caltech101:{tmp_path}', weights, tmp_path / 'run', '--download') == 1
     error = capsys.readouterr().err
     assert 'failed: ' in error and 'caltech-101.zip elsewhere, unpack it' in error and not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('{', 'scan.json is damaged: Expecting'), ('[]', 'it holds no JSON object'), ('\xff', 'scan.json is damaged: '),
+    ('{"bad": "x"}', "its bad is 'x'; it must be a list of texts"), ('{"summary": [1]}', 'its summary is [1]'),
+    ('{"leaks": [["a"]]}', "its leaks is [['a']]; it must be a list of pairs of paths"),
+])
+def test_a_run_whose_scan_is_damaged(data, weights, tmp_path, capsys, text, message):
+    (tmp_path / 'run').mkdir()
+    config = FinetuneConfig(model=weights, input_size=32, epochs=1)
+    RunDir(tmp_path / 'run', _settings(config, str(data)))
+    (tmp_path / 'run' / 'scan.json').write_text(text, encoding='latin-1')
+    assert tune(data, weights, tmp_path / 'run', '--resume') == 1
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and message in error
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('{', 'shards.json is damaged: Expecting'), ('{}', 'its shards is no list of objects'),
+    ('{"shards": [1]}', 'its shards is no list of objects'),
+    ('{"shards": [{"name": "shard-0000"}]}', 'its shards[0].sha256 is missing'),
+    ('{"shards": [{"name": "../x", "sha256": ""}]}', "its shards[0].name is '../x'; it must be shard-0000"),
+])
+def test_shards_whose_index_is_damaged(tmp_path, capsys, text, message):
+    (tmp_path / 'shards.json').write_text(text)
+    assert carry_script.main(['unpack', str(tmp_path), str(tmp_path / 'run')]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_no_place_to_write(data, weights, tmp_path, capsys):

@@ -352,6 +352,9 @@ def test_csv_of_any_names(tmp_path):
     ('path,label\na.jpg\n', r"line 2: path, label and split .* found path='a.jpg', label=None"),
     ('path,label,split\na.jpg,x,valley\n', "split='valley'"),
     ('path,label\n', 'names no files'),
+    ('path,label\na,b.jpg,x\n', r"line 2: .* found path='a', label='b.jpg', and \['x'\]"),
+    ('path,label\na.jpg,x\n"b.jpg,y\n' + 'c.jpg,y\n' * 20_000, r'x.csv, line \d+: field larger than field limit .*; '
+     'look there, and in the lines above, for a quotation mark that is not closed'),
     ('path,label\na.jpg,x\nb.jpg,x\n', r'holds one class only \(x\)'),
     ('path,label,split\na.jpg,x,train\nb.jpg,y,train\nc.jpg,z,test\n', 'classes in test and not in train: z'),
 ])
@@ -359,6 +362,33 @@ def test_csv_that_cannot_be_used(tmp_path, text, message):
     (tmp_path / 'x.csv').write_text(text)
     with pytest.raises(ValueError, match=message):
         list_csv(tmp_path / 'x.csv')
+
+
+def test_csv_of_absolute_and_relative_paths(folder, monkeypatch):
+    """The first absolute and the last relative, to a CSV that is itself named by a relative path."""
+    monkeypatch.chdir(folder)
+    rows = [f'{folder}/pizza/image_0001.jpg,pizza', 'pizza/image_0002.jpg,pizza', 'ketch/image_0001.jpg,ketch',
+            f'{folder}/ketch/image_0002.jpg,ketch', 'ketch/image_0003.jpg,ketch']
+    Path('list.csv').write_text('\n'.join(['path,label', *rows]))
+    scan = examine(list_source('list.csv'))
+    assert len(scan.train) == 5 and not scan.bad
+    split = make_split(scan, '50-50')
+    Path('split.csv').write_text(write_split(split, source_root('list.csv')))
+    assert read_split('split.csv', source_root('list.csv')) == split
+
+
+@pytest.mark.parametrize(('line', 'message'), [
+    ('tset,ketch,x.jpg', r"split.csv, line 12: part \(train, holdout, test\), label and path .* found part='tset', "),
+    (',ketch,x.jpg', "found part='', "), ('test,ketch', 'path=None'), ('test,,x.jpg', "label=''"),
+    ('test,ketch,x,y.jpg', r"path='x', and \['y.jpg'\]"), ('"' + 'x' * 150_000, r'line 12: field larger'),
+])
+def test_a_split_with_a_line_that_is_wrong(tmp_path, folder, line, message):
+    text = write_split(make_split(list_folder(folder), '50-50'), folder)
+    filler = text.splitlines()[1]
+    lines = [*text.splitlines(), *[filler] * (10 - len(text.splitlines()) + 1)]
+    (tmp_path / 'split.csv').write_text('\n'.join([*lines, line, '']))
+    with pytest.raises(ValueError, match=message):
+        read_split(tmp_path / 'split.csv', folder)
 
 
 def test_same_content_is_found_within_and_across_parts(folder):

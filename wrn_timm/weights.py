@@ -20,15 +20,18 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, list_model
 from timm.models._pretrained import PretrainedCfg
 
 from .download import snapshot
+from .schemas import check_config, check_metrics, read_json
 
 __all__ = [
-    'Weights', 'find', 'list_weights', 'locate', 'pinned', 'released', 'sha256_of', 'sources', 'verify', 'version_tag']
+    'Weights', 'find', 'list_weights', 'locate', 'pinned', 'read_config', 'released', 'sha256_of', 'sources', 'verify',
+    'version_tag']
 
 # The account on the Hub that holds our weights. Empty until its owner sets it: any other name could be a stranger's.
 HUB_NAMESPACE = ''
 
 WEIGHTS_FILE = 'model.safetensors'
 _PICKLES = ('.bin', '.pth', '.pt', '.ckpt')
+_RESTORE = 'Restore the folder from where it came.'
 HEADER_LIMIT = 1 << 20  # bytes; the longest of ours has 0.1 MB, and safetensors would parse 100 MB
 _PACKAGE = Path(__file__).resolve().parent
 _SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
@@ -85,16 +88,17 @@ def version_tag(sha256: str) -> str:
     return f'sha256-{sha256[:12]}'
 
 
-def _config(folder: Path, remedy: str) -> dict[str, Any]:
-    """A folder's `config.json`, {} where there is none."""
+def read_config(folder: Path, remedy: str = _RESTORE) -> dict[str, Any]:
+    """A folder's `config.json`, {} where there is none.
+
+    Raises:
+        RuntimeError: It is no JSON object, or not what timm wants of it; the field is named.
+    """
     file = folder / 'config.json'
     try:
-        config = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
-        if not isinstance(config, dict):
-            raise ValueError('it holds no JSON object')
-        return config
-    except (ValueError, RecursionError) as e:
-        raise RuntimeError(f'{file} is damaged: {e}. {remedy}') from e
+        return read_json(file, check_config) if file.is_file() else {}
+    except ValueError as e:
+        raise RuntimeError(f'{e}. {remedy}') from e
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -118,7 +122,7 @@ def _check_safetensors(file: Path) -> None:
 def verify(
         folder: Path,
         sha256: str | None = None,
-        remedy: str = 'Restore the folder from where it came.',
+        remedy: str = _RESTORE,
         named_by: str = 'wrn_timm/released.json',
 ) -> Path:
     """The weights file of a folder, once it is whole and the one that is meant.
@@ -141,7 +145,7 @@ def verify(
             f'; {pickle} is a pickle, and pickles are not read: write its tensors anew, by '
             f"safetensors.torch.save_file(torch.load('{pickle}', weights_only=True), '{WEIGHTS_FILE}')"
             if pickle else ''))
-    expected = sha256 or _config(folder, remedy).get('sha256')
+    expected = sha256 or read_config(folder, remedy).get('sha256')
     named_by = named_by if sha256 else 'config.json'
     if not expected and re.fullmatch('[0-9a-f]{64}', blob := file.resolve().name):
         named_by, expected = 'the Hub', blob
@@ -268,7 +272,7 @@ def list_weights() -> list[Weights]:
         known = {'size': None, 'sha256': None, 'license': cfg.license or '', 'top1': None}
         if folder := find(name):
             file, metrics = folder / WEIGHTS_FILE, folder / 'metrics.json'
-            top1 = json.loads(metrics.read_text(encoding='utf-8')).get('top1') if metrics.is_file() else None
+            top1 = read_json(metrics, check_metrics).get('top1') if metrics.is_file() else None
             known.update(size=file.stat().st_size, sha256=sha256_of(file), top1=top1)
             rows.append(Weights(name, str(folder), **known))
         elif hub_id := _hub_id(name) if name in released() else cfg.hf_hub_id:

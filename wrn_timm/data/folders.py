@@ -1,6 +1,7 @@
 """Photographs in files: listed from folders or a CSV, examined before training, read as RGB."""
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -22,7 +23,7 @@ from torch.utils.data import Dataset, default_collate
 
 __all__ = [
     'EXAMINED_AT_MOST', 'FORMATS', 'FolderScan', 'ImageFiles', 'ReadableOnly', 'check_shape', 'collate_readable',
-    'examine', 'list_csv', 'list_folder', 'looks_like_image', 'read_rgb', 'walk_files']
+    'examine', 'list_csv', 'list_folder', 'looks_like_image', 'open_csv', 'read_rgb', 'walk_files']
 
 _PARTS = {'train': ('train', 'training'), 'test': ('test',), 'val': ('val', 'valid', 'validation')}
 
@@ -473,6 +474,27 @@ def _checked(files: ImageFiles, where: str | Path, bad: Sequence[str] = ()) -> I
     return files
 
 
+def found_in(row: dict[str | None, Any]) -> str:
+    """A row of a CSV file in words; what is beyond its columns has no name."""
+    return ', '.join(f'{k}={v!r}' if k else f'and {v!r}' for k, v in row.items())
+
+
+@contextlib.contextmanager
+def open_csv(file: str | Path) -> Iterator[csv.DictReader]:
+    """The rows of a CSV file in UTF-8 by the names in its first line; bytes that are not UTF-8 are kept as they are.
+
+    Raises:
+        ValueError: It is no CSV file; the line is named.
+    """
+    with open(file, newline='', encoding='utf-8-sig', errors='surrogateescape') as f:
+        reader = csv.DictReader(f)
+        try:
+            yield reader
+        except csv.Error as e:
+            raise ValueError(f'{file}, line {reader.line_num + 1}: {e}; look there, and in the lines above, for a '
+                             f'quotation mark that is not closed') from e
+
+
 def list_csv(file: str | Path) -> FolderScan:
     """List the files that a CSV names.
 
@@ -488,17 +510,16 @@ def list_csv(file: str | Path) -> FolderScan:
     if not file.is_file():
         raise FileNotFoundError(f'no file at {file}')
     rows: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    with open(file, newline='', encoding='utf-8-sig', errors='surrogateescape') as f:
-        reader = csv.DictReader(f)
+    with open_csv(file) as reader:
         if missing := {'path', 'label'} - set(reader.fieldnames or ()):
             raise ValueError(f'{file} has no column {" nor ".join(sorted(missing))}; its first line must name the '
                              f'columns path and label (and split, if it is split)')
         split = 'split' in reader.fieldnames
         for row in reader:
             part = next((p for p, names in _PARTS.items() if row['split'] in names), None) if split else 'train'
-            if not (row['path'] and row['label'] and part):
+            if not (row['path'] and row['label'] and part) or any(row.get(None, ())):
                 raise ValueError(f'{file}, line {reader.line_num}: path, label and split (train, val or test) are '
-                                 f'wanted; found {", ".join(f"{k}={v!r}" for k, v in row.items())}')
+                                 f'wanted; found {found_in(row)}')
             rows[part].append((os.path.join(file.parent, row['path']), row['label']))
     if split and 'test' not in rows and 'val' in rows:
         rows['test'] = rows.pop('val')
@@ -575,4 +596,5 @@ def examine(
 
 
 def _common(files: ImageFiles) -> str:
-    return os.path.commonpath([os.path.dirname(files.paths[i]) for i in (0, len(files) - 1)])
+    ends = [os.path.dirname(os.path.abspath(files.paths[i])) for i in (0, len(files) - 1)]
+    return os.path.commonpath(ends)

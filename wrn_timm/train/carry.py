@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_write
+from ..schemas import check_shards, read_json
 from .rundir import carried_files
 
 __all__ = ['pack', 'unpack']
@@ -111,6 +112,7 @@ def unpack(shards: str | Path, out: str | Path) -> Path:
         FileNotFoundError: The index or a shard is missing; says which.
         FileExistsError: `out` is there already.
         RuntimeError: A shard is not the one that the index names; says which.
+        ValueError: The index is damaged.
     """
     shards, out = Path(shards), Path(out)
     index = shards / INDEX_FILE
@@ -118,7 +120,7 @@ def unpack(shards: str | Path, out: str | Path) -> Path:
         raise FileNotFoundError(f'{shards} holds no {INDEX_FILE}')
     if out.exists():
         raise FileExistsError(f'{out} is there already; choose another folder')
-    rows = json.loads(index.read_text(encoding='utf-8'))['shards']
+    rows = read_json(index, check_shards)['shards']
     missing = [row['name'] for row in rows if not (shards / row['name']).is_file()]
     if missing:
         raise FileNotFoundError(f'{shards} lacks {len(missing)} of {len(rows)} shards: {", ".join(missing[:5])}')

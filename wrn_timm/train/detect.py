@@ -30,6 +30,7 @@ from ..data.folders import read_rgb
 from ..data.voc import BoxedImages, read_voc
 from ..detection import DETECTORS, anchor_generator
 from ..files import atomic_write
+from ..schemas import check_detector, read_json
 from ..weights import WEIGHTS_FILE, sha256_of, verify
 from .devices import fused
 from .rundir import RunDir, environment, stop_requests
@@ -315,14 +316,19 @@ def load_detector(run: str | Path, device: str = 'cpu') -> tuple[nn.Module, tupl
 
     Raises:
         FileNotFoundError: There is no run that has ended.
+        ValueError: `detector.json` is damaged, or of another version.
         RuntimeError: The weights file is damaged, or not the one that `detector.json` names.
     """
     folder = Path(run) / 'weights'
     if not (folder / 'detector.json').is_file():
         raise FileNotFoundError(f'{run} holds no detector; train one with --out {run}')
-    settings = json.loads((folder / 'detector.json').read_text(encoding='utf-8'))
+    settings = read_json(folder / 'detector.json', check_detector)
     file = verify(folder, settings.get('sha256'), named_by='detector.json')
-    detector = _build(DetectConfig(**settings['detect']), len(settings['classes']), pretrained=False)
+    try:
+        config = DetectConfig(**settings['detect'])
+        detector = _build(config, len(settings['classes']), pretrained=False)
+    except TypeError as e:
+        raise ValueError(f'{folder / "detector.json"} does not make a detector: {e}') from e
     detector.load_state_dict(load_file(file))
     return detector.to(device).eval(), tuple(settings['classes'])
 

@@ -32,6 +32,7 @@ from ..data.splits import (
     write_split,
 )
 from ..files import atomic_write
+from ..schemas import check_scan, read_json
 from .devices import accelerator_on
 from .fit import BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
 from .metrics import classification_metrics
@@ -282,7 +283,7 @@ def prepare_split(
     """
     data = str(data)
     if run and (run / 'scan.json').is_file():
-        found = json.loads((run / 'scan.json').read_text(encoding='utf-8'))
+        found = read_json(run / 'scan.json', check_scan)
         return read_split(run / 'split.csv', source_root(data)), found
     if config.split.endswith('.csv'):
         return read_split(config.split, source_root(data, download)), {

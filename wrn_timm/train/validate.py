@@ -17,7 +17,7 @@ from ..data.corrupt import CORRUPTIONS, corrupt
 from ..data.datasets import NAMES, ImageArrays, load, parse_spec
 from ..data.folders import FolderScan, ImageFiles, examine
 from ..data.splits import data_name, list_source, read_split, source_root
-from ..weights import find, verify
+from ..weights import find, read_config, verify
 from .metrics import classification_metrics, predict_logits
 from .rundir import environment
 
@@ -37,14 +37,25 @@ def open_model(name: str, pretrained: bool = True, **kwargs: Any) -> torch.nn.Mo
 
     Raises:
         FileNotFoundError: There is no such folder, or it holds no weights file.
-        RuntimeError: The weights file is damaged, or not the one that its configuration names.
+        RuntimeError: The weights file or its configuration is damaged, or they do not agree.
         ValueError: timm knows no such model; the nearest are named.
         What `timm.create_model` raises.
     """
     source = source_of(name)
-    if pretrained and source.startswith(_LOCAL):
-        verify(Path(source.removeprefix(_LOCAL)))
-    return timm.create_model(source, pretrained=pretrained, **kwargs).eval()
+    if not source.startswith(_LOCAL):
+        return timm.create_model(source, pretrained=pretrained, **kwargs).eval()
+    folder = Path(source.removeprefix(_LOCAL))
+    architecture = read_config(folder).get('architecture')
+    if not architecture or not timm.is_model(architecture):
+        raise ValueError(f'{folder / "config.json"} names the architecture {architecture!r}; {_nearest(architecture)}')
+    if pretrained:
+        verify(folder)
+    try:
+        return timm.create_model(source, pretrained=pretrained, **kwargs).eval()
+    except (AssertionError, AttributeError, KeyError, TypeError) as e:
+        if kwargs:  # they may be what does not fit
+            raise
+        raise RuntimeError(f'{folder / "config.json"} makes no {architecture}: {type(e).__name__}: {e}') from e
 
 
 def source_of(name: str) -> str:
@@ -58,11 +69,15 @@ def source_of(name: str) -> str:
     if '/' in name or os.sep in name:
         raise FileNotFoundError(f'no weights folder at {name}')
     if not timm.is_model(name):
-        nearest = difflib.get_close_matches(name.partition('.')[0], timm.list_models(), n=3, cutoff=0.5)
-        raise ValueError(f'timm knows no model {name}; nearest: {", ".join(nearest) or "none"}')
+        raise ValueError(f'timm knows no model {name}; {_nearest(name)}')
     if name not in timm.list_models('wrn*', include_tags=True) and (folder := find(name)):
         return f'{_LOCAL}{folder}'  # another network's weights, beside ours
     return name
+
+
+def _nearest(name: str | None) -> str:
+    found = difflib.get_close_matches((name or '').partition('.')[0], timm.list_models(), n=3, cutoff=0.5)
+    return f'nearest: {", ".join(found) or "none"}'
 
 
 def weights_folder(path: str | Path) -> Path:
