@@ -20,6 +20,7 @@ import tyro
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.names import printable, terminal_handler
 from wrn_timm.train.detect import DetectConfig, detect, draw, load_detector
+from wrn_timm.train.rundir import holds_checkpoint
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         config = tyro.cli(DetectConfig, args=overrides, prog='detect.py ...')
         metrics = detect(config, root, args.out, args.device, args.workers, args.on_bad, args.time_budget, args.resume)
     except KeyboardInterrupt:
-        print(f'stopped; go on with --resume if {args.out} holds a checkpoint', file=sys.stderr)
+        print('stopped; go on with --resume' if holds_checkpoint(args.out) else 'stopped before anything was saved; to '
+              'begin again, run the same command', file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
         print(f'error: {printable(e, lines=True)}', file=sys.stderr)

@@ -32,7 +32,7 @@ from wrn_timm.names import printable, terminal_handler
 from wrn_timm.train.finetune import finetune_seeds
 from wrn_timm.train.probe import probe
 from wrn_timm.train.recipes import FinetuneConfig
-from wrn_timm.train.rundir import check_place
+from wrn_timm.train.rundir import check_place, holds_checkpoint
 from wrn_timm.train.transfer import record_transfer, transfer_folder
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
@@ -179,7 +179,9 @@ def main(argv: list[str] | None = None) -> int:
         with sigterm_as_ctrl_c():
             result = run(command)
     except KeyboardInterrupt:
-        print(f'stopped; go on with --resume if {command.out} holds an epoch', file=sys.stderr)
+        saved = holds_checkpoint(command.out) and not command.probe
+        print('stopped; go on with --resume' if saved else 'stopped before anything was saved; to begin again, run the '
+              'same command', file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, FloatingPointError) as e:
         if command.traceback:

@@ -266,6 +266,27 @@ def test_given_split_is_kept_and_the_classes_must_agree(folder):
     assert len(split.leaks(scan.twins)) == 2
 
 
+def test_folders_without_images_beside_train_are_left_out(folder):
+    for part in ('train', 'val'):
+        shutil.copytree(folder / 'pizza', folder / part / 'pizza')
+        shutil.copytree(folder / 'ketch', folder / part / 'ketch')
+    shutil.rmtree(folder / 'pizza')
+    (folder / 'ketch').rename(folder / 'more')
+    (folder / '__pycache__').mkdir()
+    (folder / 'Logs' / 'deep').mkdir(parents=True)
+    (folder / 'Logs' / 'deep' / 'log.txt').write_text('no image')
+    with pytest.raises(ValueError, match='holds train/ and val/, and beside them more, with images; move these'):
+        list_folder(folder)
+    shutil.rmtree(folder / 'more')
+    scan = examine(list_folder(folder))
+    assert (len(scan.train), len(scan.test), scan.train.classes) == (6, 6, ('ketch', 'pizza'))
+    assert scan.summary()[0] == 'no images in __pycache__, logs, beside train: left out'
+    shutil.rmtree(folder / 'val')
+    scan = list_folder(folder)
+    assert (len(scan.train), scan.test, scan.train.classes) == (6, None, ('ketch', 'pizza'))
+    assert scan.notes == ('no images in __pycache__, logs, beside train: left out',)
+
+
 def test_folders_that_cannot_be_trained_on(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match='no folder at .*nowhere'):
         examine(list_folder(tmp_path / 'nowhere'))

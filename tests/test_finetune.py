@@ -247,6 +247,49 @@ def test_sigterm_is_answered_as_ctrl_c_is(weights, photographs, tmp_path):
     assert 'stopped; go on with --resume' in process.communicate()[1] and process.returncode == 130
 
 
+@pytest.mark.parametrize(('saved', 'message'), [
+    ((), 'stopped before anything was saved; to begin again, run the same command'),
+    (('run',), 'stopped; go on with --resume'), (('run', 'seed-0'), 'stopped; go on with --resume')])
+def test_ctrl_c_says_whether_there_is_something_to_go_on_from(
+        weights, photographs, tmp_path, monkeypatch, capsys, saved, message):
+    def interrupted(*args, **kwargs):
+        for folder in [tmp_path.joinpath(*saved, 'checkpoints')] if saved else []:
+            folder.mkdir(parents=True)
+            (folder / 'epoch-0001-step-000000.pt').write_text('')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ft, 'fit', interrupted)
+    assert tune(photographs, weights, tmp_path / 'run') == 130
+    assert capsys.readouterr().err == f'{message}\n'
+
+
+def test_no_path_of_this_machine_is_published(weights, photographs, hub, tmp_path, monkeypatch, capsys):
+    """From a folder, with the split of another run, and a photograph that cannot be read."""
+    shutil.copytree(photographs, tmp_path / 'data')
+    (tmp_path / 'data' / CLASSES[0] / 'bad.jpg').write_text('no')
+    (tmp_path / 'weights').mkdir()
+    shutil.copytree(weights, tmp_path / 'weights' / 'own')
+    monkeypatch.chdir(tmp_path)
+    for i, (model, split) in enumerate((
+            ('weights/own', '70-30'), (f'local-dir:{tmp_path}/weights/own', f'{tmp_path}/run0/split.csv'))):
+        out = tmp_path / f'run{i}'
+        assert tune('data', model, out, '--epochs', '1', '--split', split) == 0
+        assert json.loads((out / 'recipe.json').read_text())['finetune']['model'] == model  # to resume
+        for name in ('best', 'last'):
+            assert json.loads((out / name / 'recipe.json').read_text())['finetune']['model'] == 'wrn16_1.test'
+        written = b''.join(p.read_bytes() for p in (out / 'best').iterdir() if p.suffix in ('.json', '.md', '.csv'))
+        assert b'fine-tuned from `wrn16_1.test`' in written
+        for path in (tmp_path, weights, 'weights/own', 'run0/', 'bad.jpg'):
+            assert os.fsencode(path) not in written
+    assert tune('data', model, out, '--split', split, '--epochs', '1', '--resume') == 0
+    recipe = json.loads((out / 'best' / 'recipe.json').read_text())
+    recipe['finetune']['model'] = str(tmp_path)  # as earlier versions wrote it
+    (out / 'best' / 'recipe.json').write_text(json.dumps(recipe))
+    assert publish_script.main([str(out / 'best'), '--namespace', 'acme']) == 1
+    assert f'recipe.json names a path of this machine, model {tmp_path}: put the name' in capsys.readouterr().err
+    assert not hub.requests
+
+
 def test_a_run_that_failed_before_its_first_epoch_leaves_its_place_free(weights, photographs, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(ft, 'fit', lambda *args, **kwargs: 1 / 0)

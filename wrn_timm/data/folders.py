@@ -352,7 +352,8 @@ def list_folder(root: str | Path, nested: bool = False) -> FolderScan:
     """List `root/<class>/**`, or `root/train/<class>/**` and `root/test/<class>/**` (and `val/`), reading no file.
 
     Args:
-        root: Folder of class folders. Hidden files and folders are passed by; links are followed but where they loop.
+        root: Folder of class folders. Hidden files and folders are passed by, and noted, beside `train/`, folders
+            without images; links are followed but where they loop.
         nested: Every folder that holds files is a class, named by its path ('animals/cat').
 
     Raises:
@@ -366,18 +367,25 @@ def list_folder(root: str | Path, nested: bool = False) -> FolderScan:
     children = {p.name.lower(): p for p in _folders(root)}
     given = {part: next((children[n] for n in names if n in children), None) for part, names in _PARTS.items()}
     test_name = 'test' if given['test'] else 'val'
+    others = sorted(set(children) - set(itertools.chain(*_PARTS.values())))
+    strays = [n for n in others if not _holds_images(children[n])] if given['train'] else []
+    notes = (f'no images in {some(strays)}, beside {given["train"].name}: left out',) if strays else ()
     bad: list[str] = []
     if not (given['train'] and given[test_name]):
-        whole = root if len(children) > 1 else given['train'] or root
-        return FolderScan(_list_part(whole, nested, bad), bad=tuple(bad))
-    if others := sorted(set(children) - set(itertools.chain(*_PARTS.values()))):
+        whole = root if len(children) - len(strays) > 1 else given['train'] or root
+        return FolderScan(_list_part(whole, nested, bad), bad=tuple(bad), notes=notes if whole != root else ())
+    if images := [n for n in others if n not in strays]:
         raise ValueError(f'{root} holds {given["train"].name}/ and {given[test_name].name}/, and beside them '
-                         f'{some(others)}; move these elsewhere')
+                         f'{some(images)}, with images; move these elsewhere')
     parts = {'train': given['train'], 'test': given[test_name]}
     if test_name == 'test' and given['val']:
         parts['val'] = given['val']
     listed = {part: _list_part(folder, nested, bad) for part, folder in parts.items()}
-    return FolderScan(**_same_classes(listed, str(root)), bad=tuple(bad))
+    return FolderScan(**_same_classes(listed, str(root)), bad=tuple(bad), notes=notes)
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(map(looks_like_image, walk_files(folder)))
 
 
 def _same_classes(parts: dict[str, ImageFiles], where: str) -> dict[str, ImageFiles]:

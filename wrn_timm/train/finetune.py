@@ -40,7 +40,7 @@ from .probe import extract_features, summarise
 from .recipes import FinetuneConfig
 from .report import write_report
 from .rundir import RunDir, check_place, environment, export_weights
-from .validate import eval_transform, open_model
+from .validate import eval_transform, open_model, weights_name
 
 __all__ = ['build_model', 'finetune', 'finetune_seeds', 'make_accelerator', 'prepare_split', 'preprocessing',
            'training_set']
@@ -287,7 +287,7 @@ def prepare_split(
         return read_split(run / 'split.csv', source_root(data)), found
     if config.split.endswith('.csv'):
         return read_split(config.split, source_root(data, download)), {
-            'split': Path(config.split).name, 'bad': [], 'leaks': [], 'summary': [f'split by {config.split}']}
+            'split': _split_name(config.split), 'bad': [], 'leaks': [], 'summary': [f'split by {config.split}']}
     scan = examine(list_source(data, config.nested, download), on_bad, at_most=EXAMINED_AT_MOST)
     split = make_split(scan, config.split, config.holdout, config.seed)
     leaks = split.leaks(scan.twins)
@@ -424,9 +424,24 @@ def _finish(
 ) -> None:
     atomic_write(run.path / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
     write_report(run.path, metrics, model, files, result, transform, found.get('summary', []))
+    recipe = _without_paths(json.loads(run.recipe_file.read_text(encoding='utf-8')))
+    public = {k: v for k, v in metrics.items() if k not in ('skipped', 'leaks')}
+    atomic_write(run.path / 'best' / 'metrics.json', json.dumps(public, indent=2) + '\n')
     for folder in (run.path / 'best', run.path / 'last'):
-        for file in ('recipe.json', 'history.csv', 'curves.png', *(['metrics.json'] * (folder.name == 'best'))):
+        atomic_write(folder / 'recipe.json', json.dumps(recipe, indent=2) + '\n')
+        for file in ('history.csv', 'curves.png'):
             shutil.copy(run.path / file, folder / file)
+
+
+def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run for a weights folder, which may be published: names in place of paths of this machine."""
+    settings = recipe['finetune']
+    names = {'model': weights_name(settings['model']), 'split': _split_name(settings['split'])}
+    return {**recipe, 'finetune': settings | names}
+
+
+def _split_name(split: str) -> str:
+    return Path(split).name if split.endswith('.csv') else split
 
 
 def finetune_seeds(
@@ -459,6 +474,7 @@ def finetune_seeds(
         for own, folder, resume in planned:
             RunDir.check(folder, _settings(own, str(data)), resume)
     runs = [finetune(own, data, folder, **kwargs | {'resume': resume}) for own, folder, resume in planned]
+    config = dataclasses.replace(config, split=_split_name(config.split))  # the summary may be published
     summary = {
         'way': config.train if config.pretrained else 'from scratch', 'dataset': runs[0]['dataset'],
         'protocol': runs[0]['split'], 'input_size': runs[0]['input_size'], 'epochs': config.epochs,

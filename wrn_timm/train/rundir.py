@@ -35,7 +35,7 @@ from ..files import atomic_write, discard_partial
 from ..weights import WEIGHTS_FILE, sha256_of
 
 __all__ = [
-    'RunDir', 'carried_files', 'check_place', 'environment', 'export_weights', 'is_best',
+    'RunDir', 'carried_files', 'check_place', 'environment', 'export_weights', 'holds_checkpoint', 'is_best',
     'plot_history', 'stop_requests',
 ]
 
@@ -97,6 +97,11 @@ def carried_files(folder: Path) -> list[Path]:
     newest = _newest_first(folder / 'checkpoints')[:1]
     return sorted(
         p for p in folder.rglob('*') if p.is_file() and (p.parent != folder / 'checkpoints' or p in newest))
+
+
+def holds_checkpoint(out: str | Path) -> bool:
+    """Whether a run directory, or one of its runs of several seeds, holds something to go on from."""
+    return any(_newest_first(run / 'checkpoints') for run in (Path(out), *Path(out).glob('seed-*')))
 
 
 def is_best(history: list[dict[str, float]]) -> bool:

@@ -21,7 +21,8 @@ from ..weights import find, read_config, verify
 from .metrics import classification_metrics, predict_logits
 from .rundir import environment
 
-__all__ = ['eval_transform', 'normalised', 'open_model', 'source_of', 'validate', 'weights_folder']
+__all__ = ['eval_transform', 'normalised', 'open_model', 'source_of', 'validate', 'weights_folder',
+           'weights_name']
 
 
 _LOCAL = 'local-dir:'
@@ -91,6 +92,18 @@ def weights_folder(path: str | Path) -> Path:
         if (folder / 'config.json').is_file():
             return folder
     raise FileNotFoundError(f'{path} is neither a weights folder nor a run that has ended: there is no config.json')
+
+
+def weights_name(name: str) -> str:
+    """What to call the weights that `open_model` opens by a timm name or a folder: `<arch>.<tag>`, and no path."""
+    local = name.removeprefix(_LOCAL)
+    if not Path(local).is_dir():  # it may have been one
+        return Path(local).name if local != name or ':' not in name else name
+    try:
+        config = read_config(weights_folder(local))
+        return f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
+    except (FileNotFoundError, KeyError, RuntimeError):  # it has no tag, or has gone since
+        return Path(local).resolve().name
 
 
 def eval_transform(model: torch.nn.Module) -> Any:
