@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import wrn_timm  # noqa: F401  (registers the models)
-from wrn_timm.hub import finish_weights_folder
+from wrn_timm.hub import check_record, finish_weights_folder
 from wrn_timm.names import printable
 from wrn_timm.train.validate import validate, weights_folder
 
@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.write and not Path(args.model).is_dir():
         parser.error(f'--write needs a weights folder; {args.model} is none')
     try:
+        if args.write:
+            check_record(weights_folder(args.model))  # before it is measured
         metrics = validate(
             args.model, args.data, args.batch_size, args.device, args.workers, args.download, args.corruptions,
             args.split)

@@ -151,6 +151,13 @@ def test_card_of_a_fine_tuned_run(run, photographs, tmp_path):
     assert check_golden(folder) < 1e-5
 
 
+def test_a_folder_without_its_recipe_is_not_finished(run, photographs, tmp_path, capsys):
+    shutil.copytree(run / 'best', tmp_path / 'best')
+    (tmp_path / 'best' / 'recipe.json').unlink()
+    assert validate_script.main(['--model', str(tmp_path / 'best'), '--data', 'nowhere', '--write']) == 1
+    assert 'best holds no recipe.json, which its card is made of' in capsys.readouterr().err
+
+
 def test_published_and_loaded_by_the_same_command_as_ours(run, hub, tmp_path, capsys):
     folder = run / 'best'
     assert publish_script.main([str(folder), '--namespace', 'acme']) == 0

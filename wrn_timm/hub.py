@@ -28,7 +28,8 @@ from .train.validate import normalised, open_model
 from .weights import WEIGHTS_FILE, verify, version_tag
 
 __all__ = [
-    'PAPER_ERROR', 'check_folder', 'check_golden', 'finish_weights_folder', 'model_card', 'preview', 'publish']
+    'PAPER_ERROR', 'check_folder', 'check_golden', 'check_record', 'finish_weights_folder', 'model_card', 'preview',
+    'publish']
 
 GOLDEN_FILE = 'golden.npz'  # a second .safetensors in the folder confuses timm up to 1.0.26
 GOLDEN_TOLERANCE = 1e-3  # of a logit; another CPU or GPU adds in another order
@@ -201,6 +202,18 @@ holds inputs, cut from photographs of Caltech 101 (CC BY 4.0), and the logits th
 {_CITATION}
 ```
 """
+
+
+def check_record(folder: str | Path) -> None:
+    """Make sure that a weights folder says how it was trained, which its card is made of.
+
+    Raises:
+        FileNotFoundError: It does not.
+    """
+    for name in ('recipe.json', 'history.csv'):
+        if not (Path(folder) / name).is_file():
+            raise FileNotFoundError(f'{folder} holds no {name}, which its card is made of; only folders of '
+                                    f'scripts/train.py and scripts/finetune.py have one')
 
 
 def finish_weights_folder(folder: str | Path, metrics: dict[str, Any], photographs: str | Path) -> None:
