@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from wrn_timm.names import printable
 from wrn_timm.train.carry import pack, unpack
 
 
@@ -26,9 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == 'pack':
             files = pack(args.folder, args.out, int(args.shard_mb * 1e6))
-            print(f'{len(files) - 1} shards in {args.out}')
+            print(f'{len(files) - 1} shards in {printable(args.out)}')
         else:
-            print(unpack(args.shards, args.out))
+            print(printable(unpack(args.shards, args.out)))
     except (ValueError, OSError, RuntimeError) as e:
         print(f'error: {e}', file=sys.stderr)
         return 1

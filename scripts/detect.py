@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if metrics:
         print(f"mAP@0.5 {metrics['map_50']:.1f} %, mAP@0.5:0.95 {metrics['map']:.1f} % on {metrics['images']} "
-              f"photographs; all in {args.out}")
+              f"photographs; all in {printable(args.out)}")
     return 0
 
 

@@ -141,14 +141,14 @@ def show(result: dict[str, Any] | list[dict[str, Any]], out: str) -> None:
         print('weights                         px  way            mean per-class accuracy, %  seconds')
         for row in result:
             score = row['mean_per_class']
-            print(f"{row['weights']:30} {row['input_size']:>3}  {row['way']:13} "
+            print(f"{printable(row['weights']):30} {row['input_size']:>3}  {row['way']:13} "
                   f"{score['mean']:20.2f} ± {score['std']:.2f} {row['seconds']:8.0f}")
     elif 'runs' in result:
         for key in ('top1', 'mean_per_class', 'ece'):
             print(f"{key:15} {result[key]['mean']:.2f} ± {result[key]['std']:.2f} %, {result['seeds']} seeds")
     else:
         print(f"accuracy {result['top1']:.1f} % on {result['images']} test photographs, mean of the classes "
-              f"{result['mean_per_class']:.1f} %; see {out}/report.html")
+              f"{result['mean_per_class']:.1f} %; see {printable(out)}/report.html")
 
 
 @contextlib.contextmanager

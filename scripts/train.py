@@ -16,6 +16,7 @@ import torch
 import tyro
 
 import wrn_timm  # noqa: F401  (registers the models)
+from wrn_timm.names import printable
 from wrn_timm.train.loop import train
 from wrn_timm.train.recipes import RECIPES, Recipe, get_recipe
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f'error: {e}', file=sys.stderr)
         return 1
     if folder:
-        print(f'weights: {folder}')
+        print(f'weights: {printable(folder)}')
     return 0
 
 

@@ -32,8 +32,8 @@ def data(tmp_path):
 
 def tune(data, weights, out, *argv):
     return finetune_script.main([
-        '--data', str(data), '--model', weights, '--out', str(out), '--device', 'cpu', '--input-size', '32', '--epochs',
-        '1', '--messages', 'quiet', *argv])
+        '--data', str(data), '--model', str(weights), '--out', str(out), '--device', 'cpu', '--input-size', '32',
+        '--epochs', '1', '--messages', 'quiet', *argv])
 
 
 def class_of_the_test_part_alone(data):
@@ -222,6 +222,19 @@ def test_a_run_with_all_of_these(data, weights, tmp_path):
     (tmp_path / 'run' / 'metrics.json').unlink()  # as killed while the report was written
     assert tune(data, weights, tmp_path / 'run', '--resume') == 0
     assert json.loads((tmp_path / 'run' / 'metrics.json').read_text())['per_class'] == metrics['per_class']
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='where names are bytes')
+def test_safetensors_opens_no_path_that_is_not_utf8(data, weights, tmp_path, capsys):
+    """Which is said before a run is begun there."""
+    assert tune(data, weights, tmp_path / NOT_UTF8 / 'run') == 1
+    error = capsys.readouterr().err
+    assert r'\udce9t\udce9/run is not UTF-8, and safetensors opens no such path; choose another --out' in error
+    assert not (tmp_path / NOT_UTF8).exists()
+    shutil.copytree(weights, tmp_path / NOT_UTF8)
+    assert tune(data, tmp_path / NOT_UTF8, tmp_path / 'run') == 1
+    error = capsys.readouterr().err
+    assert 'safetensors opens no such path: rename it' in error and 'damaged' not in error
 
 
 def test_a_run_that_is_there_is_left_as_it_is(data, weights, tmp_path, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 import re
 
-__all__ = ['as_cell', 'from_cell', 'printable', 'terminal_handler']
+__all__ = ['as_cell', 'from_cell', 'is_utf8', 'printable', 'terminal_handler']
 
 # What a terminal obeys, turns the direction of a line or breaks it, and the bytes of a name that are not UTF-8.
 _UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
@@ -20,6 +20,11 @@ def printable(text: object, lines: bool = False) -> str:
     """
     return _UNPRINTABLE.sub(
         lambda found: found[0] if lines and found[0] in '\n\t' else ascii(found[0])[1:-1], str(text))
+
+
+def is_utf8(path: object) -> bool:
+    """Whether a path is UTF-8; safetensors opens no other."""
+    return re.search('[\ud800-\udfff]', str(path)) is None
 
 
 class _PrintableLines(logging.Formatter):

@@ -20,6 +20,7 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, list_model
 from timm.models._pretrained import PretrainedCfg
 
 from .download import snapshot
+from .names import is_utf8
 from .schemas import check_config, check_metrics, read_json
 
 __all__ = [
@@ -136,7 +137,8 @@ def verify(
 
     Raises:
         FileNotFoundError: The folder holds no weights file; a pickle in its place is named, and not read.
-        RuntimeError: The file has another sha256 (both are given), or is no sound safetensors file.
+        RuntimeError: The file has another sha256 (both are given), is no sound safetensors file, or has a path that is
+            not UTF-8.
     """
     file = folder / WEIGHTS_FILE
     if not file.is_file():
@@ -145,6 +147,8 @@ def verify(
             f'; {pickle} is a pickle, and pickles are not read: write its tensors anew, by '
             f"safetensors.torch.save_file(torch.load('{pickle}', weights_only=True), '{WEIGHTS_FILE}')"
             if pickle else ''))
+    if not is_utf8(file):
+        raise RuntimeError(f'{file} is not UTF-8, and safetensors opens no such path: rename it')
     expected = sha256 or read_config(folder, remedy).get('sha256')
     named_by = named_by if sha256 else 'config.json'
     if not expected and re.fullmatch('[0-9a-f]{64}', blob := file.resolve().name):

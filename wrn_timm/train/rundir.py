@@ -32,6 +32,7 @@ import torchvision
 from timm.models import save_for_hf
 
 from ..files import atomic_write, discard_partial
+from ..names import is_utf8
 from ..weights import WEIGHTS_FILE, sha256_of
 
 __all__ = [
@@ -155,7 +156,7 @@ class RunDir:
     Raises:
         FileExistsError: Another run is there and `resume` is off.
         FileNotFoundError: `resume` is on and there is no run.
-        ValueError: `resume` is on and the settings are not those of the run; the fields that differ are named.
+        ValueError: The path is not UTF-8, or `resume` is on and the settings are not those of the run; the fields that differ are named.
     """
 
     def __init__(
@@ -183,6 +184,8 @@ class RunDir:
     @staticmethod
     def check(path: str | Path, settings: dict[str, Any], resume: bool | None = False) -> None:
         """Raise what opening the run directory would, and leave nothing: for before the work that comes first."""
+        if not is_utf8(path):
+            raise ValueError(f'{path} is not UTF-8, and safetensors opens no such path; choose another --out')
         recipe_file = Path(path) / _RECIPE
         if not resume:
             if any((Path(path) / name).exists() for name in _MADE):  # one that failed before has made nothing
