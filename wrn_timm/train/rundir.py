@@ -156,7 +156,8 @@ class RunDir:
     Raises:
         FileExistsError: Another run is there and `resume` is off.
         FileNotFoundError: `resume` is on and there is no run.
-        ValueError: The path is not UTF-8, or `resume` is on and the settings are not those of the run; the fields that differ are named.
+        ValueError: The path is not UTF-8, or `resume` is on and the settings are not those of the run; the fields that
+            differ are named.
     """
 
     def __init__(
