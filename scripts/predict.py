@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     form = parser.add_mutually_exclusive_group()
     form.add_argument('--json', action='store_true', help='print one JSON list')
     form.add_argument('--csv', action='store_true',
-                      help="print a line a file: image, label, probability, error; a name that a spreadsheet would take "
+                      help="print a line a file: image, label, probability, error; a name that a spreadsheet takes "
                            "for a formula is put after a '")
     parser.add_argument('--top-k', type=int, default=5, metavar='K', help='classes a file (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=32)
