@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from wrn_timm.command import TRACEBACK_HELP, reports_errors
+from wrn_timm.names import printable
 from wrn_timm.train.carry import pack, unpack
 
 
@@ -30,9 +31,9 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.command == 'pack':
         files = pack(args.folder, args.out, int(args.shard_mb * 1e6))
-        print(f'{len(files) - 1} shards in {args.out}')
+        print(f'{len(files) - 1} shards in {printable(args.out)}')
     else:
-        print(unpack(args.shards, args.out))
+        print(printable(unpack(args.shards, args.out)))
     return 0
 
 

@@ -20,7 +20,9 @@ import tyro
 
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.command import TRACEBACK_HELP, reports_errors
+from wrn_timm.names import printable, terminal_handler
 from wrn_timm.train.detect import DetectConfig, detect, draw, load_detector
+from wrn_timm.train.rundir import holds_checkpoint
 
 
 @reports_errors
@@ -40,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument('--resume', action='store_true', help='go on with the run in --out')
     parser.add_argument('--traceback', action='store_true', help=TRACEBACK_HELP)
     args, overrides = parser.parse_known_args(argv)
-    logging.basicConfig(level=logging.INFO, format='%(message)s')
+    logging.basicConfig(level=logging.INFO, handlers=[terminal_handler()])
     logging.getLogger('timm').setLevel(logging.WARNING)
     try:
         if args.draw:
@@ -54,11 +56,12 @@ def main(argv: Sequence[str]) -> int:
         config = tyro.cli(DetectConfig, args=overrides, prog='detect.py ...')
         metrics = detect(config, root, args.out, args.device, args.workers, args.on_bad, args.time_budget, args.resume)
     except KeyboardInterrupt:
-        print(f'stopped; go on with --resume if {args.out} holds a checkpoint', file=sys.stderr)
+        print('stopped; go on with --resume' if holds_checkpoint(args.out) else 'stopped before anything was saved; to '
+              'begin again, run the same command', file=sys.stderr)
         return 130
     if metrics:
         print(f"mAP@0.5 {metrics['map_50']:.1f} %, mAP@0.5:0.95 {metrics['map']:.1f} % on {metrics['images']} "
-              f"photographs; all in {args.out}")
+              f"photographs; all in {printable(args.out)}")
     return 0
 
 

@@ -16,6 +16,7 @@ import torch
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.command import TRACEBACK_HELP, reports_errors
 from wrn_timm.export import EXPORTERS, run_exported
+from wrn_timm.names import printable
 from wrn_timm.train.validate import open_model
 
 TOLERANCE = 1e-4  # of the largest logit; other kernels add in another order
@@ -51,8 +52,8 @@ def main(argv: Sequence[str]) -> int:
     except Exception:
         out.unlink(missing_ok=True)  # it was not there before
         raise
-    print(f'{out}: {out.stat().st_size / 1e6:.1f} MB; its {"maps" if args.features else "logits"} differ from the '
-          f'network\'s by {difference:.1g} of the largest, on 3 images of {least + 8} x {least + 24}')
+    print(f'{printable(out)}: {out.stat().st_size / 1e6:.1f} MB; its {"maps" if args.features else "logits"} differ '
+          f'from the network\'s by {difference:.1g} of the largest, on 3 images of {least + 8} x {least + 24}')
     return 0
 
 

@@ -29,10 +29,11 @@ import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.command import reports_errors
 from wrn_timm.files import atomic_write
 from wrn_timm.hub import finish_weights_folder
+from wrn_timm.names import printable, terminal_handler
 from wrn_timm.train.finetune import finetune_seeds
 from wrn_timm.train.probe import probe
 from wrn_timm.train.recipes import FinetuneConfig
-from wrn_timm.train.rundir import check_place, config_of
+from wrn_timm.train.rundir import check_place, config_of, holds_checkpoint
 from wrn_timm.train.transfer import record_transfer, transfer_folder
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
@@ -138,14 +139,14 @@ def show(result: dict[str, Any] | list[dict[str, Any]], out: str) -> None:
         print('weights                         px  way            mean per-class accuracy, %  seconds')
         for row in result:
             score = row['mean_per_class']
-            print(f"{row['weights']:30} {row['input_size']:>3}  {row['way']:13} "
+            print(f"{printable(row['weights']):30} {row['input_size']:>3}  {row['way']:13} "
                   f"{score['mean']:20.2f} ± {score['std']:.2f} {row['seconds']:8.0f}")
     elif 'runs' in result:
         for key in ('top1', 'mean_per_class', 'ece'):
             print(f"{key:15} {result[key]['mean']:.2f} ± {result[key]['std']:.2f} %, {result['seeds']} seeds")
     else:
         print(f"accuracy {result['top1']:.1f} % on {result['images']} test photographs, mean of the classes "
-              f"{result['mean_per_class']:.1f} %; see {out}/report.html")
+              f"{result['mean_per_class']:.1f} %; see {printable(out)}/report.html")
 
 
 @contextlib.contextmanager
@@ -165,14 +166,16 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 def main(argv: Sequence[str]) -> int:
     main_process = os.environ.get('RANK', '0') == '0'
     command = tyro.cli(Command, args=argv, prog='finetune.py', description=__doc__, default=defaults(argv))
-    logging.basicConfig(format='%(message)s', force=True, level=logging.INFO)
+    logging.basicConfig(handlers=[terminal_handler()], force=True, level=logging.INFO)
     logging.getLogger().setLevel(logging.INFO if command.messages == 'text' and main_process else logging.ERROR)
     logging.getLogger('timm').setLevel(logging.WARNING)
     try:
         with sigterm_as_ctrl_c():
             result = run(command)
     except KeyboardInterrupt:
-        print(f'stopped; go on with --resume if {command.out} holds an epoch', file=sys.stderr)
+        saved = holds_checkpoint(command.out) and not command.probe
+        print('stopped; go on with --resume' if saved else 'stopped before anything was saved; to begin again, run the '
+              'same command', file=sys.stderr)
         return 130
     if main_process and command.messages == 'json' and isinstance(result, dict):
         print(json.dumps(result), flush=True)

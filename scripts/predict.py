@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import torch
 
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.command import TRACEBACK_HELP, reports_errors
+from wrn_timm.names import as_cell, printable
 from wrn_timm.train.predict import find_images, predict_files
 
 
@@ -30,11 +32,11 @@ def named(arguments: list[str]) -> Iterator[str]:
 
 
 def print_text(result: dict[str, Any]) -> None:
-    print(result['image'])
+    print(printable(result['image']))
     for row in result.get('top', ()):
-        print(f"  {100 * row['probability']:5.1f} %  {row['label']}")
+        print(f"  {100 * row['probability']:5.1f} %  {printable(row['label'])}")
     if 'error' in result:
-        print(f"  error: {result['error']}")
+        print(f"  error: {printable(result['error'])}")
 
 
 @reports_errors
@@ -44,7 +46,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument('--model', default='wrn16_1.cifar10', help='timm name or weights folder (default: %(default)s)')
     form = parser.add_mutually_exclusive_group()
     form.add_argument('--json', action='store_true', help='print one JSON list')
-    form.add_argument('--csv', action='store_true', help='print a line a file: image, label, probability, error')
+    form.add_argument('--csv', action='store_true',
+                      help="print a line a file: image, label, probability, error; a name that a spreadsheet takes "
+                           "for a formula is put after a '")
     parser.add_argument('--top-k', type=int, default=5, metavar='K', help='classes a file (default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -53,6 +57,9 @@ def main(argv: Sequence[str]) -> int:
     for option in ('batch_size', 'top_k'):
         if getattr(args, option) < 1:
             parser.error(f'--{option.replace("_", "-")} is {getattr(args, option)}; it must be at least 1')
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='surrogateescape')  # names of files can be any bytes
     failed = 0
     results = predict_files(args.model, find_images(named(args.images)), args.device, args.batch_size,
                             args.top_k)
@@ -66,7 +73,8 @@ def main(argv: Sequence[str]) -> int:
         failed += 'error' in result
         if args.csv:
             best = result.get('top', [{'label': '', 'probability': ''}])[0]
-            table.writerow([result['image'], best['label'], best['probability'], result.get('error', '')])
+            table.writerow([as_cell(result['image']), as_cell(best['label']), best['probability'],
+                            as_cell(result.get('error', ''))])
         elif not args.json:
             print_text(result)
     if failed:

@@ -18,6 +18,7 @@ import tyro
 
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.command import TRACEBACK_HELP, reports_errors
+from wrn_timm.names import printable
 from wrn_timm.train.loop import train
 from wrn_timm.train.recipes import RECIPES, Recipe, get_recipe
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         compile=args.compile, grad_checkpointing=args.grad_checkpointing, half=args.half, tracker=args.tracker,
         precision=args.precision)
     if folder:
-        print(f'weights: {folder}')
+        print(f'weights: {printable(folder)}')
     return 0
 
 

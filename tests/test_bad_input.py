@@ -7,14 +7,15 @@ import shutil
 import subprocess
 import sys
 
+import carry as carry_script
 import finetune as finetune_script
 import pytest
 from conftest import ROOT, SAMPLE
 from PIL import Image
 
-from wrn_timm.train.finetune import finetune, prepare_split
+from wrn_timm.train.finetune import _settings, finetune, prepare_split
 from wrn_timm.train.recipes import FinetuneConfig
-from wrn_timm.train.rundir import check_place
+from wrn_timm.train.rundir import RunDir, check_place
 from wrn_timm.train.validate import open_model
 
 
@@ -31,8 +32,8 @@ def data(tmp_path):
 
 def tune(data, weights, out, *argv):
     return finetune_script.main([
-        '--data', str(data), '--model', weights, '--out', str(out), '--device', 'cpu', '--input-size', '32', '--epochs',
-        '1', '--messages', 'quiet', *argv])
+        '--data', str(data), '--model', str(weights), '--out', str(out), '--device', 'cpu', '--input-size', '32',
+        '--epochs', '1', '--messages', 'quiet', *argv])
 
 
 def class_of_the_test_part_alone(data):
@@ -155,6 +156,9 @@ def test_what_cannot_be_trained(data, weights, tmp_path, capsys, prepare, argv, 
         assert not (tmp_path / 'run').exists()
 
 
+NOT_UTF8 = os.fsdecode(b'\xe9t\xe9')
+
+
 def zero_bytes(data):
     (data / 'pizza' / 'empty.jpg').write_bytes(b'')
     return 'empty.jpg is not an image'
@@ -169,6 +173,11 @@ def cut_off(data):
 def too_large(data):
     Image.new('1', (20_000, 20_000)).save(data / 'pizza' / 'large.png')
     return 'large.png cannot be read: Image size (400000000 pixels) exceeds limit'
+
+
+def a_line(data):
+    Image.new('1', (400_000, 1)).save(data / 'pizza' / 'line.png')
+    return 'line.png cannot be read: it is 400,000 x 1 pixels'
 
 
 def looping_link(data):
@@ -186,12 +195,13 @@ def odd_names(data):
         shutil.copytree(SAMPLE / 'watch', data / name)
         (data / name / f'{name}.txt').write_text('no image')
     if sys.platform == 'linux':  # where names are bytes, and these are not UTF-8
+        shutil.copytree(SAMPLE / 'watch', data / NOT_UTF8)
         shutil.copy(data / 'a b' / 'image_0001.jpg', data / 'a b' / os.fsdecode(b'\xe9.jpg'))
         (data / 'a b' / os.fsdecode(b'\xe9.txt')).write_text('no image')
     return '.txt is not an image'
 
 
-LEFT_OUT = [zero_bytes, cut_off, too_large, looping_link, link_to_itself, odd_names]
+LEFT_OUT = [zero_bytes, cut_off, too_large, a_line, looping_link, link_to_itself, odd_names]
 
 
 @pytest.mark.parametrize('prepare', LEFT_OUT)
@@ -211,9 +221,25 @@ def test_a_run_with_all_of_these(data, weights, tmp_path):
     metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
     for message in messages:
         assert any(message in reason for reason in metrics['skipped'])
-    assert len(metrics['per_class']) == 7
+    assert len(metrics['per_class']) == 7 + (sys.platform == 'linux')
     assert open_model(str(tmp_path / 'run' / 'best')).pretrained_cfg['label_names'] == sorted(metrics['per_class'])
-    assert '&lt;b&gt;$x$' in (tmp_path / 'run' / 'report.html').read_text()
+    assert '&lt;b&gt;$x$' in (tmp_path / 'run' / 'report.html').read_text(encoding='utf-8')
+    (tmp_path / 'run' / 'metrics.json').unlink()  # as killed while the report was written
+    assert tune(data, weights, tmp_path / 'run', '--resume') == 0
+    assert json.loads((tmp_path / 'run' / 'metrics.json').read_text())['per_class'] == metrics['per_class']
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='where names are bytes')
+def test_safetensors_opens_no_path_that_is_not_utf8(data, weights, tmp_path, capsys):
+    """Which is said before a run is begun there."""
+    assert tune(data, weights, tmp_path / NOT_UTF8 / 'run') == 1
+    error = capsys.readouterr().err
+    assert r'\udce9t\udce9/run is not UTF-8, and safetensors opens no such path; choose another --out' in error
+    assert not (tmp_path / NOT_UTF8).exists()
+    shutil.copytree(weights, tmp_path / NOT_UTF8)
+    assert tune(data, tmp_path / NOT_UTF8, tmp_path / 'run') == 1
+    error = capsys.readouterr().err
+    assert 'safetensors opens no such path: rename it' in error and 'damaged' not in error
 
 
 def test_a_run_that_is_there_is_left_as_it_is(data, weights, tmp_path, capsys):
@@ -271,6 +297,33 @@ def test_a_download_that_fails_says_how_to_do_without(weights, tmp_path, capsys,
     assert tune(f'caltech101:{tmp_path}', weights, tmp_path / 'run', '--download') == 1
     error = capsys.readouterr().err
     assert 'failed: ' in error and 'caltech-101.zip elsewhere, unpack it' in error and not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('{', 'scan.json is damaged: Expecting'), ('[]', 'it holds no JSON object'), ('\xff', 'scan.json is damaged: '),
+    ('{"bad": "x"}', "its bad is 'x'; it must be a list of texts"), ('{"summary": [1]}', 'its summary is [1]'),
+    ('{"leaks": [["a"]]}', "its leaks is [['a']]; it must be a list of pairs of paths"),
+])
+def test_a_run_whose_scan_is_damaged(data, weights, tmp_path, capsys, text, message):
+    (tmp_path / 'run').mkdir()
+    config = FinetuneConfig(model=weights, input_size=32, epochs=1)
+    RunDir(tmp_path / 'run', _settings(config, str(data)))
+    (tmp_path / 'run' / 'scan.json').write_text(text, encoding='latin-1')
+    assert tune(data, weights, tmp_path / 'run', '--resume') == 1
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and message in error
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('{', 'shards.json is damaged: Expecting'), ('{}', 'its shards is no list of objects'),
+    ('{"shards": [1]}', 'its shards is no list of objects'),
+    ('{"shards": [{"name": "shard-0000"}]}', 'its shards[0].sha256 is missing'),
+    ('{"shards": [{"name": "../x", "sha256": ""}]}', "its shards[0].name is '../x'; it must be shard-0000"),
+])
+def test_shards_whose_index_is_damaged(tmp_path, capsys, text, message):
+    (tmp_path / 'shards.json').write_text(text)
+    assert carry_script.main(['unpack', str(tmp_path), str(tmp_path / 'run')]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_no_place_to_write(data, weights, tmp_path, capsys):

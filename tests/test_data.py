@@ -13,14 +13,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SAMPLE, data_dir
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageFile
 from torchvision import datasets as tv
 from torchvision.transforms import v2
 
 from wrn_timm.data import datasets
 from wrn_timm.data.corrupt import corrupt
 from wrn_timm.data.device import DeviceLoader
-from wrn_timm.data.folders import ReadableOnly, collate_readable, examine, list_csv, list_folder, read_rgb
+from wrn_timm.data.folders import (
+    ReadableOnly,
+    collate_readable,
+    examine,
+    list_csv,
+    list_folder,
+    looks_like_image,
+    read_rgb,
+)
 from wrn_timm.data.named import is_named
 from wrn_timm.data.splits import (
     data_name,
@@ -258,6 +266,27 @@ def test_given_split_is_kept_and_the_classes_must_agree(folder):
     assert len(split.leaks(scan.twins)) == 2
 
 
+def test_folders_without_images_beside_train_are_left_out(folder):
+    for part in ('train', 'val'):
+        shutil.copytree(folder / 'pizza', folder / part / 'pizza')
+        shutil.copytree(folder / 'ketch', folder / part / 'ketch')
+    shutil.rmtree(folder / 'pizza')
+    (folder / 'ketch').rename(folder / 'more')
+    (folder / '__pycache__').mkdir()
+    (folder / 'Logs' / 'deep').mkdir(parents=True)
+    (folder / 'Logs' / 'deep' / 'log.txt').write_text('no image')
+    with pytest.raises(ValueError, match='holds train/ and val/, and beside them more, with images; move these'):
+        list_folder(folder)
+    shutil.rmtree(folder / 'more')
+    scan = examine(list_folder(folder))
+    assert (len(scan.train), len(scan.test), scan.train.classes) == (6, 6, ('ketch', 'pizza'))
+    assert scan.summary()[0] == 'no images in __pycache__, logs, beside train: left out'
+    shutil.rmtree(folder / 'val')
+    scan = list_folder(folder)
+    assert (len(scan.train), scan.test, scan.train.classes) == (6, None, ('ketch', 'pizza'))
+    assert scan.notes == ('no images in __pycache__, logs, beside train: left out',)
+
+
 def test_folders_that_cannot_be_trained_on(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match='no folder at .*nowhere'):
         examine(list_folder(tmp_path / 'nowhere'))
@@ -318,7 +347,7 @@ def test_nested_folders_are_of_the_class_above_or_classes_of_their_own(tmp_path)
 
 def test_csv_of_any_names(tmp_path):
     source = (SAMPLE / 'pizza' / 'image_0001.jpg').read_bytes()
-    names = ['a b.jpg', 'comma, "quote".jpg', "l'été 鳥.jpg", 'x\ny.jpg']
+    names = ['=f.jpg', 'comma, "quote".jpg', "l'été 鳥.jpg", 'x\ny.jpg']
     for name in names:
         (tmp_path / name).write_bytes(source + name.encode())  # bytes after the end of a JPEG are not read
     with open(tmp_path / 'list.csv', 'w', newline='', encoding='utf-8-sig') as f:
@@ -332,6 +361,8 @@ def test_csv_of_any_names(tmp_path):
     split = make_split(scan, '50-50')
     (tmp_path / 'split.csv').write_text(write_split(split, tmp_path))
     assert read_split(tmp_path / 'split.csv', tmp_path) == split
+    rows = [row for row in csv.reader((tmp_path / 'split.csv').read_text().splitlines()) if row]
+    assert not any(cell.startswith('=') for row in rows for cell in row) and any("'=f.jpg" in row for row in rows)
     (tmp_path / 'split.csv').write_text((tmp_path / 'split.csv').read_text() + 'test,zebra,x.jpg\n')
     with pytest.raises(ValueError, match='split.csv names no files to train on of zebra'):
         read_split(tmp_path / 'split.csv', tmp_path)
@@ -342,6 +373,9 @@ def test_csv_of_any_names(tmp_path):
     ('path,label\na.jpg\n', r"line 2: path, label and split .* found path='a.jpg', label=None"),
     ('path,label,split\na.jpg,x,valley\n', "split='valley'"),
     ('path,label\n', 'names no files'),
+    ('path,label\na,b.jpg,x\n', r"line 2: .* found path='a', label='b.jpg', and \['x'\]"),
+    ('path,label\na.jpg,x\n"b.jpg,y\n' + 'c.jpg,y\n' * 20_000, r'x.csv, line \d+: field larger than field limit .*; '
+     'look there, and in the lines above, for a quotation mark that is not closed'),
     ('path,label\na.jpg,x\nb.jpg,x\n', r'holds one class only \(x\)'),
     ('path,label,split\na.jpg,x,train\nb.jpg,y,train\nc.jpg,z,test\n', 'classes in test and not in train: z'),
 ])
@@ -349,6 +383,33 @@ def test_csv_that_cannot_be_used(tmp_path, text, message):
     (tmp_path / 'x.csv').write_text(text)
     with pytest.raises(ValueError, match=message):
         list_csv(tmp_path / 'x.csv')
+
+
+def test_csv_of_absolute_and_relative_paths(folder, monkeypatch):
+    """The first absolute and the last relative, to a CSV that is itself named by a relative path."""
+    monkeypatch.chdir(folder)
+    rows = [f'{folder}/pizza/image_0001.jpg,pizza', 'pizza/image_0002.jpg,pizza', 'ketch/image_0001.jpg,ketch',
+            f'{folder}/ketch/image_0002.jpg,ketch', 'ketch/image_0003.jpg,ketch']
+    Path('list.csv').write_text('\n'.join(['path,label', *rows]))
+    scan = examine(list_source('list.csv'))
+    assert len(scan.train) == 5 and not scan.bad
+    split = make_split(scan, '50-50')
+    Path('split.csv').write_text(write_split(split, source_root('list.csv')))
+    assert read_split('split.csv', source_root('list.csv')) == split
+
+
+@pytest.mark.parametrize(('line', 'message'), [
+    ('tset,ketch,x.jpg', r"split.csv, line 12: part \(train, holdout, test\), label and path .* found part='tset', "),
+    (',ketch,x.jpg', "found part='', "), ('test,ketch', 'path=None'), ('test,,x.jpg', "label=''"),
+    ('test,ketch,x,y.jpg', r"path='x', and \['y.jpg'\]"), ('"' + 'x' * 150_000, r'line 12: field larger'),
+])
+def test_a_split_with_a_line_that_is_wrong(tmp_path, folder, line, message):
+    text = write_split(make_split(list_folder(folder), '50-50'), folder)
+    filler = text.splitlines()[1]
+    lines = [*text.splitlines(), *[filler] * (10 - len(text.splitlines()) + 1)]
+    (tmp_path / 'split.csv').write_text('\n'.join([*lines, line, '']))
+    with pytest.raises(ValueError, match=message):
+        read_split(tmp_path / 'split.csv', folder)
 
 
 def test_same_content_is_found_within_and_across_parts(folder):
@@ -432,6 +493,47 @@ def test_an_image_too_large_to_decode_safely(tmp_path):
     Image.new('1', (20_000, 20_000)).save(tmp_path / 'x.png')
     with pytest.raises(ValueError, match='x.png cannot be read: Image size .400000000 pixels. exceeds limit'):
         read_rgb(tmp_path / 'x.png')
+
+
+@pytest.mark.parametrize('size', [(20_000_000, 1), (1, 400_000), (3001, 30)])
+def test_a_line_is_refused_before_it_is_decoded(folder, monkeypatch, size):
+    """20,000,000 x 1 at 32 px would be 640,000,000 x 32: from a file of 60 KB."""
+    line = folder / 'pizza' / 'line.png'
+    Image.new('1', size).save(line)
+    Image.new('1', (3000, 30)).save(folder / 'ketch' / 'longest.png')
+    monkeypatch.setattr(ImageFile.ImageFile, 'load', lambda image: pytest.fail('it was decoded'))
+    reason = f'line.png cannot be read: it is {size[0]:,} x {size[1]:,} pixels, and one side may be 100 times as long'
+    with pytest.raises(ValueError, match=reason):
+        read_rgb(line)
+    monkeypatch.undo()
+    scan = examine(list_folder(folder))
+    assert len(scan.bad) == 1 and reason in scan.bad[0] and len(scan.train) == 7
+
+
+def test_no_other_decoder_is_reached(tmp_path, monkeypatch):
+    """That of EPS would run Ghostscript, here one that leaves a trace."""
+    (tmp_path / 'gs').write_text(f'#!/bin/sh\ntouch {tmp_path}/trace\n')
+    (tmp_path / 'gs').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    monkeypatch.setattr(EpsImagePlugin, 'gs_binary', None)  # looked for anew
+    for name in ('a.jpg', 'a.eps'):
+        Image.new('RGB', (8, 8)).save(tmp_path / name, 'EPS')
+    with pytest.raises(ValueError, match='a.jpg is not an image$'):
+        read_rgb(tmp_path / 'a.jpg')
+    with pytest.raises(ValueError, match=r'a.eps is not an image of a format that is read here \(.*BMP, GIF, .*JPEG'):
+        read_rgb(tmp_path / 'a.eps')
+    assert not (tmp_path / 'trace').exists()
+    with pytest.raises(OSError), Image.open(tmp_path / 'a.eps') as image:
+        image.load()  # what is kept off works
+    assert (tmp_path / 'trace').exists()
+
+
+@pytest.mark.parametrize('form', ['BMP', 'GIF', 'JPEG', 'MPO', 'PNG', 'PPM', 'TIFF', 'WEBP'])
+def test_formats_of_photographs(tmp_path, form):
+    file = tmp_path / f'x.{ {"JPEG": "jpg", "MPO": "mpo"}.get(form, form.lower())}'
+    Image.new('RGB', (8, 8), 'white').save(file, form)
+    assert looks_like_image(file) and np.asarray(read_rgb(file)).min() > 250
+    assert not looks_like_image(tmp_path / 'x.eps') and not looks_like_image(tmp_path / 'x.txt')
 
 
 def test_many_files_are_listed_in_little_memory(tmp_path):

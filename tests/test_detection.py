@@ -1,6 +1,8 @@
 """Detectors: against torchvision's own on the same network, and the whole way on photographs of blood cells."""
 import csv
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -162,6 +164,44 @@ def test_bad_boxes_and_files_are_named(tmp_path):
     (broken / 'Annotations/a.xml').write_text('<annotation>')
     with pytest.raises(ValueError, match='1 boxes or files of .*a.xml: no element found'):
         read_voc(broken, 'train', on_bad='fail')
+    for encoding, message in (('klingon', 'unknown encoding: klingon'), ('hex', "'hex' is not a text encoding"),
+                              ('utf-32', 'multi-byte encodings are not supported')):
+        (broken / 'Annotations/a.xml').write_text(f'<?xml version="1.0" encoding="{encoding}"?><annotation/>')
+        with pytest.raises(ValueError, match=f'a.xml: {message}'):
+            read_voc(broken, 'train', on_bad='fail')
+    (broken / 'Annotations/a.xml').unlink()
+    with pytest.raises(ValueError, match='a.xml is not there'):
+        read_voc(broken, 'train', on_bad='fail')
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='where names are bytes')
+def test_names_that_are_not_utf8(tmp_path):
+    data, name = voc(tmp_path / 'boxes', [(1, 2, 40, 30)]), os.fsdecode(b'\xe9')
+    (data / 'JPEGImages/a.jpg').rename(data / f'JPEGImages/{name}.jpg')
+    (data / 'Annotations/a.xml').rename(data / f'Annotations/{name}.xml')
+    (data / 'ImageSets/Main/train.txt').write_bytes(b'\xe9\n')
+    images, bad = read_voc(data, 'train')
+    assert len(images) == 1 and not bad
+
+
+@pytest.mark.parametrize(('text', 'message'), [
+    ('{', 'detector.json is damaged: Expecting'), ('[]', 'it holds no JSON object'), ('[' * 50_000, 'is damaged'),
+    ('{"classes": ["a"]}', 'its detect is missing; it must be an object'),
+    ('{"detect": 1, "classes": ["a"]}', 'its detect is 1; it must be an object'),
+    ('{"detect": {}, "classes": []}', 'its classes is []; it must be a list of the names of the classes'),
+    ('{"detect": {}, "classes": [1]}', 'its classes is [1]'),
+    ('{"detect": {"later": 1}, "classes": ["a"]}', "does not make a detector: .*unexpected keyword argument 'later'"),
+    ('{"detect": {"out_channels": "x"}, "classes": ["a"]}', 'does not make a detector: '),
+    ('{"detect": {"model": "resnet18"}, "classes": ["a"]}', "resnet18 is none of this package's networks"),
+    ('{"detect": {"detector": "yolo"}, "classes": ["a"]}', "detector 'yolo' is unknown"),
+    ('{"detect": {}, "classes": ["a"], "sha256": 1}', 'its sha256 is 1; it must be 64 hexadecimal digits'),
+])
+def test_a_detector_whose_record_is_wrong(run, tmp_path, capsys, text, message):
+    shutil.copytree(run / 'weights', tmp_path / 'run' / 'weights')
+    (tmp_path / 'run' / 'weights' / 'detector.json').write_text(text)
+    assert detect_script.main(['--out', str(tmp_path / 'run'), '--draw', 'x.jpg']) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and re.search(message.replace('[', r'\['), error), error
 
 
 class Finds(nn.Module):
@@ -269,6 +309,24 @@ def test_torchvisions_own_detector_by_the_same_script(tmp_path, capsys):
         with pytest.raises(SystemExit):
             detect_script.main([*args, *option])
         assert f'{expected}; of torchvision/resnet50_fpn it is' in ' '.join(capsys.readouterr().err.split())
+
+
+def test_a_damaged_detector_is_refused(run, tmp_path, capsys):
+    shutil.copytree(run / 'weights', tmp_path / 'run' / 'weights')
+    file = tmp_path / 'run' / 'weights' / 'model.safetensors'
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 1
+    file.write_bytes(data)
+    assert detect_script.main(['--out', str(tmp_path / 'run'), '--draw', 'x.jpg']) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and 'but detector.json names' in error
+    record = json.loads((file.parent / 'detector.json').read_text())
+    assert record.pop('sha256') == sha256_of(run / 'weights' / 'model.safetensors')
+    (file.parent / 'detector.json').write_text(json.dumps(record))  # as runs of before left it
+    load_detector(tmp_path / 'run')
+    file.write_bytes(data[:-1000])
+    with pytest.raises(RuntimeError, match='model.safetensors is damaged: '):
+        load_detector(tmp_path / 'run')
 
 
 def test_draw_by_a_finished_run(run, tmp_path, capsys):

@@ -155,6 +155,13 @@ def test_card_of_a_fine_tuned_run(run, photographs, tmp_path):
     assert check_golden(folder) < 1e-5
 
 
+def test_a_folder_without_its_recipe_is_not_finished(run, photographs, tmp_path, capsys):
+    shutil.copytree(run / 'best', tmp_path / 'best')
+    (tmp_path / 'best' / 'recipe.json').unlink()
+    assert validate_script.main(['--model', str(tmp_path / 'best'), '--data', 'nowhere', '--write']) == 1
+    assert 'best holds no recipe.json, which its card is made of' in capsys.readouterr().err
+
+
 def test_published_and_loaded_by_the_same_command_as_ours(run, hub, tmp_path, capsys):
     folder = run / 'best'
     assert publish_script.main([str(folder), '--namespace', 'acme']) == 0
@@ -293,6 +300,49 @@ def test_sigterm_is_answered_as_ctrl_c_is(weights, photographs, tmp_path):
         time.sleep(0.05)
     process.terminate()
     assert 'stopped; go on with --resume' in process.communicate()[1] and process.returncode == 130
+
+
+@pytest.mark.parametrize(('saved', 'message'), [
+    ((), 'stopped before anything was saved; to begin again, run the same command'),
+    (('run',), 'stopped; go on with --resume'), (('run', 'seed-0'), 'stopped; go on with --resume')])
+def test_ctrl_c_says_whether_there_is_something_to_go_on_from(
+        weights, photographs, tmp_path, monkeypatch, capsys, saved, message):
+    def interrupted(*args, **kwargs):
+        for folder in [tmp_path.joinpath(*saved, 'checkpoints')] if saved else []:
+            folder.mkdir(parents=True)
+            (folder / 'epoch-0001-step-000000.pt').write_text('')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ft, 'fit', interrupted)
+    assert tune(photographs, weights, tmp_path / 'run') == 130
+    assert capsys.readouterr().err == f'{message}\n'
+
+
+def test_no_path_of_this_machine_is_published(weights, photographs, hub, tmp_path, monkeypatch, capsys):
+    """From a folder, with the split of another run, and a photograph that cannot be read."""
+    shutil.copytree(photographs, tmp_path / 'data')
+    (tmp_path / 'data' / CLASSES[0] / 'bad.jpg').write_text('no')
+    (tmp_path / 'weights').mkdir()
+    shutil.copytree(weights, tmp_path / 'weights' / 'own')
+    monkeypatch.chdir(tmp_path)
+    for i, (model, split) in enumerate((
+            ('weights/own', '70-30'), (f'local-dir:{tmp_path}/weights/own', f'{tmp_path}/run0/split.csv'))):
+        out = tmp_path / f'run{i}'
+        assert tune('data', model, out, '--epochs', '1', '--split', split) == 0
+        assert json.loads((out / 'recipe.json').read_text())['finetune']['model'] == model  # to resume
+        for name in ('best', 'last'):
+            assert json.loads((out / name / 'recipe.json').read_text())['finetune']['model'] == 'wrn16_1.test'
+        written = b''.join(p.read_bytes() for p in (out / 'best').iterdir() if p.suffix in ('.json', '.md', '.csv'))
+        assert b'fine-tuned from `wrn16_1.test`' in written
+        for path in (tmp_path, weights, 'weights/own', 'run0/', 'bad.jpg'):
+            assert os.fsencode(path) not in written
+    assert tune('data', model, out, '--split', split, '--epochs', '1', '--resume') == 0
+    recipe = json.loads((out / 'best' / 'recipe.json').read_text())
+    recipe['finetune']['model'] = str(tmp_path)  # as earlier versions wrote it
+    (out / 'best' / 'recipe.json').write_text(json.dumps(recipe))
+    assert publish_script.main([str(out / 'best'), '--namespace', 'acme']) == 1
+    assert f'recipe.json names a path of this machine, model {tmp_path}: put the name' in capsys.readouterr().err
+    assert not hub.requests
 
 
 def test_a_run_that_failed_before_its_first_epoch_leaves_its_place_free(weights, photographs, tmp_path, monkeypatch):
@@ -597,10 +647,13 @@ def test_data_sets_of_the_hub(weights, parts, tmp_path, offline, capsys):
     options = ('--epochs', '1', '--parts', 'train', 'validation')
     assert tune(f'hfids/{parts}', weights, tmp_path / 'unknown', *options) == 1
     assert 'Its size is not recorded; give it as hfds/' in capsys.readouterr().err
+    Image.new('1', (40_000, 1)).save(parts / 'train' / CLASSES[0] / 'line.png')
     for name in ('hfds', 'hfids'):  # a stream has a size once the data set has been prepared
         assert tune(f'{name}/{parts}', weights, tmp_path / name, *options) == 0
         metrics = json.loads((tmp_path / name / 'metrics.json').read_text())
         assert metrics['images'] == 12 and tuple(metrics['per_class']) == CLASSES
+        reasons = [f'hfds/{parts} train 8 cannot be read: it is 40,000 x 1 pixels']
+        assert [r.partition(', and')[0] for r in metrics['skipped']] == (reasons if name == 'hfds' else [])
 
 
 def test_weights_of_other_networks_beside_ours(photographs, no_weights, tmp_path):
@@ -617,12 +670,14 @@ def test_weights_of_other_networks_beside_ours(photographs, no_weights, tmp_path
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # webdataset leaves its files open
-def test_streamed_data_sets(weights, parts, tmp_path):
+def test_streamed_data_sets(weights, parts, tmp_path, capsys):
     pytest.importorskip('webdataset')
     info = {'num_classes': 3, 'splits': {}}
     for part in ('train', 'val'):
         with tarfile.open(tmp_path / f'{part}.tar', 'w') as tar:
             for i, p in enumerate(sorted((parts / part).rglob('*.jpg'))):
+                if (part, i) == ('train', 3):
+                    Image.new('1', (40_000, 1)).save(p)
                 (tmp_path / 'cls').write_text(str(CLASSES.index(p.parent.name)))
                 tar.add(p, f'{i:03d}.jpg')
                 tar.add(tmp_path / 'cls', f'{i:03d}.cls')
@@ -630,6 +685,8 @@ def test_streamed_data_sets(weights, parts, tmp_path):
         info['splits'][part] = {
             'name': part, 'num_samples': count, 'filenames': [f'{part}.tar'], 'shard_lengths': [count]}
     (tmp_path / '_info.json').write_text(json.dumps(info))
-    assert tune(f'wds/shards:{tmp_path}', weights, tmp_path / 'run', '--epochs', '2', '--parts', 'train', 'val') == 0
+    options = ('--epochs', '2', '--parts', 'train', 'val', '--messages', 'text')
+    assert tune(f'wds/shards:{tmp_path}', weights, tmp_path / 'run', *options) == 0
+    assert re.search(r'left out: wds/shards:\S+ train \d+: it is 40,000 x 1 pixels', capsys.readouterr().err)
     metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
     assert metrics['images'] == 12 and set(metrics['per_class']) == {'0', '1', '2'}

@@ -428,6 +428,15 @@ def test_lasting_faults_say_what_to_do(hub, load, logits):
             runs[account].result()
 
 
+def test_errors_of_another_endpoint_name_it(hub, folder, capsys):
+    assert publish_script.main([str(folder), '--namespace', 'acme', '--endpoint', 'http://127.0.0.1:9']) == 1
+    error = capsys.readouterr().err
+    assert 'the Hub is looked for at http://127.0.0.1:9 (--endpoint)' in error and hub.url not in error
+    hub.faults['/'] = no_hub
+    assert publish_script.main([str(folder), '--namespace', 'acme', '--endpoint', f'{hub.url}/']) == 1
+    assert '$HF_ENDPOINT' not in capsys.readouterr().err
+
+
 @pytest.fixture
 def proxy(hub, monkeypatch):
     """The loopback server, as a proxy before itself."""

@@ -3,15 +3,21 @@ import hashlib
 import json
 import os
 import random
+import re
 
+import finetune as finetune_script
+import predict as predict_script
 import pytest
 import timm
 import torch
+from conftest import SAMPLE
 from safetensors.torch import load_file, save_file
 
 from wrn_timm.checkpoints import fit_to_model
 from wrn_timm.hub import publish
+from wrn_timm.schemas import check_config
 from wrn_timm.train.rundir import export_weights
+from wrn_timm.train.validate import open_model
 from wrn_timm.weights import HEADER_LIMIT, verify
 from wrn_timm.wrn import WideResNet
 
@@ -238,3 +244,122 @@ def test_damaged_configurations_do_no_harm(tmp_path):
             assert verify(tmp_path) == file
         except RuntimeError as e:
             assert 'is damaged' in str(e)
+
+
+@pytest.fixture
+def others(tmp_path):
+    """A sound weights folder of a network that is not ours."""
+    export_weights(timm.create_model('test_resnet', num_classes=2), tmp_path / 'test_resnet.mine', {'tag': 'mine'})
+    return tmp_path / 'test_resnet.mine'
+
+
+def flipped(file):
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 1
+    file.write_bytes(data)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def cut_without_a_hash(file):
+    cut(file)
+    config = json.loads((file.parent / 'config.json').read_text())
+    del config['sha256']
+    (file.parent / 'config.json').write_text(json.dumps(config))
+
+
+def pickled(file):
+    torch.save(load_file(file), file.with_name('pytorch_model.bin'))
+    file.unlink()
+
+
+@pytest.mark.parametrize(('spoil', 'message'), [
+    (flipped, 'is damaged or is another file: sha256'), (cut, 'is damaged or is another file: sha256'),
+    (cut_without_a_hash, 'model.safetensors is damaged: '),
+    (pickled, 'holds no model.safetensors; pytorch_model.bin is a pickle, and pickles are not read')])
+def test_weights_of_any_network_are_verified(others, no_weights, spoil, message, tmp_path, capsys):
+    photograph = str(SAMPLE / 'ketch' / 'image_0001.jpg')
+    assert predict_script.main(['--model', str(others), '--device', 'cpu', photograph]) == 0
+    spoil(others / 'model.safetensors')
+    finetune = ['--data', str(SAMPLE), '--out', str(tmp_path / 'run'), '--device', 'cpu', '--messages', 'quiet']
+    for main, argv in ((predict_script.main, ['--device', 'cpu', photograph]), (finetune_script.main, finetune)):
+        for name in (str(others), f'local-dir:{others}'):
+            assert main(['--model', name, *argv]) == 1
+            error = capsys.readouterr().err
+            assert error.startswith('error: ') and message in error
+    if spoil != pickled:  # found by its name, as ours are
+        others.rename(no_weights / others.name)
+        with pytest.raises(RuntimeError, match='is damaged'):
+            open_model('test_resnet.mine')
+    assert open_model(str(no_weights / others.name if spoil != pickled else others), pretrained=False).num_classes == 2
+
+
+def test_the_pickle_is_rewritten_as_the_message_says(others, monkeypatch):
+    whole = open_model(str(others)).state_dict()
+    pickled(others / 'model.safetensors')
+    with pytest.raises(FileNotFoundError) as refused:
+        open_model(str(others))
+    code = re.search(r'by (safetensors\.torch\.save_file\(.*\))$', str(refused.value))[1]
+    monkeypatch.chdir(others)
+    exec(f'import safetensors.torch, torch\n{code}')
+    change_config(others, sha256=None)
+    for key, value in open_model(str(others)).state_dict().items():
+        torch.testing.assert_close(value, whole[key])
+
+
+WRONG = ('x', -1, 1.5, [], {}, [1], ['a', 1], 10 ** 30, float('nan'), [[1]], '\x1b[2J')
+CONFIGURATIONS = [  # (field, values that it cannot have, what it must be)
+    ('architecture', (None, '', 'resnet', 0, ['wrn16_1'], '../wrn16_1', '\x1b[2J'), 'architecture'),
+    ('num_classes', (None, *WRONG), 'num_classes is '),
+    ('model_args', (None, 'x', 1, [], [1], True), 'model_args is .*; it must be an object'),
+    ('pretrained_cfg', (None, 'x', 1, [], [1], True), 'pretrained_cfg is .*; it must be an object'),
+    ('sha256', ('x', 1, [], 'A' * 64), 'sha256 is .*; it must be 64 hexadecimal digits'),
+    ('label_names', ('x', 1, {'a': 1}, [1, 2], ['a'], ['a', 'b', 'c']), 'label_names is .*|it names . classes; its'),
+    ('pretrained_cfg.input_size', (None, *WRONG, [3, 0, 32], [3, 32], [3, 10 ** 5, 10 ** 5]), 'input_size is '),
+    ('pretrained_cfg.mean', ('x', 1, [float('nan')] * 3, ['a'] * 3, [0.5, 0.5]), 'mean (is|has)'),
+    ('pretrained_cfg.std', ('x', 1, [0, 0, 0], [float('inf')] * 3, [1, 1]), 'std (is|has)'),
+    ('pretrained_cfg.interpolation', ('x', 1, [1], {}), 'interpolation is .*; it must be nearest, bilinear'),
+    ('pretrained_cfg.crop_pct', ('x', 0, -1, 1e-9, float('nan'), [1]), r'crop_pct is .* from 0\.1 to 2'),
+    ('pretrained_cfg.fixed_input_size', ('x', 1), 'fixed_input_size is .*; it must be true or false'),
+    ('pretrained_cfg.first_conv', (1, [1], {}), 'first_conv is .*; it must be a name or a list of names'),
+    ('pretrained_cfg.label_offset', ('x', 1.5, []), 'label_offset is .*; it must be a whole number'),
+    ('pretrained_cfg.state_dict', ({}, {'fc.bias': [1]}), 'state_dict is .*; it must be left out'),
+    ('model_args.num_classes', (-1, 'x', 10 ** 30), 'model_args.num_classes is '),
+    ('model_args.drop_rate', ('x', 2), 'model_args.drop_rate is '),
+    ('model_args.features_only', (True,), 'features_only is True; it must be left out'),
+    ('model_args.unknown', (1,), r'makes no \w+: TypeError: .*unknown'),
+]
+
+
+@pytest.mark.parametrize('architecture', ['wrn16_1', 'test_resnet'])
+@pytest.mark.parametrize(('field', 'values', 'message'), CONFIGURATIONS, ids=[field for field, *_ in CONFIGURATIONS])
+def test_configurations_of_ill_will(tmp_path, capsys, architecture, field, values, message):
+    folder = tmp_path / 'folder'
+    export_weights(timm.create_model(architecture, num_classes=2), folder, {'tag': 'x'})
+    whole = json.loads((folder / 'config.json').read_text())
+    *above, name = field.split('.')
+    for value in values:
+        config = json.loads(json.dumps(whole))
+        (config[above[0]] if above else config)[name] = value
+        (folder / 'config.json').write_text(json.dumps(config))
+        assert predict_script.main(['--device', 'cpu', '--model', str(folder), 'x.jpg']) == 1
+        out, error = capsys.readouterr()
+        assert not out and error.startswith('error: ') and str(folder / 'config.json') in error
+        assert re.search(message, error) and '\x1b' not in error, error
+    (folder / 'config.json').write_text('{"sha256": "x"}')
+    with pytest.raises(RuntimeError, match='its sha256 is'):
+        open_model(str(folder))
+    (folder / 'config.json').write_text('{}')
+    with pytest.raises(ValueError, match='config.json names the architecture None; nearest: none'):
+        open_model(str(folder))
+
+
+def test_configurations_of_good_will(tmp_path):
+    """What timm's own models say of themselves, and the form of before, with everything at the top."""
+    for name in ('resnet18.a1_in1k', 'vit_base_patch16_clip_224.openai_ft_in12k_in1k', 'inception_v3.tv_in1k',
+                 'levit_128s.fb_dist_in1k', 'convnext_tiny.in12k_ft_in1k_384', 'wrn16_1.cifar100', 'wrn50_2.racm_in1k'):
+        cfg = json.loads(json.dumps(timm.get_pretrained_cfg(name).to_dict()))
+        check_config({'architecture': name.partition('.')[0], 'num_classes': cfg['num_classes'], 'pretrained_cfg': cfg})
+        check_config({'architecture': name.partition('.')[0], **cfg})

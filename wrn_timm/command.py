@@ -7,6 +7,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from .names import printable
+
 __all__ = ['TRACEBACK_HELP', 'reports_errors', 'show_error']
 
 TRACEBACK_HELP = 'show where an error arose'
@@ -16,11 +18,11 @@ _EXPECTED = (FloatingPointError, ImportError, OSError, RuntimeError, ValueError)
 def show_error(error: Exception) -> None:
     """Print an error as a line; one that nobody foresaw with its kind, and the file that was at hand."""
     if isinstance(error, _EXPECTED):
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {printable(error, lines=True)}', file=sys.stderr)
         return
     file = _file_at_hand(error)
-    print(f'error: {type(error).__name__}{f": {error}" if str(error) else ""}{f", at {file}" if file else ""}; '
-          f'--traceback shows where it arose', file=sys.stderr)
+    said = f'{type(error).__name__}{f": {error}" if str(error) else ""}{f", at {file}" if file else ""}'
+    print(f'error: {printable(said, lines=True)}; --traceback shows where it arose', file=sys.stderr)
 
 
 def _file_at_hand(error: Exception) -> str:
@@ -38,7 +40,12 @@ def reports_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[s
     def run(argv: Sequence[str] | None = None) -> int:
         argv = sys.argv[1:] if argv is None else argv
         try:
-            return main(argv)
+            code = main(argv)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:  # who reads it has read enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141  # 128 + SIGPIPE, as a shell has it of other programs
         except Exception as e:
             if '--traceback' in argv:
                 raise

@@ -55,14 +55,20 @@ def snapshot(hub_id: str, files: tuple[str, ...], cache_dir: str | Path | None =
             raise RuntimeError(f'the Hub could not give {hub_id}. {hub_fault(e, hub_id)}') from e
 
 
-def hub_fault(error: BaseException, hub_id: str) -> str:
+def hub_fault(error: BaseException, hub_id: str, endpoint: str | None = None) -> str:
     """A fault of the Hub's client in a sentence, and what to do about it in another.
 
     The classes change with the client's HTTP library (requests, httpx, httpx2), so a fault is known by its HTTP status
     or, where the Hub has not answered, by the name of its class.
+
+    Args:
+        error: The fault.
+        hub_id: The repository that was asked for.
+        endpoint: URL of the Hub that was asked; None for the client's own.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import LocalEntryNotFoundError
+    host, named_by = (endpoint, '--endpoint') if endpoint else (constants.ENDPOINT, '$HF_ENDPOINT')
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
@@ -78,13 +84,13 @@ def hub_fault(error: BaseException, hub_id: str) -> str:
     elif re.search('Consistency|Protocol|Incomplete|ReadError|ReadTimeout|ChunkedEncoding', f'{said} {names}'):
         advice = 'The transfer was cut off: run it again'
     elif 'FileMetadataError' in names:
-        advice = f'What answers at {constants.ENDPOINT} is no Hub: correct $HF_ENDPOINT'
+        advice = f'What answers at {host} is no Hub: correct {named_by}'
     elif 'Validation' in names:
         advice = 'A repository is named <account>/<architecture>.<tag>'
     elif 'ProxyError' in names or getproxies().keys() & {'http', 'https', 'all'}:
-        advice = f'The way to {constants.ENDPOINT} is by a proxy: {_PROXY}'
+        advice = f'The way to {host} is by a proxy: {_PROXY}'
     else:
-        advice = f'Connect to the network; the Hub is looked for at {constants.ENDPOINT} ($HF_ENDPOINT)'
+        advice = f'Connect to the network; the Hub is looked for at {host} ({named_by})'
     return f'{type(first).__name__}: {said.rstrip(".")}. {advice}.'
 
 

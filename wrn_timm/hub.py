@@ -284,6 +284,9 @@ def _content_faults(folder: Path) -> Iterator[str]:
             yield f'config.json names no sha256 of {WEIGHTS_FILE}'
         if not config['pretrained_cfg'].get('license'):
             yield 'config.json names no licence: set "license" in its "pretrained_cfg"'
+        for key, value in (run.get('recipe') or run.get('finetune') or {}).items():
+            if isinstance(value, str) and re.search(r'[/\\]', value) and not value.startswith('hf-hub:'):
+                yield f'recipe.json names a path of this machine, {key} {value}: put the name of what is there'
         if not (run.get('recipe') or run.get('finetune')):
             yield 'recipe.json says nothing of a training run: converted weights of others are not published'
         difference = check_golden(folder)
@@ -371,14 +374,14 @@ def publish(folder: str | Path, namespace: str, private: bool = False, endpoint:
     repo_id, files = _repository(folder, namespace)
     api = HfApi(endpoint=endpoint, library_name='wrn_timm')
     tag = version_tag(hashlib.sha256(files[WEIGHTS_FILE]).hexdigest())
-    with _explained(repo_id):
+    with _explained(repo_id, endpoint):
         api.create_repo(repo_id, private=private, exist_ok=True)
         public = not api.repo_info(repo_id).private
     if private and public:
         raise ValueError(f'{repo_id} is there already and is public: make it private on the Hub, or publish in public')
     operations = [  # by path where it can be: the client shows progress for these only
         CommitOperationAdd(name, data if name == 'README.md' else Path(folder) / name) for name, data in files.items()]
-    with _explained(repo_id):
+    with _explained(repo_id, endpoint):
         commit = api.create_commit(
             repo_id, operations, commit_message=f'{repo_id.partition("/")[2]} {tag}')
         api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
@@ -389,12 +392,13 @@ def publish(folder: str | Path, namespace: str, private: bool = False, endpoint:
 
 
 @contextlib.contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
+def _explained(repo_id: str, endpoint: str | None) -> Iterator[None]:
     try:
         yield
     except Exception as e:  # the client's errors have no base of their own, nor have those of its HTTP libraries
         raise RuntimeError(
-            f'{repo_id} is not published yet. {hub_fault(e, repo_id)} What is uploaded is not uploaded again.') from e
+            f'{repo_id} is not published yet. {hub_fault(e, repo_id, endpoint)} What is uploaded is not uploaded again.'
+        ) from e
 
 
 def _differ(api: HfApi, repo_id: str, commit: str, files: dict[str, bytes]) -> list[str]:

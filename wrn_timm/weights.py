@@ -22,15 +22,19 @@ from timm.models._pretrained import PretrainedCfg
 
 from .download import kept_at, snapshot, unpacked
 from .files import digest
+from .names import is_utf8
+from .schemas import check_config, check_metrics, read_json
 
 __all__ = [
     'SOURCES', 'Weights', 'default_tag', 'find', 'list_weights', 'locate', 'more_accurate', 'pinned', 'published',
-    'released', 'sha256_of', 'sources', 'verify', 'version_tag']
+    'read_config', 'released', 'sha256_of', 'sources', 'verify', 'version_tag']
 
 # The account on the Hub that holds our weights. Empty until its owner sets it: any other name could be a stranger's.
 HUB_NAMESPACE = ''
 
 WEIGHTS_FILE = 'model.safetensors'
+_PICKLES = ('.bin', '.pth', '.pt', '.ckpt')
+_RESTORE = 'Restore the folder from where it came.'
 HEADER_LIMIT = 1 << 20  # bytes; the longest of ours has 0.1 MB, and safetensors would parse 100 MB
 _PACKAGE = Path(__file__).resolve().parent
 SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
@@ -120,16 +124,17 @@ def version_tag(sha256: str) -> str:
     return f'sha256-{sha256[:12]}'
 
 
-def _config(folder: Path, remedy: str) -> dict[str, Any]:
-    """A folder's `config.json`, {} where there is none."""
+def read_config(folder: Path, remedy: str = _RESTORE) -> dict[str, Any]:
+    """A folder's `config.json`, {} where there is none.
+
+    Raises:
+        RuntimeError: It is no JSON object, or not what timm wants of it; the field is named.
+    """
     file = folder / 'config.json'
     try:
-        config = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
-        if not isinstance(config, dict):
-            raise ValueError('it holds no JSON object')
-        return config
-    except (ValueError, RecursionError) as e:
-        raise RuntimeError(f'{file} is damaged: {e}. {remedy}') from e
+        return read_json(file, check_config) if file.is_file() else {}
+    except ValueError as e:
+        raise RuntimeError(f'{e}. {remedy}') from e
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -150,7 +155,12 @@ def _check_safetensors(file: Path) -> None:
         pass
 
 
-def verify(folder: Path, sha256: str | None = None, remedy: str = 'Restore the folder from where it came.') -> Path:
+def verify(
+        folder: Path,
+        sha256: str | None = None,
+        remedy: str = _RESTORE,
+        named_by: str = 'wrn_timm/released.json',
+) -> Path:
     """The weights file of a folder, once it is whole and the one that is meant.
 
     Args:
@@ -158,16 +168,24 @@ def verify(folder: Path, sha256: str | None = None, remedy: str = 'Restore the f
         sha256: What the file must have; None for the one that `config.json` names. Where neither is known, a file in
             the cache must have the one that the Hub named when it was fetched; any other is taken as it is.
         remedy: What to do about a damaged file.
+        named_by: Where `sha256` is from.
 
     Raises:
-        FileNotFoundError: The folder holds no weights file.
-        RuntimeError: The file has another sha256 (both are given), or is no sound safetensors file.
+        FileNotFoundError: The folder holds no weights file; a pickle in its place is named, and not read.
+        RuntimeError: The file has another sha256 (both are given), is no sound safetensors file, or has a path that is
+            not UTF-8.
     """
     file = folder / WEIGHTS_FILE
     if not file.is_file():
-        raise FileNotFoundError(f'{folder} holds no {WEIGHTS_FILE}')
-    named_by = 'wrn_timm/released.json' if sha256 else 'config.json'
-    expected = sha256 or _config(folder, remedy).get('sha256')
+        pickle = next((p.name for p in sorted(folder.glob('*')) if p.suffix in _PICKLES), None)
+        raise FileNotFoundError(f'{folder} holds no {WEIGHTS_FILE}' + (
+            f'; {pickle} is a pickle, and pickles are not read: write its tensors anew, by '
+            f"safetensors.torch.save_file(torch.load('{pickle}', weights_only=True), '{WEIGHTS_FILE}')"
+            if pickle else ''))
+    if not is_utf8(file):
+        raise RuntimeError(f'{file} is not UTF-8, and safetensors opens no such path: rename it')
+    expected = sha256 or read_config(folder, remedy).get('sha256')
+    named_by = named_by if sha256 else 'config.json'
     if not expected and re.fullmatch('[0-9a-f]{64}', blob := file.resolve().name):
         named_by, expected = 'the Hub', blob
     if expected and (found := sha256_of(file)) != expected:
@@ -330,7 +348,7 @@ def list_weights() -> list[Weights]:
                  'published_error': entry.get('error'), 'default': get_pretrained_cfg(cfg.architecture).tag == cfg.tag}
         if folder := find(name):
             file, metrics = folder / WEIGHTS_FILE, folder / 'metrics.json'
-            top1 = json.loads(metrics.read_text(encoding='utf-8')).get('top1') if metrics.is_file() else None
+            top1 = read_json(metrics, check_metrics).get('top1') if metrics.is_file() else None
             known.update(size=file.stat().st_size, sha256=sha256_of(file), top1=top1)
             rows.append(Weights(name, str(folder), **known))
         elif hub_id := _hub_id(name) if name in released() else cfg.hf_hub_id:

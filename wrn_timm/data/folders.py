@@ -1,8 +1,10 @@
 """Photographs in files: listed from folders or a CSV, examined before training, read as RGB."""
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -20,18 +22,45 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset, default_collate
 
 __all__ = [
-    'EXAMINED_AT_MOST', 'FolderScan', 'ImageFiles', 'ReadableOnly', 'collate_readable', 'examine', 'list_csv',
-    'list_folder', 'read_rgb', 'walk_files']
+    'EXAMINED_AT_MOST', 'FORMATS', 'FolderScan', 'ImageFiles', 'ReadableOnly', 'check_shape', 'collate_readable',
+    'examine', 'list_csv', 'list_folder', 'looks_like_image', 'open_csv', 'read_rgb', 'walk_files']
 
 _PARTS = {'train': ('train', 'training'), 'test': ('test',), 'val': ('val', 'valid', 'validation')}
+
+# What photographs come in, by Pillow's names. Its other decoders are seldom used, and that of EPS runs Ghostscript.
+FORMATS = ('AVIF', 'BMP', 'GIF', 'HEIF', 'JPEG', 'JPEG2000', 'MPO', 'PNG', 'PPM', 'TIFF', 'WEBP')
+_MOST_OBLONG = 100  # longer side over shorter: resized by its shorter side, a line of a file takes gigabytes
 
 # Decoding a photograph takes a core about a millisecond: more files than this are not examined beforehand.
 EXAMINED_AT_MOST = 50_000
 _BLOCK = 2 ** 25  # bytes of decoded images in one tensor: processes share each by a file of its own
 
 
-def read_rgb(path: str | Path | io.BytesIO, least: int = 0) -> Image.Image:
-    """Read an image file as RGB, turned as its EXIF says.
+@functools.cache
+def _decoders() -> tuple[str, ...]:
+    """Those of `FORMATS` that Pillow reads here."""
+    Image.init()
+    return tuple(f for f in FORMATS if f in Image.OPEN)
+
+
+def looks_like_image(path: str | Path) -> bool:
+    """Whether a file is called as an image of one of `FORMATS` is."""
+    return Image.registered_extensions().get(Path(path).suffix.lower()) in FORMATS
+
+
+def check_shape(size: tuple[int, int]) -> None:
+    """Refuse an image that is a line, before it is decoded or resized.
+
+    Raises:
+        ValueError: One side is more than 100 times as long as the other.
+    """
+    if max(size) > _MOST_OBLONG * min(size):
+        raise ValueError(f'it is {size[0]:,} x {size[1]:,} pixels, and one side may be {_MOST_OBLONG} times as long as '
+                         f'the other at most')
+
+
+def read_rgb(path: str | Path | io.BytesIO, least: int = 0, name: str = '') -> Image.Image:
+    """Read an image file of one of `FORMATS` as RGB, turned as its EXIF says.
 
     Grey (8 and 16 bits), palette and CMYK are converted; transparency is laid on white.
 
@@ -39,17 +68,20 @@ def read_rgb(path: str | Path | io.BytesIO, least: int = 0) -> Image.Image:
         path: The file, or what is in it.
         least: Pixels that both sides keep where a larger JPEG is decoded at a half, a quarter or an eighth of its size,
             which is quicker; 0 decodes it whole.
+        name: What errors call it; '' for the path.
 
     Raises:
-        ValueError: The file is no image, is cut off, or is too large to decode safely; the path and reason are named.
+        ValueError: The file is no image, is cut off, or is too large or too oblong to decode safely; it and the
+            reason are named.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_decoders()) as image:
+            check_shape(image.size)
             if least:
                 image.draft(None, (least, least))
             return _as_rgb(image)
     except Exception as e:  # the decoders of damaged files raise nearly anything
-        raise ValueError(_reason(path, e)) from e
+        raise ValueError(_reason(name or str(path), e)) from e
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -63,10 +95,13 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert('RGB')
 
 
-def _reason(path: str | Path, error: Exception) -> str:
-    return f'{path} ' + (
-        'is not an image' if isinstance(error, Image.UnidentifiedImageError)
-        else 'is not there' if isinstance(error, FileNotFoundError) else f'cannot be read: {error}')
+def _reason(name: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f'{name} is not there'
+    if not isinstance(error, Image.UnidentifiedImageError):
+        return f'{name} cannot be read: {error}'
+    other = Path(name).suffix.lower() in Image.registered_extensions() and not looks_like_image(name)
+    return f'{name} is not an image' + (f' of a format that is read here ({", ".join(_decoders())})' if other else '')
 
 
 def _from_deep_grey(pixels: np.ndarray) -> Image.Image:
@@ -317,7 +352,8 @@ def list_folder(root: str | Path, nested: bool = False) -> FolderScan:
     """List `root/<class>/**`, or `root/train/<class>/**` and `root/test/<class>/**` (and `val/`), reading no file.
 
     Args:
-        root: Folder of class folders. Hidden files and folders are passed by; links are followed but where they loop.
+        root: Folder of class folders. Hidden files and folders are passed by, and noted, beside `train/`, folders
+            without images; links are followed but where they loop.
         nested: Every folder that holds files is a class, named by its path ('animals/cat').
 
     Raises:
@@ -331,18 +367,25 @@ def list_folder(root: str | Path, nested: bool = False) -> FolderScan:
     children = {p.name.lower(): p for p in _folders(root)}
     given = {part: next((children[n] for n in names if n in children), None) for part, names in _PARTS.items()}
     test_name = 'test' if given['test'] else 'val'
+    others = sorted(set(children) - set(itertools.chain(*_PARTS.values())))
+    strays = [n for n in others if not _holds_images(children[n])] if given['train'] else []
+    notes = (f'no images in {some(strays)}, beside {given["train"].name}: left out',) if strays else ()
     bad: list[str] = []
     if not (given['train'] and given[test_name]):
-        whole = root if len(children) > 1 else given['train'] or root
-        return FolderScan(_list_part(whole, nested, bad), bad=tuple(bad))
-    if others := sorted(set(children) - set(itertools.chain(*_PARTS.values()))):
+        whole = root if len(children) - len(strays) > 1 else given['train'] or root
+        return FolderScan(_list_part(whole, nested, bad), bad=tuple(bad), notes=notes if whole != root else ())
+    if images := [n for n in others if n not in strays]:
         raise ValueError(f'{root} holds {given["train"].name}/ and {given[test_name].name}/, and beside them '
-                         f'{some(others)}; move these elsewhere')
+                         f'{some(images)}, with images; move these elsewhere')
     parts = {'train': given['train'], 'test': given[test_name]}
     if test_name == 'test' and given['val']:
         parts['val'] = given['val']
     listed = {part: _list_part(folder, nested, bad) for part, folder in parts.items()}
-    return FolderScan(**_same_classes(listed, str(root)), bad=tuple(bad))
+    return FolderScan(**_same_classes(listed, str(root)), bad=tuple(bad), notes=notes)
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(map(looks_like_image, walk_files(folder)))
 
 
 def _same_classes(parts: dict[str, ImageFiles], where: str) -> dict[str, ImageFiles]:
@@ -439,6 +482,27 @@ def _checked(files: ImageFiles, where: str | Path, bad: Sequence[str] = ()) -> I
     return files
 
 
+def found_in(row: dict[str | None, Any]) -> str:
+    """A row of a CSV file in words; what is beyond its columns has no name."""
+    return ', '.join(f'{k}={v!r}' if k else f'and {v!r}' for k, v in row.items())
+
+
+@contextlib.contextmanager
+def open_csv(file: str | Path) -> Iterator[csv.DictReader]:
+    """The rows of a CSV file in UTF-8 by the names in its first line; bytes that are not UTF-8 are kept as they are.
+
+    Raises:
+        ValueError: It is no CSV file; the line is named.
+    """
+    with open(file, newline='', encoding='utf-8-sig', errors='surrogateescape') as f:
+        reader = csv.DictReader(f)
+        try:
+            yield reader
+        except csv.Error as e:
+            raise ValueError(f'{file}, line {reader.line_num + 1}: {e}; look there, and in the lines above, for a '
+                             f'quotation mark that is not closed') from e
+
+
 def list_csv(file: str | Path) -> FolderScan:
     """List the files that a CSV names.
 
@@ -454,17 +518,16 @@ def list_csv(file: str | Path) -> FolderScan:
     if not file.is_file():
         raise FileNotFoundError(f'no file at {file}')
     rows: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    with open(file, newline='', encoding='utf-8-sig', errors='surrogateescape') as f:
-        reader = csv.DictReader(f)
+    with open_csv(file) as reader:
         if missing := {'path', 'label'} - set(reader.fieldnames or ()):
             raise ValueError(f'{file} has no column {" nor ".join(sorted(missing))}; its first line must name the '
                              f'columns path and label (and split, if it is split)')
         split = 'split' in reader.fieldnames
         for row in reader:
             part = next((p for p, names in _PARTS.items() if row['split'] in names), None) if split else 'train'
-            if not (row['path'] and row['label'] and part):
+            if not (row['path'] and row['label'] and part) or any(row.get(None, ())):
                 raise ValueError(f'{file}, line {reader.line_num}: path, label and split (train, val or test) are '
-                                 f'wanted; found {", ".join(f"{k}={v!r}" for k, v in row.items())}')
+                                 f'wanted; found {found_in(row)}')
             rows[part].append((os.path.join(file.parent, row['path']), row['label']))
     if split and 'test' not in rows and 'val' in rows:
         rows['test'] = rows.pop('val')
@@ -486,8 +549,8 @@ def _examine_file(path: str) -> _Examined:
     """Decode a file whole."""
     try:
         content = Path(path).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            size = image.size
+        with Image.open(io.BytesIO(content), formats=_decoders()) as image:
+            check_shape(size := image.size)
             image.draft(None, (1, 1))  # what is cut off or damaged is found at an eighth of the size too
             _as_rgb(image)
     except Exception as e:  # as in `read_rgb`
@@ -541,4 +604,5 @@ def examine(
 
 
 def _common(files: ImageFiles) -> str:
-    return os.path.commonpath([os.path.dirname(files.paths[i]) for i in (0, len(files) - 1)])
+    ends = [os.path.dirname(os.path.abspath(files.paths[i])) for i in (0, len(files) - 1)]
+    return os.path.commonpath(ends)

@@ -1,15 +1,22 @@
 """Data sets that timm knows by name (`hfds/...`, `wds/...`): for what is on the Hub, or does not fit one disk."""
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
+from torchvision.datasets import DatasetFolder
+
+from .folders import check_shape, read_rgb
 
 __all__ = ['NamedImages', 'is_named']
+
+_logger = logging.getLogger(__name__)
 
 _PREFIXES = ('hfds/', 'hfids/', 'tfds/', 'wds/', 'torch/')
 
@@ -49,6 +56,10 @@ class NamedImages:
             remedy = '. Its size is not recorded; give it as hfds/...' if 'num_samples' in str(e) else ''
             raise ValueError(
                 f'{source}: timm cannot open the split {split!r}: {type(e).__name__}: {e}{remedy}') from e
+        if isinstance(self.dataset, ImageDataset):
+            self.dataset.load_bytes = True  # decoded here, as files are; timm would put the next image for a bad one
+        elif isinstance(self.dataset, DatasetFolder):
+            self.dataset.loader = read_rgb
         self.source, self.split = source, split
         self.classes = tuple(classes or _classes(self.dataset))
         if not self.classes:
@@ -80,9 +91,12 @@ class NamedImages:
 def _read(images: NamedImages, i: int) -> tuple[Image.Image, int]:
     try:
         image, label = images.dataset[i]
-        return image.convert('RGB'), int(label)
+        if not isinstance(image, bytes):
+            check_shape(image.size)
+            return image.convert('RGB'), int(label)
     except Exception as e:  # whatever its reader raises
         raise ValueError(f'{images.name(i)} cannot be read: {e}') from e
+    return read_rgb(io.BytesIO(image), name=images.name(i)), int(label)
 
 
 class _Indexed(Dataset):
@@ -110,7 +124,12 @@ class _Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
         for i, (image, label) in enumerate(self.images.dataset):
-            yield self.transform(image), int(label), i
+            try:
+                check_shape(image.size)
+            except ValueError as e:
+                _logger.warning('left out: %s: %s', self.images.name(i), e)
+            else:
+                yield self.transform(image), int(label), i
 
 
 def _classes(dataset: Any) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from .folders import FolderScan, ImageFiles, list_csv, list_folder, some
+from ..names import as_cell, from_cell, printable
+from .folders import FolderScan, ImageFiles, found_in, list_csv, list_folder, open_csv, some
 
 __all__ = ['Split', 'check_protocol', 'data_name', 'list_source', 'make_split', 'read_split', 'source_root',
            'split_files', 'write_split']
@@ -25,11 +26,11 @@ _PROTOCOL = re.compile(r'(?P<which>first|random)(?P<count>[1-9]\d*)|(?P<train>\d
 
 
 def data_name(source: str) -> str:
-    """What a source is called: 'caltech101', or the name of the folder or CSV file."""
+    """What a source is called: 'caltech101', or the name of the folder or CSV file, printable."""
     if source.startswith(CALTECH101):
         return CALTECH101.rstrip(':')
     path = Path(source).resolve()
-    return path.stem if path.suffix.lower() == '.csv' else path.name
+    return printable(path.stem if path.suffix.lower() == '.csv' else path.name)
 
 
 def source_root(source: str, download: bool = False) -> Path:
@@ -202,7 +203,8 @@ def write_split(split: Split, root: Path) -> str:
     above = f'{root}{os.sep}'
     for field in dataclasses.fields(Split):
         if files := getattr(split, field.name):
-            writer.writerows((field.name, files.classes[label], path.removeprefix(above).replace(os.sep, '/'))
+            writer.writerows((field.name, as_cell(files.classes[label]),
+                              as_cell(path.removeprefix(above).replace(os.sep, '/')))
                              for label, path in zip(files.labels, files.paths, strict=True))
     return text.getvalue()
 
@@ -212,15 +214,18 @@ def read_split(file: str | Path, root: Path) -> Split:
 
     Raises:
         FileNotFoundError: The first of its files is not there.
-        ValueError: It is no such file.
+        ValueError: It is no such file, or a line of it has an unknown part or is not whole; the line is named.
     """
-    rows = defaultdict(list)
-    with open(file, newline='', encoding='utf-8', errors='surrogateescape') as f:
-        reader = csv.reader(f)
-        if next(reader, None) != _COLUMNS:
+    rows, parts = defaultdict(list), [field.name for field in dataclasses.fields(Split)]
+    with open_csv(file) as reader:
+        if reader.fieldnames != _COLUMNS:
             raise ValueError(f'{file} is not the split.csv of a run: its first line is not {",".join(_COLUMNS)}')
-        for part, label, path in reader:
-            rows[part].append((os.path.join(root, path), label))
+        for row in reader:
+            part, label, path = (row[column] for column in _COLUMNS)
+            if part not in parts or not (label and path) or any(row.get(None, ())):
+                raise ValueError(f'{file}, line {reader.line_num}: part ({", ".join(parts)}), label and path are '
+                                 f'wanted; found {found_in(row)}')
+            rows[part].append((os.path.join(root, from_cell(path)), from_cell(label)))
     if missing := {'train', 'test'} - set(rows):
         raise ValueError(f'{file} names no files of the part {" nor ".join(sorted(missing))}')
     if not os.path.exists(first := rows['train'][0][0]):
@@ -229,4 +234,4 @@ def read_split(file: str | Path, root: Path) -> Split:
     if unknown := {label for pairs in rows.values() for _, label in pairs} - set(classes):
         raise ValueError(f'{file} names no files to train on of {some(sorted(unknown))}')
     return Split(**{part: ImageFiles.of(rows[part], classes) if rows[part] else None
-                    for part in ('train', 'holdout', 'test')})
+                    for part in parts})

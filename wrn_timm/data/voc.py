@@ -86,7 +86,8 @@ def read_voc(
     if not listed.is_file():
         raise FileNotFoundError(f'no list of images at {listed}')
     # a line of a class's own list has a flag after the name
-    names = [line.split()[0] for line in listed.read_text(encoding='utf-8').splitlines() if line.strip()]
+    names = [line.split()[0] for line in listed.read_text(
+        encoding='utf-8', errors='surrogateescape').splitlines() if line.strip()]
     with ThreadPoolExecutor() as pool:
         read = list(pool.map(lambda name: _read_one(root, name), names))
     bad = tuple(reason for *_, reasons in read for reason in reasons)
@@ -112,9 +113,14 @@ def _read_one(root: Path, name: str) -> tuple[str | None, list[tuple[str, list[f
     path, annotation = root / 'JPEGImages' / f'{name}.jpg', root / 'Annotations' / f'{name}.xml'
     try:
         width, height = read_rgb(path).size
+    except ValueError as e:
+        return None, [], [str(e)]
+    try:
         elements = ET.parse(annotation).getroot().findall('object')
-    except (ValueError, OSError, ET.ParseError) as e:
-        return None, [], [f'{annotation}: {e}' if isinstance(e, ET.ParseError) else str(e)]
+    except FileNotFoundError:
+        return None, [], [f'{annotation} is not there']
+    except (LookupError, ValueError, OSError, ET.ParseError) as e:  # the first of an encoding that Python has not
+        return None, [], [f'{annotation}: {e}']
     objects, bad = [], []
     for i, element in enumerate(elements, start=1):
         label = (element.findtext('name') or '').strip()

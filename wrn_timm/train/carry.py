@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_folder
-from .rundir import carried_files, read_record
+from ..schemas import check_shards, read_json
+from .rundir import carried_files
 
 __all__ = ['pack', 'unpack']
 
@@ -120,9 +121,7 @@ def unpack(shards: str | Path, out: str | Path) -> Path:
         raise FileNotFoundError(f'{shards} holds no {INDEX_FILE}')
     if out.exists():
         raise FileExistsError(f'{out} is there already; choose another folder')
-    rows = read_record(index).get('shards')
-    if not isinstance(rows, list) or not all(isinstance(r, dict) and {'name', 'sha256'} <= r.keys() for r in rows):
-        raise ValueError(f'{index} is damaged: it lists no shards. Carry it again')
+    rows = read_json(index, check_shards)['shards']
     missing = [row['name'] for row in rows if not (shards / row['name']).is_file()]
     if missing:
         raise FileNotFoundError(f'{shards} lacks {len(missing)} of {len(rows)} shards: {", ".join(missing[:5])}')

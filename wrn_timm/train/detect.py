@@ -30,6 +30,8 @@ from ..data.folders import read_rgb
 from ..data.voc import BoxedImages, read_voc
 from ..detection import DETECTORS, anchor_generator
 from ..files import atomic_write
+from ..schemas import check_detector, read_json
+from ..weights import WEIGHTS_FILE, sha256_of, verify
 from .devices import fused
 from .recipes import check_numbers
 from .rundir import RunDir, check_weights, environment, stop_requests
@@ -306,9 +308,11 @@ def _export(detector: nn.Module, run: RunDir) -> None:
     check_weights(detector.state_dict(), folder)
     folder.mkdir(exist_ok=True)
     tensors = {k: v.contiguous() for k, v in detector.state_dict().items()}
-    atomic_write(folder / 'model.safetensors', lambda p: save_file(tensors, p))
-    atomic_write(folder / 'detector.json', run.recipe_file.read_text(encoding='utf-8'))
-    shutil.copymode(folder / 'detector.json', folder / 'model.safetensors')  # safetensors lets nobody else read it
+    file = folder / WEIGHTS_FILE
+    atomic_write(file, lambda p: save_file(tensors, p))
+    record = json.loads(run.recipe_file.read_text(encoding='utf-8')) | {'sha256': sha256_of(file)}
+    atomic_write(folder / 'detector.json', json.dumps(record, indent=2) + '\n')
+    shutil.copymode(folder / 'detector.json', file)  # safetensors lets nobody else read it
 
 
 def load_detector(run: str | Path, device: str = 'cpu') -> tuple[nn.Module, tuple[str, ...]]:
@@ -316,13 +320,20 @@ def load_detector(run: str | Path, device: str = 'cpu') -> tuple[nn.Module, tupl
 
     Raises:
         FileNotFoundError: There is no run that has ended.
+        ValueError: `detector.json` is damaged, or of another version.
+        RuntimeError: The weights file is damaged, or not the one that `detector.json` names.
     """
     folder = Path(run) / 'weights'
     if not (folder / 'detector.json').is_file():
         raise FileNotFoundError(f'{run} holds no detector; train one with --out {run}')
-    settings = json.loads((folder / 'detector.json').read_text(encoding='utf-8'))
-    detector = _build(DetectConfig(**settings['detect']), len(settings['classes']), pretrained=False)
-    detector.load_state_dict(load_file(folder / 'model.safetensors'))
+    settings = read_json(folder / 'detector.json', check_detector)
+    file = verify(folder, settings.get('sha256'), named_by='detector.json')
+    try:
+        config = DetectConfig(**settings['detect'])
+        detector = _build(config, len(settings['classes']), pretrained=False)
+    except TypeError as e:
+        raise ValueError(f'{folder / "detector.json"} does not make a detector: {e}') from e
+    detector.load_state_dict(load_file(file))
     return detector.to(device).eval(), tuple(settings['classes'])
 
 

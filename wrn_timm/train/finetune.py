@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from timm.data import Mixup, create_transform, resolve_model_data_config
@@ -34,14 +33,15 @@ from ..data.splits import (
     write_split,
 )
 from ..files import atomic_write
+from ..schemas import check_scan, read_json
 from .devices import accelerator_on
 from .fit import BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
 from .metrics import classification_metrics
 from .probe import extract_features, summarise
 from .recipes import FinetuneConfig, check_numbers
 from .report import write_report
-from .rundir import RunDir, check_place, environment, export_weights, read_record
-from .validate import eval_transform, open_model, source_of
+from .rundir import RunDir, check_place, environment, export_weights
+from .validate import eval_transform, open_model, weights_name
 
 __all__ = ['build_model', 'finetune', 'finetune_seeds', 'make_accelerator', 'prepare_split', 'preprocessing',
            'training_set']
@@ -290,10 +290,11 @@ def prepare_split(
     """
     data = str(data)
     if run and (run / 'scan.json').is_file():
-        return read_split(run / 'split.csv', source_root(data)), read_record(run / 'scan.json')
+        found = read_json(run / 'scan.json', check_scan)
+        return read_split(run / 'split.csv', source_root(data)), found
     if config.split.endswith('.csv'):
         return read_split(config.split, source_root(data, download)), {
-            'split': Path(config.split).name, 'bad': [], 'leaks': [], 'summary': [f'split by {config.split}']}
+            'split': _split_name(config.split), 'bad': [], 'leaks': [], 'summary': [f'split by {config.split}']}
     scan = examine(list_source(data, config.nested, download), on_bad, at_most=EXAMINED_AT_MOST)
     split = make_split(scan, config.split, config.holdout, config.seed)
     leaks = split.leaks(scan.twins)
@@ -331,12 +332,12 @@ def build_model(config: FinetuneConfig) -> torch.nn.Module:
 
     Raises:
         ValueError: timm knows no such model, or it takes no such stem or input size.
-        What `timm.create_model` raises.
+        What `open_model` raises.
     """
     kwargs = _model_args(config)
     random_seed(config.seed)
     try:
-        model = timm.create_model(source_of(config.model), pretrained=config.pretrained, **kwargs).eval()
+        model = open_model(config.model, pretrained=config.pretrained, **kwargs)
     except TypeError as e:
         raise ValueError(f'{config.model} has no option {" nor ".join(kwargs)}') from e
     own = model.pretrained_cfg.get('input_size', (0,))[-1]
@@ -436,8 +437,12 @@ def _finish(
 ) -> None:
     atomic_write(run.path / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
     write_report(run.path, metrics, model, files, result, transform, found.get('summary', []))
+    recipe = _without_paths(json.loads(run.recipe_file.read_text(encoding='utf-8')))
+    public = {k: v for k, v in metrics.items() if k not in ('skipped', 'leaks')}
+    atomic_write(run.path / 'best' / 'metrics.json', json.dumps(public, indent=2) + '\n')
     for folder in (run.path / 'best', run.path / 'last'):
-        for file in ('recipe.json', 'history.csv', 'curves.png', *(['metrics.json'] * (folder.name == 'best'))):
+        atomic_write(folder / 'recipe.json', json.dumps(recipe, indent=2) + '\n')
+        for file in ('history.csv', 'curves.png'):
             atomic_write(folder / file, partial(shutil.copyfile, run.path / file))
 
 
@@ -448,6 +453,17 @@ def _check_place_of_seeds(out: Path, resume: bool) -> None:
     if (out / 'metrics.json').is_file() and not resume:
         raise FileExistsError(f'{out} already holds the figures of several seeds; choose another --out, or go on with '
                               f'--resume')
+
+
+def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run for a weights folder, which may be published: names in place of paths of this machine."""
+    settings = recipe['finetune']
+    names = {'model': weights_name(settings['model']), 'split': _split_name(settings['split'])}
+    return {**recipe, 'finetune': settings | names}
+
+
+def _split_name(split: str) -> str:
+    return Path(split).name if split.endswith('.csv') else split
 
 
 def finetune_seeds(
@@ -482,6 +498,7 @@ def finetune_seeds(
         for own, folder, resume in planned:
             RunDir.check(folder, _settings(own, str(data)), resume)
     runs = [finetune(own, data, folder, **kwargs | {'resume': resume}) for own, folder, resume in planned]
+    config = dataclasses.replace(config, split=_split_name(config.split))  # the summary may be published
     summary = {
         'way': config.train if config.pretrained else 'from scratch', 'dataset': runs[0]['dataset'],
         'protocol': runs[0]['split'], 'input_size': runs[0]['input_size'], 'epochs': config.epochs,

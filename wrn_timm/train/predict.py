@@ -5,13 +5,11 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from ..data.folders import read_rgb, walk_files
+from ..data.folders import looks_like_image, read_rgb, walk_files
 from .validate import eval_transform, open_model
 
 __all__ = ['find_images', 'predict_files']
@@ -25,7 +23,7 @@ def find_images(names: Iterable[str]) -> Iterator[str]:
     """
     for name in names:
         if os.path.isdir(name):
-            paths = (path for path in walk_files(name) if Path(path).suffix.lower() in Image.registered_extensions())
+            paths = filter(looks_like_image, walk_files(name))
             first = next(paths, None)
             if first is None:
                 raise ValueError(f'{name} holds no images')

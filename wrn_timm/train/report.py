@@ -21,6 +21,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from ..data.folders import ImageFiles
 from ..data.named import NamedImages
 from ..files import atomic_write
+from ..names import printable
 from .fit import Predictions
 from .recipes import FinetuneConfig
 
@@ -80,7 +81,7 @@ def _show(axis: Any, files: ImageFiles | NamedImages, i: int) -> None:
 
 def _short(name: str, most: int = 24) -> str:
     """A class name that leaves room in a picture for the picture."""
-    name = ' '.join(name.split())
+    name = printable(' '.join(name.split()))
     return name if len(name) <= most else f'{name[:most - 1]}…'
 
 

@@ -37,11 +37,12 @@ import torchvision
 from timm.models import save_for_hf
 
 from ..files import LOCK_FILE, FolderLock, atomic_folder, atomic_write, discard_partial, make_folder, writing
+from ..names import is_utf8
 from ..weights import WEIGHTS_FILE, sha256_of
 
 __all__ = [
-    'RunDir', 'carried_files', 'check_place', 'check_weights', 'config_of', 'environment', 'export_weights', 'is_best',
-    'plot_history', 'read_record', 'stop_requests',
+    'RunDir', 'carried_files', 'check_place', 'check_weights', 'config_of', 'environment', 'export_weights',
+    'holds_checkpoint', 'is_best', 'plot_history', 'read_record', 'stop_requests',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -104,6 +105,11 @@ def carried_files(folder: Path) -> list[Path]:
     carried = [checkpoints / 'best.pt', *_newest_first(checkpoints)[:1]]
     return sorted(p for p in folder.rglob('*')
                   if p.is_file() and p.name != LOCK_FILE and (p.parent != checkpoints or p in carried))
+
+
+def holds_checkpoint(out: str | Path) -> bool:
+    """Whether a run directory, or one of its runs of several seeds, holds something to go on from."""
+    return any(_newest_first(run / 'checkpoints') for run in (Path(out), *Path(out).glob('seed-*')))
 
 
 def is_best(history: list[dict[str, float]]) -> bool:
@@ -210,8 +216,8 @@ class RunDir:
         BlockingIOError: Another process has it open.
         FileExistsError: Another run is there and `resume` is off.
         FileNotFoundError: `resume` is on and there is no run.
-        ValueError: `resume` is on, and the settings are not those of the run (the fields that differ are named) or its
-            `recipe.json` is damaged or of another version.
+        ValueError: The path is not UTF-8; or `resume` is on, and the settings are not those of the run (the fields that
+            differ are named) or its `recipe.json` is damaged or of another version.
     """
 
     def __init__(
@@ -241,6 +247,8 @@ class RunDir:
     @staticmethod
     def check(path: str | Path, settings: dict[str, Any], resume: bool | None = False) -> None:
         """Raise what opening the run directory would, and leave nothing: for before the work that comes first."""
+        if not is_utf8(path):
+            raise ValueError(f'{path} is not UTF-8, and safetensors opens no such path; choose another --out')
         recipe_file = Path(path) / _RECIPE
         if not resume:
             if any((Path(path) / name).exists() for name in _MADE):  # one that failed before has made nothing

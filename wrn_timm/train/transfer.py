@@ -8,6 +8,7 @@ from typing import Any
 from ..files import atomic_write
 from ..weights import find
 from .rundir import environment
+from .validate import weights_name
 
 __all__ = ['TRANSFER_FILE', 'read_transfer', 'record_transfer', 'transfer_folder']
 
@@ -43,8 +44,9 @@ def record_transfer(weights: str, rows: list[dict[str, Any]]) -> Path:
     made_with = {k: v for k, v in environment().items() if k in ('torch', 'timm', 'hardware')}
     results = {tuple(row.get(k) for k in _KEY): row for row in [
         *read_transfer(folder), *({**row, 'environment': made_with} for row in rows)]}
-    for row in results.values():
-        row.pop('skipped', None)  # paths of this machine; the folder may be published
+    for row in results.values():  # no paths of this machine: the folder may be published
+        row.pop('skipped', None)
+        row.update({'weights': weights_name(row['weights'])} if 'weights' in row else {})
     atomic_write(folder / TRANSFER_FILE, json.dumps(list(results.values()), indent=2) + '\n')
     return folder / TRANSFER_FILE
 

@@ -17,28 +17,52 @@ from ..data.corrupt import CORRUPTIONS, corrupt
 from ..data.datasets import NAMES, ImageArrays, load, parse_spec
 from ..data.folders import FolderScan, ImageFiles, examine
 from ..data.splits import data_name, list_source, read_split, source_root
-from ..weights import find
+from ..weights import find, read_config, verify
 from .metrics import classification_metrics, predict_logits
 from .rundir import environment
 
-__all__ = ['eval_transform', 'normalised', 'open_model', 'source_of', 'validate', 'weights_folder']
+__all__ = ['eval_transform', 'normalised', 'open_model', 'source_of', 'validate', 'weights_folder',
+           'weights_name']
 
 
-def open_model(name: str, **kwargs: Any) -> torch.nn.Module:
-    """A pretrained model by timm name (`wrn16_1.cifar10`) or weights folder, in evaluation mode.
+_LOCAL = 'local-dir:'
+
+
+def open_model(name: str, pretrained: bool = True, **kwargs: Any) -> torch.nn.Module:
+    """A model by timm name (`wrn16_1.cifar10`) or weights folder, in evaluation mode.
+
+    Args:
+        name: timm name, weights folder or run directory.
+        pretrained: With the weights. Those of a folder are verified first, whichever network they are of.
+        kwargs: Of `timm.create_model`.
 
     Raises:
-        FileNotFoundError: There is no such folder.
+        FileNotFoundError: There is no such folder, or it holds no weights file.
+        RuntimeError: The weights file or its configuration is damaged, or they do not agree.
         ValueError: timm knows no such model; the nearest are named.
         What `timm.create_model` raises.
     """
-    return timm.create_model(source_of(name), pretrained=True, **kwargs).eval()
+    source = source_of(name)
+    if not source.startswith(_LOCAL):
+        return timm.create_model(source, pretrained=pretrained, **kwargs).eval()
+    folder = Path(source.removeprefix(_LOCAL))
+    architecture = read_config(folder).get('architecture')
+    if not architecture or not timm.is_model(architecture):
+        raise ValueError(f'{folder / "config.json"} names the architecture {architecture!r}; {_nearest(architecture)}')
+    if pretrained:
+        verify(folder)
+    try:
+        return timm.create_model(source, pretrained=pretrained, **kwargs).eval()
+    except (AssertionError, AttributeError, KeyError, TypeError) as e:
+        if kwargs:  # they may be what does not fit
+            raise
+        raise RuntimeError(f'{folder / "config.json"} makes no {architecture}: {type(e).__name__}: {e}') from e
 
 
 def source_of(name: str) -> str:
     """What `timm.create_model` takes for a timm name or a weights folder; it raises the same as `open_model`."""
     if Path(name).is_dir():
-        return f'local-dir:{weights_folder(name)}'
+        return f'{_LOCAL}{weights_folder(name)}'
     if ':' in name:
         return name
     if Path(name).is_file():
@@ -46,11 +70,15 @@ def source_of(name: str) -> str:
     if '/' in name or os.sep in name:
         raise FileNotFoundError(f'no weights folder at {name}')
     if not timm.is_model(name):
-        nearest = difflib.get_close_matches(name.partition('.')[0], timm.list_models(), n=3, cutoff=0.5)
-        raise ValueError(f'timm knows no model {name}; nearest: {", ".join(nearest) or "none"}')
+        raise ValueError(f'timm knows no model {name}; {_nearest(name)}')
     if name not in timm.list_models('wrn*', include_tags=True) and (folder := find(name)):
-        return f'local-dir:{folder}'  # another network's weights, beside ours
+        return f'{_LOCAL}{folder}'  # another network's weights, beside ours
     return name
+
+
+def _nearest(name: str | None) -> str:
+    found = difflib.get_close_matches((name or '').partition('.')[0], timm.list_models(), n=3, cutoff=0.5)
+    return f'nearest: {", ".join(found) or "none"}'
 
 
 def weights_folder(path: str | Path) -> Path:
@@ -64,6 +92,18 @@ def weights_folder(path: str | Path) -> Path:
         if (folder / 'config.json').is_file():
             return folder
     raise FileNotFoundError(f'{path} is neither a weights folder nor a run that has ended: there is no config.json')
+
+
+def weights_name(name: str) -> str:
+    """What to call the weights that `open_model` opens by a timm name or a folder: `<arch>.<tag>`, and no path."""
+    local = name.removeprefix(_LOCAL)
+    if not Path(local).is_dir():  # it may have been one
+        return Path(local).name if local != name or ':' not in name else name
+    try:
+        config = read_config(weights_folder(local))
+        return f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
+    except (FileNotFoundError, KeyError, RuntimeError):  # it has no tag, or has gone since
+        return Path(local).resolve().name
 
 
 def eval_transform(model: torch.nn.Module) -> Any:

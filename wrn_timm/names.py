@@ -1,0 +1,61 @@
+"""Names of files and classes, which can be nearly any bytes, where they are shown: on a terminal, in a table."""
+from __future__ import annotations
+
+import logging
+import re
+
+__all__ = ['as_cell', 'from_cell', 'is_utf8', 'printable', 'terminal_handler']
+
+# What a terminal obeys, turns the direction of a line or breaks it, and the bytes of a name that are not UTF-8.
+_UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
+_FORMULA = ('=', '+', '-', '@', '\t', '\r')
+
+
+def printable(text: object, lines: bool = False) -> str:
+    """A text with what must not be printed as Python writes it: `\\x1b`, `\\n`, `\\udce9`.
+
+    Args:
+        text: Anything, as `str` gives it.
+        lines: Leave newlines and tabs: a message of several lines.
+    """
+    return _UNPRINTABLE.sub(
+        lambda found: found[0] if lines and found[0] in '\n\t' else ascii(found[0])[1:-1], str(text))
+
+
+def is_utf8(path: object) -> bool:
+    """Whether a path is UTF-8; safetensors opens no other."""
+    return re.search('[\ud800-\udfff]', str(path)) is None
+
+
+class _PrintableLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
+
+
+def terminal_handler() -> logging.Handler:
+    """A handler that prints log messages, alone and printable, on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableLines())  # no handler of its own kind: tqdm puts another in its place
+    return handler
+
+
+def as_cell(name: str) -> str:
+    """A name as a cell of a CSV file: one that a spreadsheet would take for a formula has an apostrophe before it.
+
+    Numbers are none. `from_cell` is the way back.
+    """
+    return f"'{name}" if _is_formula(name) else name
+
+
+def from_cell(cell: str) -> str:
+    """The name that `as_cell` made a cell of."""
+    return cell[1:] if cell.startswith("'") and _is_formula(cell) else cell
+
+
+def _is_formula(text: str) -> bool:
+    text = text.lstrip("'")
+    try:
+        float(text)
+        return False
+    except ValueError:
+        return text.startswith(_FORMULA)

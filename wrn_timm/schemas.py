@@ -1,0 +1,175 @@
+"""What the JSON files that are read must hold: one check for each kind of file."""
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import reprlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ['check_config', 'check_detector', 'check_metrics', 'check_scan', 'check_shards', 'read_json']
+
+
+@dataclasses.dataclass(frozen=True)
+class _Field:
+    """What a value must be.
+
+    Attributes:
+        fits: Whether it is.
+        words: What it must be, in words.
+        missing: Whether the field may be left out.
+        null: Whether it may be null.
+    """
+    fits: Callable[[Any], bool]
+    words: str
+    missing: bool = True
+    null: bool = True
+
+    def but(self, **changes: bool) -> _Field:
+        """The same with other attributes."""
+        return dataclasses.replace(self, **changes)
+
+
+_Schema = Mapping[str, _Field]
+
+
+def read_json(file: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        file: The file.
+        check: That of its kind.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds no JSON, no object, or a field that does not fit; the file and the fault are named.
+    """
+    try:
+        found = json.loads(file.read_text(encoding='utf-8'))
+        if not isinstance(found, dict):
+            raise ValueError('it holds no JSON object')
+        check(found)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{file} is damaged: {e}') from e
+    return found
+
+
+def _check_fields(found: dict[str, Any], schema: _Schema, above: str = '') -> None:
+    """Refuse an object with a field that does not fit; fields that the schema does not name may be anything."""
+    for name, field in schema.items():
+        value = found.get(name)
+        if name not in found:
+            fault = '' if field.missing else 'missing'
+        elif value is None:
+            fault = '' if field.null else 'null'
+        else:
+            fault = '' if field.fits(value) else reprlib.repr(value)
+        if fault:
+            raise ValueError(f'its {above}{name} is {fault}; it must be {field.words}')
+
+
+def _number(low: float, high: float, whole: bool = False) -> _Field:
+    kinds = int if whole else (int, float)
+    return _Field(lambda v: isinstance(v, kinds) and not isinstance(v, bool) and low <= v <= high,
+                 f'a {"whole " * whole}number from {low:g} to {high:g}')
+
+
+def _list(field: _Field, words: str) -> _Field:
+    return _Field(lambda v: isinstance(v, list) and all(map(field.fits, v)), words)
+
+
+_TEXT = _Field(lambda v: isinstance(v, str), 'a text')
+_TEXTS = _list(_TEXT, 'a list of texts')
+_NAMES = _Field(lambda v: _TEXT.fits(v) or _TEXTS.fits(v), 'a name or a list of names')
+_LEFT_OUT = _Field(lambda v: False, 'left out')
+_OBJECT = _Field(lambda v: isinstance(v, dict), 'an object')
+_SHA256 = _Field(lambda v: isinstance(v, str) and re.fullmatch('[0-9a-f]{64}', v) is not None, '64 hexadecimal digits')
+_CLASSES = _number(0, 1_000_000, whole=True).but(null=False)
+_SIDE = _number(1, 4096, whole=True)
+_SIZE = _Field(lambda v: isinstance(v, list) and len(v) == 3 and all(map(_SIDE.fits, v)),
+              'channels, height and width, whole numbers from 1 to 4096')
+
+# Of `pretrained_cfg` in the `config.json` of a weights folder, what timm and this package read.
+_PRETRAINED_CFG: _Schema = {
+    'tag': _TEXT, 'license': _TEXT, 'num_classes': _CLASSES, 'label_names': _TEXTS,
+    'input_size': _SIZE.but(null=False), 'test_input_size': _SIZE, 'min_input_size': _SIZE,
+    'fixed_input_size': _Field(lambda v: isinstance(v, bool), 'true or false'),
+    'mean': _list(_number(-1000, 1000), 'a list of numbers from -1000 to 1000'),
+    'std': _list(_number(1e-6, 1000), 'a list of numbers from 1e-06 to 1000'),
+    'interpolation': _Field(
+        lambda v: v in ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos', 'random'),
+        'nearest, bilinear, bicubic, box, hamming, lanczos or random'),
+    'crop_pct': _number(0.1, 2), 'test_crop_pct': _number(0.1, 2), 'crop_mode': _TEXT,
+    'label_offset': _number(0, 1000, whole=True), 'first_conv': _NAMES, 'classifier': _NAMES,
+    'state_dict': _LEFT_OUT,
+}
+
+_MODEL_ARGS: _Schema = {
+    'num_classes': _CLASSES, 'in_chans': _number(1, 64, whole=True), 'drop_rate': _number(0, 1),
+    'drop_path_rate': _number(0, 1), 'features_only': _LEFT_OUT,
+}
+_CONFIG: _Schema = {
+    'architecture': _TEXT.but(null=False), 'num_classes': _CLASSES, 'label_names': _TEXTS, 'sha256': _SHA256,
+    'model_args': _OBJECT.but(null=False), 'pretrained_cfg': _OBJECT.but(null=False),
+}
+_DETECTOR: _Schema = {
+    'detect': _OBJECT.but(missing=False, null=False), 'sha256': _SHA256,
+    'classes': _Field(lambda v: _TEXTS.fits(v) and len(v) > 0, 'a list of the names of the classes', False, False),
+}
+_SCAN: _Schema = {
+    'split': _TEXT, 'bad': _TEXTS, 'summary': _TEXTS,
+    'leaks': _list(_Field(lambda v: _TEXTS.fits(v) and len(v) == 2, ''), 'a list of pairs of paths'),
+}
+_SHARD: _Schema = {
+    'name': _Field(
+        lambda v: isinstance(v, str) and re.fullmatch(r'shard-\d+', v) is not None, 'shard-0000', False, False),
+    'sha256': _SHA256.but(missing=False, null=False),
+}
+_METRICS: _Schema = {'top1': _number(0, 100)}
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse a `config.json` of a weights folder whose parts do not fit or do not agree.
+
+    Raises:
+        ValueError: A field does not fit (named, with what it must be), or there are not as many names as classes, or
+            means as channels. So do the other checks.
+    """
+    _check_fields(config, _CONFIG)
+    _check_fields(config.get('model_args', {}), _MODEL_ARGS, 'model_args.')
+    cfg = config.get('pretrained_cfg', config)  # older ones have all at the top
+    _check_fields(cfg, _PRETRAINED_CFG, 'pretrained_cfg.' * ('pretrained_cfg' in config))
+    classes = config.get('num_classes', cfg.get('num_classes'))
+    names = config.get('label_names', cfg.get('label_names'))
+    if names and classes and len(names) != classes:
+        raise ValueError(f'it names {len(names)} classes; its num_classes is {classes}')
+    channels = cfg.get('input_size', (3,))[0]
+    for name in ('mean', 'std'):
+        if cfg.get(name) and len(cfg[name]) not in (1, channels):
+            raise ValueError(f'its {name} has {len(cfg[name])} values; its input_size has {channels} channels')
+
+
+def check_detector(found: dict[str, Any]) -> None:
+    """Refuse a `detector.json` that is none of a finished detector."""
+    _check_fields(found, _DETECTOR)
+
+
+def check_scan(found: dict[str, Any]) -> None:
+    """Refuse a `scan.json` that is none of a fine-tuning run."""
+    _check_fields(found, _SCAN)
+
+
+def check_shards(found: dict[str, Any]) -> None:
+    """Refuse a `shards.json` that is none of a run in shards."""
+    rows = found.get('shards')
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError('its shards is no list of objects')
+    for i, row in enumerate(rows):
+        _check_fields(row, _SHARD, f'shards[{i}].')
+
+
+def check_metrics(found: dict[str, Any]) -> None:
+    """Refuse a `metrics.json` whose accuracy is none."""
+    _check_fields(found, _METRICS)
