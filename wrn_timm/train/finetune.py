@@ -35,6 +35,7 @@ from ..data.splits import (
 from ..files import atomic_write
 from .devices import accelerator_on
 from .fit import BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
+from .linear import LinearFit
 from .metrics import classification_metrics
 from .probe import extract_features, summarise
 from .recipes import FinetuneConfig
@@ -91,6 +92,9 @@ def finetune(
     """
     started = time.monotonic()
     _check_policy(config.auto_augment)
+    if unused := config.unused():
+        _logger.warning('the classifier alone is fitted to features, without %s; --no-cache trains it by epochs',
+                        ', '.join(unused))
     accelerator = make_accelerator(config, device)
     main = accelerator.is_main_process
     model = build_model(config)
@@ -101,11 +105,10 @@ def finetune(
     model.reset_classifier(len(classes))
     model.to(accelerator.device, memory_format=torch.channels_last)
     transforms, cfg = preprocessing(config, model, name, classes)
-    find = config.batch_size == 'auto'
+    find = config.batch_size == 'auto' and not config.cached
     if find:
         most = max(8, min(256, len(split.train) // _LEAST_STEPS // accelerator.num_processes))
         config = dataclasses.replace(config, batch_size=_find_batch_size(model, cfg['input_size'], accelerator, most))
-    config = dataclasses.replace(config, lr=config.lr or (1. if config.cached else 0.05))
     _logger.info('%d classes, %d files to train on, %d to choose the epoch by, %d to test on; %s at %d px on %s',
                  len(classes), len(split.train), len(split.holdout or ()), len(split.test), config.model,
                  cfg['input_size'][-1], accelerator.device)
@@ -142,7 +145,8 @@ def finetune(
                      progress=progress)
     metrics = classification_metrics(result.logits, result.labels, classes) | {
         'dataset': name, 'split': found.get('split'), 'input_size': cfg['input_size'][-1],
-        'best_epoch': fitted.best_epoch(), 'epochs': len(fitted.history), 'stopped': fitted.stopped,
+        'best_epoch': fitted.best_epoch(), **({'penalty': fitted.penalty} if config.cached else {}),
+        'epochs': len(fitted.history), 'stopped': fitted.stopped,
         'train_files': len(split.train), 'holdout_files': len(split.holdout or ()),
         'leaks': found.get('leaks', []), 'skipped': [*found.get('bad', []), *fitted.bad, *result.bad],
         'train_seconds': round(train_seconds, 1),
@@ -164,8 +168,8 @@ def _room(config: FinetuneConfig, model: torch.nn.Module) -> int:
     def size(module: torch.nn.Module) -> int:
         return sum(t.nbytes for t in module.state_dict().values())
 
-    fitted = size(model.get_classifier() if config.cached else model)
-    return 2 * size(model) + 4 * fitted * (3 if config.ema_decay else 2)  # momentum too
+    checkpoint = 0 if config.cached else size(model) * (3 if config.ema_decay else 2)  # momentum too
+    return 2 * size(model) + 4 * checkpoint
 
 
 def _open_run(
@@ -211,12 +215,15 @@ def _train(
     """
     workers, progress, bad = kwargs['workers'], kwargs['progress'], []
     holdout = split.holdout.as_dataset(transforms['test']) if split.holdout else None
+    class_weights = _balance(split.train) if config.class_weights else None
     if config.cached:
-        network, way, mix = model.get_classifier(), 'all', None
         train, holdout = (dataset and _keep(extract_features(model, dataset, accelerator, workers, progress), bad)
                           for dataset in (split.train.as_dataset(transforms['test']), holdout))
+        linear = LinearFit(train, holdout, len(split.train.classes), class_weights, config.seed, accelerator.device)
+        network = model.get_classifier()
+        fitted = _fit_classifier(network, linear, run, kwargs['deadline'], kwargs['on_epoch'])
     else:
-        network, way = model, config.train
+        network = model
         mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
                     num_classes=len(split.train.classes)) if config.mixup or config.cutmix else None
         room = len(holdout or ()) * 3 * size ** 2 * 4
@@ -225,9 +232,40 @@ def _train(
             holdout = _keep(predict(torch.nn.Identity(), holdout, accelerator, workers=workers), bad)
             memory -= room
         train = training_set(config, split, transforms['train'], size, memory)
-    fitted = fit(network, train, holdout, config, run, accelerator, way=way, mix=mix,
-                 class_weights=_balance(split.train) if config.class_weights else None, **kwargs)
+        fitted = fit(network, train, holdout, config, run, accelerator, way=config.train, mix=mix,
+                     class_weights=class_weights, **kwargs)
     return network, dataclasses.replace(fitted, bad=[*bad, *fitted.bad])
+
+
+def _fit_classifier(
+        classifier: torch.nn.Linear,
+        linear: LinearFit,
+        run: RunDir,
+        deadline: float,
+        on_epoch: Callable[[dict[str, float]], None] | None,
+) -> Fitted:
+    """Fit the classifier to features: in a run's terms an epoch is a penalty, and both `last/` and `best/` the best's.
+    """
+    began, history, stopped = time.monotonic(), [], ''
+    for row, _ in linear.path():
+        seconds = round(time.monotonic() - began, 1)
+        history.append({'epoch': len(history) + 1, **row, 'seconds': seconds})
+        if run.write:
+            run.log('penalty %.0e  loss %.3f  held-out accuracy %5.1f %%  %.0f s', row['penalty'], row['train_loss'],
+                    row['holdout_accuracy'], seconds)
+            if on_epoch:
+                on_epoch(history[-1])
+        if time.monotonic() > deadline:
+            stopped = 'the time budget'
+            break
+    best = max(history, key=lambda row: row['holdout_accuracy'])
+    weight, bias = linear.weight(best['penalty'])
+    with torch.no_grad():
+        classifier.weight.copy_(weight)
+        if classifier.bias is not None:
+            classifier.bias.copy_(bias)
+    run.write_history(history)
+    return Fitted(classifier, history, [], stopped, penalty=best['penalty'])
 
 
 def _keep(found: Predictions, bad: list[str]) -> Features:
@@ -336,6 +374,9 @@ def build_model(config: FinetuneConfig) -> torch.nn.Module:
     own = model.pretrained_cfg.get('input_size', (0,))[-1]
     if model.pretrained_cfg.get('fixed_input_size') and config.input_size not in (0, own):
         raise ValueError(f'{config.model} takes images of {own} px alone; leave out --input-size')
+    if config.cached and not isinstance(model.get_classifier(), torch.nn.Linear):
+        raise ValueError(f'the classifier of {config.model} is no linear layer, which train head fits to features; add '
+                         f'--no-cache, or train all')
     return model
 
 
@@ -441,9 +482,9 @@ def finetune_seeds(
     Several runs leave `out/metrics.json` with the same as is returned, but `runs`.
 
     Returns:
-        `way`, `dataset`, `protocol`, `input_size`, `epochs`, `stem`, `seeds`, `seconds` of all, `settings` (the fields
-        of `config` that are not the default), `runs` (their metrics), and of `top1`, `mean_per_class` and `ece` the
-        `mean`, the sample standard deviation `std` and the `values`.
+        `way`, `dataset`, `protocol`, `input_size`, `epochs` (where there are any), `stem`, `seeds`, `seconds` of all,
+        `settings` (the fields of `config` that are not the default), `runs` (their metrics), and of `top1`,
+        `mean_per_class` and `ece` the `mean`, the sample standard deviation `std` and the `values`.
 
     Raises:
         What `finetune` raises; the runs that ended are kept. With `resume` they are passed by.
@@ -461,7 +502,8 @@ def finetune_seeds(
     runs = [finetune(own, data, folder, **kwargs | {'resume': resume}) for own, folder, resume in planned]
     summary = {
         'way': config.train if config.pretrained else 'from scratch', 'dataset': runs[0]['dataset'],
-        'protocol': runs[0]['split'], 'input_size': runs[0]['input_size'], 'epochs': config.epochs,
+        'protocol': runs[0]['split'], 'input_size': runs[0]['input_size'],
+        **({} if config.cached else {'epochs': config.epochs}),
         'stem': config.stem, 'seeds': seeds,
         'seconds': round(sum(run['seconds'] for run in runs), 1),
         'settings': {f.name: getattr(config, f.name) for f in dataclasses.fields(config)

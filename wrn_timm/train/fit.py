@@ -190,19 +190,23 @@ class Fitted:
 
     Attributes:
         network: The last epoch's weights, averaged ones where they are asked for.
-        history: A line an epoch.
+        history: A line an epoch, or a penalty of the classifier on cached features.
         bad: Why files could not be read while training went on.
         stopped: Why it ended before the last epoch; '' if it did not.
         earlier: Seconds of it that a run it goes on with took.
+        penalty: Of the classifier on cached features; 0 for other ways.
     """
     network: torch.nn.Module
     history: list[dict[str, float]]
     bad: list[str]
     stopped: str = ''
     earlier: float = 0.
+    penalty: float = 0.
 
     def best_epoch(self) -> int:
         """The epoch most accurate on the held-out files (the later of equals), or the last where there are none."""
+        if self.penalty:
+            return next(row['epoch'] for row in self.history if row['penalty'] == self.penalty)
         return max(self.history, key=lambda row: (row.get('holdout_accuracy', 0), row['epoch']))['epoch']
 
 
