@@ -34,7 +34,7 @@ from wrn_timm.data.splits import make_split
 from wrn_timm.hub import check_golden
 from wrn_timm.train import finetune as ft
 from wrn_timm.train.devices import accelerator_on
-from wrn_timm.train.fit import Features, _Unfreezing, largest_batch, make_loader, predict
+from wrn_timm.train.fit import Features, Fitted, _Unfreezing, largest_batch, make_loader, predict
 from wrn_timm.train.linear import LinearFit, fit_linear
 from wrn_timm.train.probe import extract_features, knn, probe
 from wrn_timm.train.recipes import FinetuneConfig
@@ -82,14 +82,33 @@ def test_run_directory(run):
     with open(run / 'history.csv') as f:
         history = list(csv.DictReader(f))
     assert len(history) == 10
-    best = max(history, key=lambda row: (float(row['holdout_accuracy']), int(row['epoch'])))
-    assert metrics['best_epoch'] == int(best['epoch'])
+    assert metrics['best_epoch'] == 10 and metrics['chosen_by'] == 'the end of the schedule'  # six files are held out
+    assert weights_of(run, 'best') == weights_of(run)
     for name in ('curves.png', 'confusion.png', 'wrong.png', 'predictions.png'):
         with Image.open(run / name) as picture:
             assert min(picture.size) > 100
     with open(run / 'split.csv') as f:
         parts = [row['part'] for row in csv.DictReader(f)]
     assert {p: parts.count(p) for p in set(parts)} == {'train': 18, 'holdout': 6, 'test': 12}
+
+
+def test_a_hundred_files_choose_the_epoch_and_fewer_do_not():
+    history = [{'epoch': 1, 'holdout_accuracy': 60.}, {'epoch': 2, 'holdout_accuracy': 70.},
+               {'epoch': 3, 'holdout_accuracy': 65.}]
+    assert [Fitted(None, history, [], last=last).best_epoch() for last in (False, True)] == [2, 3]
+
+
+@pytest.mark.parametrize('enough', [6, 7])
+def test_the_epoch_is_chosen_where_enough_files_are_held_out(weights, photographs, tmp_path, monkeypatch, enough):
+    """Six files are; where six are enough, the most accurate epoch is in `best/`, the last of a high rate is not it."""
+    monkeypatch.setattr('wrn_timm.train.fit.ENOUGH_TO_CHOOSE', enough)
+    assert tune(photographs, weights, tmp_path / 'run', '--epochs', '4', '--holdout', '0.2', '--lr', '0.3',
+                '--schedule', 'step') == 0
+    history = list(csv.DictReader((tmp_path / 'run' / 'history.csv').read_text().splitlines()))
+    best = max(history, key=lambda row: (float(row['holdout_accuracy']), int(row['epoch'])))
+    metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
+    assert metrics['best_epoch'] == (int(best['epoch']) if enough == 6 else 4)
+    assert (weights_of(tmp_path / 'run', 'best') == weights_of(tmp_path / 'run')) == (metrics['best_epoch'] == 4)
 
 
 def test_figures_are_those_of_the_best_weights_on_the_test_files(run, photographs):
@@ -151,7 +170,7 @@ def test_card_of_a_fine_tuned_run(run, photographs, tmp_path):
     assert json.loads((folder / 'metrics.json').read_text())['split'] == 'all files'
     card = (folder / 'README.md').read_text()
     assert 'python scripts/finetune.py --model' in card
-    assert 'weights of the epoch most accurate on files held out of training' in card
+    assert 'weights of the last epoch' in card
     assert check_golden(folder) < 1e-5
 
 
@@ -283,7 +302,7 @@ def test_the_classifier_alone_is_fitted_without_a_learning_rate(weights, photogr
     files = ImageFiles.of([(str(photographs / row['path']), row['label']) for row in rows])
     found = extract_features(model, files.as_dataset(eval_transform(model)), Accelerator(cpu=True))
     scale = (found.logits - found.logits.mean(0)).square().mean().sqrt()
-    loss = F.cross_entropy(model.fc(found.logits), found.labels)
+    loss = F.cross_entropy(model.fc(found.logits), found.labels, label_smoothing=0.1)
     loss = loss + metrics['penalty'] / 2 * (scale * model.fc.weight).square().sum()
     assert max(g.abs().max() for g in torch.autograd.grad(loss, tuple(model.fc.parameters()))) < 1e-3
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from timm.data import Mixup, create_transform, resolve_model_data_config
 from timm.utils import random_seed
@@ -34,7 +36,7 @@ from ..data.splits import (
 )
 from ..files import atomic_write
 from .devices import accelerator_on
-from .fit import BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
+from .fit import ENOUGH_TO_CHOOSE, BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
 from .linear import LinearFit
 from .metrics import classification_metrics
 from .probe import extract_features, summarise
@@ -109,10 +111,13 @@ def finetune(
     if find:
         most = max(8, min(256, len(split.train) // _LEAST_STEPS // accelerator.num_processes))
         config = dataclasses.replace(config, batch_size=_find_batch_size(model, cfg['input_size'], accelerator, most))
-    _logger.info('%d classes, %d files to train on, %d to choose the epoch by, %d to test on; %s at %d px on %s',
+    _logger.info('%d classes, %d files to train on, %d held out, %d to test on; %s at %d px on %s',
                  len(classes), len(split.train), len(split.holdout or ()), len(split.test), config.model,
                  cfg['input_size'][-1], accelerator.device)
 
+    if not config.cached and 0 < len(split.holdout or ()) < ENOUGH_TO_CHOOSE:
+        _logger.info('the %d files held out are too few to choose the epoch by (one is %.1f points), so the last '
+                     'counts; with --holdout 0 they are trained on too', len(split.holdout), 100 / len(split.holdout))
     train_began = time.monotonic()
     before = copy.deepcopy(model.state_dict()) if find else {}
     while True:
@@ -145,7 +150,8 @@ def finetune(
                      progress=progress)
     metrics = classification_metrics(result.logits, result.labels, classes) | {
         'dataset': name, 'split': found.get('split'), 'input_size': cfg['input_size'][-1],
-        'best_epoch': fitted.best_epoch(), **({'penalty': fitted.penalty} if config.cached else {}),
+        'best_epoch': fitted.best_epoch(), 'chosen_by': _chosen_by(config, fitted, split),
+        **({'penalty': fitted.penalty} if config.cached else {}),
         'epochs': len(fitted.history), 'stopped': fitted.stopped,
         'train_files': len(split.train), 'holdout_files': len(split.holdout or ()),
         'leaks': found.get('leaks', []), 'skipped': [*found.get('bad', []), *fitted.bad, *result.bad],
@@ -157,6 +163,13 @@ def finetune(
         _finish(run, metrics, best, split.test, result, transform, found)
     accelerator.wait_for_everyone()
     return metrics
+
+
+def _chosen_by(config: FinetuneConfig, fitted: Fitted, split: Split) -> str:
+    """What decided which weights are in `best/`."""
+    if config.cached:
+        return 'files that the classifier was not fitted to'
+    return 'the end of the schedule' if fitted.last or not split.holdout else 'held-out files'
 
 
 def _settings(config: FinetuneConfig, data: str) -> dict[str, Any]:
@@ -219,7 +232,10 @@ def _train(
     if config.cached:
         train, holdout = (dataset and _keep(extract_features(model, dataset, accelerator, workers, progress), bad)
                           for dataset in (split.train.as_dataset(transforms['test']), holdout))
-        linear = LinearFit(train, holdout, len(split.train.classes), class_weights, config.seed, accelerator.device)
+        loss = functools.partial(
+            F.cross_entropy, label_smoothing=config.label_smoothing,
+            weight=None if class_weights is None else class_weights.to(accelerator.device))
+        linear = LinearFit(train, holdout, len(split.train.classes), loss, config.seed, accelerator.device)
         network = model.get_classifier()
         fitted = _fit_classifier(network, linear, run, kwargs['deadline'], kwargs['on_epoch'])
     else:
@@ -449,7 +465,7 @@ def _export(
     """Write `last/` and `best/`. `network` is what was fitted: the model or its classifier."""
     network.load_state_dict(fitted.network.state_dict())
     export_weights(model, run.path / 'last', cfg, model_args=model_args)
-    if best := run.load_best():
+    if not fitted.last and (best := run.load_best()):
         network.load_state_dict(best['ema'] or best['model'])
     export_weights(model, run.path / 'best', cfg, model_args=model_args)
 

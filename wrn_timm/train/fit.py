@@ -27,8 +27,10 @@ from .metrics import predict_logits
 from .recipes import FinetuneConfig
 from .rundir import RunDir, is_best
 
-__all__ = ['BatchTooLarge', 'Features', 'Fitted', 'Predictions', 'fit', 'largest_batch', 'make_loader', 'predict']
+__all__ = ['ENOUGH_TO_CHOOSE', 'BatchTooLarge', 'Features', 'Fitted', 'Predictions', 'fit', 'largest_batch',
+           'make_loader', 'predict']
 
+ENOUGH_TO_CHOOSE = 100  # held-out files, to choose the epoch by; with fewer a file is more than epochs differ
 _SECONDS_BETWEEN_DRAWINGS = 30
 _SHARE_OF_SAVING = 10  # of the time, at most one part is spent on checkpoints
 
@@ -195,6 +197,7 @@ class Fitted:
         stopped: Why it ended before the last epoch; '' if it did not.
         earlier: Seconds of it that a run it goes on with took.
         penalty: Of the classifier on cached features; 0 for other ways.
+        last: Whether the last epoch is the one to take, whatever the held-out files say.
     """
     network: torch.nn.Module
     history: list[dict[str, float]]
@@ -202,11 +205,14 @@ class Fitted:
     stopped: str = ''
     earlier: float = 0.
     penalty: float = 0.
+    last: bool = False
 
     def best_epoch(self) -> int:
-        """The epoch most accurate on the held-out files (the later of equals), or the last where there are none."""
+        """The epoch most accurate on the held-out files (the later of equals), or the last where they do not choose."""
         if self.penalty:
             return next(row['epoch'] for row in self.history if row['penalty'] == self.penalty)
+        if self.last:
+            return self.history[-1]['epoch']
         return max(self.history, key=lambda row: (row.get('holdout_accuracy', 0), row['epoch']))['epoch']
 
 
@@ -264,7 +270,7 @@ def fit(
     Args:
         network: On the accelerator's device.
         train: Of (image, label).
-        holdout: Measured every epoch, to choose the epoch by; None for none.
+        holdout: Measured every epoch, to choose the epoch by where there are a hundred; None for none.
         config: How.
         run: Where checkpoints and history go.
         accelerator: Device, precision, processes and accumulation; it shares each batch among the processes.
@@ -396,7 +402,8 @@ def fit(
         parameter.requires_grad_(True)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
-    return Fitted(measured, state.history, gather_object(bad) if world > 1 else bad, stopped, earlier)
+    few = len(holdout or ()) < ENOUGH_TO_CHOOSE and not stopped  # before its end no epoch is the schedule's best
+    return Fitted(measured, state.history, gather_object(bad) if world > 1 else bad, stopped, earlier, last=few)
 
 
 @dataclasses.dataclass

@@ -3,15 +3,16 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 from .fit import Features
 
-__all__ = ['LinearFit', 'fit_linear']
+__all__ = ['LinearFit', 'Loss', 'fit_linear']
 
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 PENALTIES = tuple(10 ** (1 - i / 2) for i in range(13))  # from the strongest, 10, to 1e-5
 _FOLDS = 5
 _ENOUGH = 1000  # held-out files; fewer tell the penalties apart less well than all files do by turns
@@ -24,7 +25,7 @@ def fit_linear(
         classes: int,
         penalty: float,
         start: torch.Tensor | None = None,
-        class_weights: torch.Tensor | None = None,
+        loss: Loss = F.cross_entropy,
 ) -> torch.Tensor:
     """Multinomial logistic regression by L-BFGS: the loss only falls, from that of chance where no start is given.
 
@@ -32,9 +33,9 @@ def fit_linear(
         features: (N, C).
         labels: (N,).
         classes: Number of classes.
-        penalty: Of half the squared weights, the bias left out, beside the mean cross-entropy.
+        penalty: Of half the squared weights, the bias left out, beside the loss.
         start: Where to begin.
-        class_weights: (classes,), of the cross-entropy.
+        loss: Convex, of logits and labels.
 
     Returns:
         (classes, C + 1): weights and, last, the bias.
@@ -46,10 +47,9 @@ def fit_linear(
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(_apply(weight, features), labels, class_weights)
-        loss = loss + penalty / 2 * weight[:, :-1].square().sum()
-        loss.backward()
-        return loss
+        total = loss(_apply(weight, features), labels) + penalty / 2 * weight[:, :-1].square().sum()
+        total.backward()
+        return total
 
     optimizer.step(closure)
     return weight.detach()
@@ -70,7 +70,7 @@ class LinearFit:
         train: Features (N, C) and labels.
         holdout: The same of held-out files; None for none.
         classes: Number of classes.
-        class_weights: (classes,), of the loss.
+        loss: As in `fit_linear`.
         seed: Of the folds.
         device: Where it is computed.
 
@@ -87,7 +87,7 @@ class LinearFit:
             train: Features,
             holdout: Features | None,
             classes: int,
-            class_weights: torch.Tensor | None = None,
+            loss: Loss = F.cross_entropy,
             seed: int = 0,
             device: torch.device | str = 'cpu',
     ):
@@ -99,8 +99,7 @@ class LinearFit:
         self._mean = features.mean(0)
         self._scale = (features - self._mean).square().mean().sqrt().clamp(min=1e-6)
         self._features = (features - self._mean) / self._scale
-        self._classes = classes
-        self._class_weights = class_weights if class_weights is None else class_weights.to(device)
+        self._classes, self._loss = classes, loss
         given = len(features) - len(train) >= _ENOUGH
         self.folds = [tuple(torch.arange(len(features)).split([len(train), len(features) - len(train)]))] if given \
             else _folds(self._labels.tolist(), seed)
@@ -119,7 +118,7 @@ class LinearFit:
             for i, (known, asked) in enumerate(self.folds):
                 features, labels = self._features[known], self._labels[known]
                 weights[i] = self._fit(features, labels, penalty, weights[i])
-                losses.append(F.cross_entropy(_apply(weights[i], features), labels, self._class_weights).item())
+                losses.append(self._loss(_apply(weights[i], features), labels).item())
                 logits.append(_apply(weights[i], self._features[asked]).cpu())
             logits = torch.cat(logits)
             accuracy = 100 * (logits.argmax(1) == self.labels).float().mean().item()
@@ -136,7 +135,7 @@ class LinearFit:
         return weight, bias - weight @ self._mean
 
     def _fit(self, features, labels, penalty, start=None) -> torch.Tensor:
-        return fit_linear(features, labels, self._classes, penalty, start, self._class_weights)
+        return fit_linear(features, labels, self._classes, penalty, start, self._loss)
 
 
 def _folds(labels: list[int], seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

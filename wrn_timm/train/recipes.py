@@ -109,7 +109,8 @@ class FinetuneConfig:
     """Where the data is not split already: first30, random30 (files a class to train on), 70-30 (per cent), or the
     split.csv of another run."""
     holdout: float = 0.1
-    """Share of the training files that the epoch is chosen by; 0 trains on all and takes the last epoch."""
+    """Share of the training files held out to choose the epoch by. Fewer than 100 files are too few to choose: the last
+    epoch counts, as with 0, which trains on all."""
     parts: tuple[str, ...] = ('train', 'validation')
     """What timm's named data sets call the parts to train on, to choose the epoch by (if there are three) and to test
     on."""
@@ -195,7 +196,7 @@ class FinetuneConfig:
     def unused(self) -> list[str]:
         """Fields that were set and that change nothing: the classifier on features needs none of SGD's."""
         of_sgd = ('epochs', 'batch_size', 'accumulate', 'opt', 'lr', 'momentum', 'weight_decay', 'layer_decay',
-                  'schedule', 'warmup_epochs', 'label_smoothing', 'ema_decay', 'patience', 'min_scale', 'color_jitter',
+                  'schedule', 'warmup_epochs', 'ema_decay', 'patience', 'min_scale', 'color_jitter',
                   'auto_augment', 'random_erase', 'mixup', 'cutmix')
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         return [name for name in of_sgd if self.cached and getattr(self, name) != defaults[name]]
