@@ -10,15 +10,20 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import dataclasses
+import inspect
+import itertools
 import json
 import logging
 import math
 import os
+import re
 import shlex
 import signal
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -36,6 +41,21 @@ from wrn_timm.train.rundir import check_place
 from wrn_timm.train.transfer import record_transfer, transfer_folder
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
+
+PURPOSES = {  # the options as --help shows them
+    'The options that matter first': (
+        'data', 'out', 'model', 'train', 'epochs', 'input_size', 'lr', 'batch_size', 'split', 'seeds', 'probe',
+        'resume'),
+    'Data': ('holdout', 'parts', 'num_classes', 'nested', 'download', 'on_bad'),
+    'Network': ('pretrained', 'stem', 'cache'),
+    'Optimisation': (
+        'accumulate', 'opt', 'momentum', 'weight_decay', 'layer_decay', 'schedule', 'warmup_epochs', 'label_smoothing',
+        'class_weights', 'ema_decay', 'patience', 'seed'),
+    'Augmentation': (
+        'augment', 'min_scale', 'color_jitter', 'auto_augment', 'random_erase', 'mixup', 'cutmix'),
+    'Machine': ('device', 'precision', 'workers', 'image_memory', 'time_budget'),
+    'Output': ('record', 'messages', 'traceback'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +91,29 @@ class Command:
     """What is printed: lines and a progress bar, a JSON object a line, or errors alone."""
     traceback: bool = False
     """Show where an error arose."""
+
+
+def help_text() -> str:
+    """What --help shows: the options by purpose, each with the docstring of its field."""
+    fields: dict[str, tuple[Any, str]] = {}
+    for owner in (FinetuneConfig, Command):
+        body = ast.parse(inspect.getsource(owner)).body[0].body
+        text = {a.target.id: b.value.value for a, b in itertools.pairwise(body)
+                if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
+        fields |= {f.name: (f, text[f.name]) for f in dataclasses.fields(owner) if f.name in text}
+    lines = [__doc__.strip()]
+    for purpose, names in PURPOSES.items():
+        lines += ['', f'{purpose}:']
+        for field, text in map(fields.__getitem__, names):
+            name, default, kind = field.name.replace('_', '-'), field.default, str(field.type)
+            choices = '|'.join(re.findall(r"'([^']+)'", kind)) if kind.startswith('Literal') else ''
+            value = f' {choices or name.rpartition("-")[2].upper()}' + ' ...' * kind.startswith('tuple')
+            shown = ' '.join(map(str, default)) if isinstance(default, tuple) else 'yes' if default is True else default
+            told = shown not in ('', False, math.inf, str(SAMPLE))
+            lines += [f'  --{"[no-]" * (default is True)}{name}{value * (kind != "bool")}',
+                      *textwrap.wrap(' '.join(text.split()) + f' (default: {shown})' * told, 112,
+                                     initial_indent=' ' * 6, subsequent_indent=' ' * 6)]
+    return '\n'.join(lines)
 
 
 def defaults(argv: list[str]) -> Command:
@@ -192,6 +235,9 @@ def main(argv: list[str] | None = None) -> int:
     main_process = os.environ.get('RANK', '0') == '0'
     try:
         argv = sys.argv[1:] if argv is None else argv
+        if {'-h', '--help'} & set(argv):
+            print(help_text())
+            return 0
         command = tyro.cli(Command, args=argv, prog='finetune.py', description=__doc__, default=defaults(argv))
         logging.basicConfig(format='%(message)s', force=True, level=logging.INFO)
         logging.getLogger().setLevel(logging.INFO if command.messages == 'text' and main_process else logging.ERROR)

@@ -34,7 +34,7 @@ from wrn_timm.data.splits import make_split
 from wrn_timm.hub import check_golden
 from wrn_timm.train import finetune as ft
 from wrn_timm.train.devices import accelerator_on
-from wrn_timm.train.fit import Features, Fitted, _Unfreezing, largest_batch, make_loader, predict
+from wrn_timm.train.fit import Features, Fitted, _Unfreezing, duration, largest_batch, make_loader, predict
 from wrn_timm.train.linear import LinearFit, fit_linear
 from wrn_timm.train.probe import extract_features, knn, probe
 from wrn_timm.train.recipes import FinetuneConfig
@@ -188,6 +188,66 @@ def test_published_and_loaded_by_the_same_command_as_ours(run, hub, tmp_path, ca
     x = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(model(x), local(x))
     assert model.pretrained_cfg['label_names'] == ['ketch', 'pizza', 'sunflower']
+
+
+def test_photographs_far_larger_than_the_input_are_told_of(weights, tmp_path, caplog):
+    """With the multiply-adds of the table of models: WRN-18-1 at 224 px 1.81 G, WRN-16-1 at 32 px 0.03 G."""
+    model = timm.create_model('wrn16_1')
+    advice = ft.size_advice(model, 32, 2592)
+    assert '2592 px' in advice and '--input-size 128 takes 16 times' in advice and '--model wrn18_1.a1_in1k' in advice
+    assert int(re.search(r'224 px\) takes (\d+) times', advice)[1]) == pytest.approx(1.81 / 0.0273, rel=0.1)
+    assert not ft.size_advice(model, 32, 255) and not ft.size_advice(model, 32, 0)
+    assert '--model' not in ft.size_advice(timm.create_model('wrn18_1', device='meta'), 224, 2592)
+    for name in CLASSES:
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        for i in range(4):
+            Image.effect_noise((300, 280), 50 + i).save(tmp_path / 'data' / name / f'{i}.jpg')
+    caplog.set_level('WARNING')
+    ft.finetune(FinetuneConfig(model=weights, train='head'), tmp_path / 'data', tmp_path / 'run')
+    assert 'have 280 px or more on their shorter side, and the network sees 32' in caplog.text
+
+
+def test_what_is_about_to_happen_and_how_long_it_takes_is_said(weights, photographs, tmp_path, caplog):
+    caplog.set_level('INFO')
+    ft.finetune(FinetuneConfig(model=weights, epochs=4, batch_size=3), photographs, tmp_path / 'run', progress=False)
+    text = caplog.text
+    assert 'wrn16_1.test at 32 px on cpu: 4 epochs, 3 files a step' in text
+    assert 'the 3 files held out are too few to choose the epoch by (one is 33.3 points)' in text
+    assert text.index('4 epochs, 3 files') < text.index('seconds to go') < text.index('epoch  1/4')
+    assert text.count('to go, besides') == 1
+
+
+def test_time_is_told_as_people_say_it():
+    assert [duration(s) for s in (3, 89, 90, 5399, 5400, 36000)] == [
+        '3 seconds', '89 seconds', '2 minutes', '90 minutes', '1.5 hours', '10.0 hours']
+
+
+def test_help_shows_every_option_by_purpose_twelve_first(capsys):
+    assert finetune_script.main(['--help']) == 0
+    text = capsys.readouterr().out
+    shown = re.findall(r'^  --(?:\[no-\])?([a-z-]+)', text, flags=re.M)
+    fields = {f.name.replace('_', '-') for c in (finetune_script.Command, FinetuneConfig)
+              for f in dataclasses.fields(c)} - {'config'}
+    assert len(shown) == len(set(shown)) and set(shown) == fields
+    assert len(finetune_script.PURPOSES['The options that matter first']) == 12
+    assert text.index('matter first:') < text.index('--input-size') < text.index('Optimisation:') < text.index('--mom')
+    assert 'Peak learning rate of the last layers. (default: 0.05)' in text and str(ROOT) not in text
+
+
+def test_predict_csv_with_several_answers_and_without_a_model(run, capsys):
+    images = [str(SAMPLE / 'pizza' / f'image_00{i}.jpg') for i in ('20', '04')]
+    options = ['--device', 'cpu', '--csv', '--top-k', '2']
+    assert predict_script.main(['--model', str(run), *options, *images, 'gone.jpg']) == 1
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert list(rows[0]) == ['image', 'label', 'probability', 'label_2', 'probability_2', 'error']
+    for row in rows[:2]:
+        assert {row['label'], row['label_2']} < set(CLASSES) and not row['error']
+        assert float(row['probability']) >= float(row['probability_2'])
+    assert rows[2]['error'] == 'gone.jpg is not there' and not rows[2]['label_2']
+    assert predict_script.main([*options, images[0]]) == 0
+    answer = capsys.readouterr()
+    assert 'no --model is given: wrn16_1.cifar10 answers, which knows airplane, ' in answer.err
+    assert len(answer.out.splitlines()) == 2
 
 
 def test_predict_files_folders_and_lists(run, capsys, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataPara
 from timm.data import Mixup, create_transform, resolve_model_data_config
 from timm.utils import random_seed
 from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine, some
 from ..data.named import NamedImages, is_named
@@ -46,10 +48,12 @@ from .rundir import RunDir, check_place, environment, export_weights
 from .validate import eval_transform, open_model, source_of
 
 __all__ = ['build_model', 'finetune', 'finetune_seeds', 'make_accelerator', 'prepare_split', 'preprocessing',
-           'training_set']
+           'size_advice', 'training_set']
 
 _logger = logging.getLogger(__name__)
 
+_FAR_LARGER = 8  # times the input, from which a photograph loses most of what it shows
+_FOR_PHOTOGRAPHS = 'wrn18_1.a1_in1k'
 _LEAST_STEPS = 20  # an epoch, below which a batch size that is found serves nobody
 
 
@@ -111,10 +115,14 @@ def finetune(
     if find:
         most = max(8, min(256, len(split.train) // _LEAST_STEPS // accelerator.num_processes))
         config = dataclasses.replace(config, batch_size=_find_batch_size(model, cfg['input_size'], accelerator, most))
-    _logger.info('%d classes, %d files to train on, %d held out, %d to test on; %s at %d px on %s',
-                 len(classes), len(split.train), len(split.holdout or ()), len(split.test), config.model,
-                 cfg['input_size'][-1], accelerator.device)
-
+    size = cfg['input_size'][-1]
+    _logger.info('%d classes, %d files to train on, %d held out, %d to test on', len(classes), len(split.train),
+                 len(split.holdout or ()), len(split.test))
+    _logger.info('%s at %d px on %s: %s', config.model, size, accelerator.device,
+                 'its features once, and a classifier fitted to them' if config.cached else
+                 f'{config.epochs} epochs, {min(config.batch_size, len(split.train))} files a step')
+    if advice := size_advice(model, size, found.get('side', 0)):
+        _logger.warning('%s', advice)
     if not config.cached and 0 < len(split.holdout or ()) < ENOUGH_TO_CHOOSE:
         _logger.info('the %d files held out are too few to choose the epoch by (one is %.1f points), so the last '
                      'counts; with --holdout 0 they are trained on too', len(split.holdout), 100 / len(split.holdout))
@@ -123,7 +131,7 @@ def finetune(
     while True:
         try:
             network, fitted = _train(
-                config, model, split, transforms, cfg['input_size'][-1], run, accelerator,
+                config, model, split, transforms, size, run, accelerator,
                 memory=image_memory * 1e9, workers=workers, on_bad=on_bad, resume=resume,
                 deadline=started + time_budget, progress=progress, on_epoch=on_epoch)
             break
@@ -149,7 +157,7 @@ def finetune(
     result = predict(best, split.test.as_dataset(transform), accelerator, workers=workers, title='testing',
                      progress=progress)
     metrics = classification_metrics(result.logits, result.labels, classes) | {
-        'dataset': name, 'split': found.get('split'), 'input_size': cfg['input_size'][-1],
+        'dataset': name, 'split': found.get('split'), 'input_size': size,
         'best_epoch': fitted.best_epoch(), 'chosen_by': _chosen_by(config, fitted, split),
         **({'penalty': fitted.penalty} if config.cached else {}),
         'epochs': len(fitted.history), 'stopped': fitted.stopped,
@@ -301,6 +309,32 @@ def training_set(config: FinetuneConfig, split: Split, transform: Any, size: int
     return split.train.as_dataset(transform, least, memory)
 
 
+def size_advice(model: torch.nn.Module, size: int, side: int) -> str:
+    """What to do where photographs of `side` pixels lose most of what they show at `size`; '' where they do not.
+
+    Costs are multiples of the multiply-adds that a photograph takes now.
+    """
+    if side < _FAR_LARGER * size:
+        return ''
+    larger = min(4 * size, side)
+    text = (f'half of the photographs have {side} px or more on their shorter side, and the network sees {size}: what '
+            f'is small in them is lost. --input-size {larger} takes {(larger / size) ** 2:.0f} times as long')
+    if size >= 128:
+        return text
+    with torch.device('meta'):
+        other = timm.create_model(_FOR_PHOTOGRAPHS)
+    times = _multiply_adds(other, 224) / _multiply_adds(copy.deepcopy(model).to('meta'), size)
+    return (f'{text}; weights made on photographs serve better: --model {_FOR_PHOTOGRAPHS} (ImageNet, 224 px) takes '
+            f'{times:.0f} times as long, and little with --train head, as each photograph goes through it once')
+
+
+def _multiply_adds(model: torch.nn.Module, size: int) -> int:
+    """Of one image of `size` pixels through a model on the device 'meta'."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.empty(1, 3, size, size, device='meta'))
+    return counter.get_total_flops() // 2
+
+
 def make_accelerator(config: FinetuneConfig, device: str) -> Accelerator:
     """The device, the precision and the processes of a run."""
     precision = config.precision
@@ -330,7 +364,8 @@ def prepare_split(
         run: Directory of a run to go on with: its split is taken as it is.
 
     Returns:
-        The split, and what there is to report: `split`, `bad`, `leaks`, `summary`.
+        The split, and what there is to report: `split`, `bad`, `leaks`, `summary`, and `side`, in pixels the
+        median of the photographs' shorter sides, 0 where they were not examined.
 
     Raises:
         What `list_source`, `examine`, `make_split` and `read_split` raise.
@@ -351,8 +386,9 @@ def prepare_split(
                        + some([f'{b} = {a}' for a, b in leaks], '; '))
     for line in summary:
         _logger.info('%s', line)
+    sides = [min(size) for size in scan.sizes.elements()]
     return split, {'split': 'given' if scan.test else config.split, 'bad': list(scan.bad), 'leaks': leaks,
-                   'summary': summary}
+                   'summary': summary, 'side': int(statistics.median(sides)) if sides else 0}
 
 
 def _named_split(config: FinetuneConfig, data: str, download: bool) -> tuple[Split, dict[str, Any]]:

@@ -27,8 +27,8 @@ from .metrics import predict_logits
 from .recipes import FinetuneConfig
 from .rundir import RunDir, is_best
 
-__all__ = ['ENOUGH_TO_CHOOSE', 'BatchTooLarge', 'Features', 'Fitted', 'Predictions', 'fit', 'largest_batch',
-           'make_loader', 'predict']
+__all__ = ['ENOUGH_TO_CHOOSE', 'BatchTooLarge', 'Features', 'Fitted', 'Predictions', 'duration', 'fit',
+           'largest_batch', 'make_loader', 'predict']
 
 ENOUGH_TO_CHOOSE = 100  # held-out files, to choose the epoch by; with fewer a file is more than epochs differ
 _SECONDS_BETWEEN_DRAWINGS = 30
@@ -317,6 +317,7 @@ def fit(
     bad, stopped, earlier = state.bad, '', state.seconds
     began = time.monotonic() - earlier
     measured = ema.module if ema else network
+    timer = _Timer(run, steps)
     drawn = saved = -math.inf
     saving, saved_epoch = 0., state.epoch
 
@@ -335,6 +336,7 @@ def fit(
             total, seen = torch.zeros((), device=accelerator.device), 0
             bar.set_description(f'epoch {state.epoch + 1}/{config.epochs}')
             for step, (images, labels, _, reasons) in enumerate(loader):
+                timer.tell(step, (config.epochs - state.epoch) * steps)
                 _check_readable(reasons, images is None, on_bad)
                 bad += [r for r in reasons if r not in bad]
                 scheduler.step_update(state.epoch * steps + step)
@@ -439,6 +441,32 @@ class _State:
         accuracies = [row['holdout_accuracy'] for row in self.history if 'holdout_accuracy' in row]
         since = len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
         return f'{patience} epochs without a better held-out accuracy' if patience and since >= patience else ''
+
+
+class _Timer:
+    """Says once, after the first steps, how long the rest will take; the very first, which warms up, is left out."""
+
+    def __init__(self, run: RunDir, steps: int):
+        self._run, self._after, self._first, self._told = run, min(10, steps - 1), 0., False
+
+    def tell(self, step: int, left: int) -> None:
+        """To be called as each step begins; `left` counts the steps from the start of this epoch to the end."""
+        if self._told:
+            return
+        if step <= min(1, self._after):
+            self._first = time.monotonic()
+        if step == self._after and step > 1:
+            self._told = True
+            seconds = (time.monotonic() - self._first) / (step - 1) * (left - step)
+            self._run.log('about %s to go, besides measuring the held-out files', duration(seconds))
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as people say them."""
+    for limit, unit, name in ((90, 1, 'seconds'), (90 * 60, 60, 'minutes')):
+        if seconds < limit:
+            return f'{seconds / unit:.0f} {name}'
+    return f'{seconds / 3600:.1f} hours'
 
 
 def _agree(reason: str, accelerator: Accelerator) -> str:
