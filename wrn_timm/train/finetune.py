@@ -241,8 +241,7 @@ def _train(
         train, holdout = (dataset and _keep(extract_features(model, dataset, accelerator, workers, progress), bad)
                           for dataset in (split.train.as_dataset(transforms['test']), holdout))
         loss = functools.partial(
-            F.cross_entropy, label_smoothing=config.label_smoothing,
-            weight=None if class_weights is None else class_weights.to(accelerator.device))
+            F.cross_entropy, weight=None if class_weights is None else class_weights.to(accelerator.device))
         linear = LinearFit(train, holdout, len(split.train.classes), loss, config.seed, accelerator.device)
         network = model.get_classifier()
         fitted = _fit_classifier(network, linear, run, kwargs['deadline'], kwargs['on_epoch'])

@@ -1,7 +1,6 @@
 """What a backbone's features are worth before it is trained: nearest neighbours and a linear classifier on them."""
 from __future__ import annotations
 
-import functools
 import logging
 import statistics
 import time
@@ -20,7 +19,7 @@ from ..data.splits import Split, data_name, list_source, make_split
 from ..weights import WEIGHTS_FILE, list_weights, places
 from .devices import accelerator_on
 from .fit import Features, Predictions, predict
-from .linear import LinearFit, Loss
+from .linear import LinearFit
 from .metrics import classification_metrics
 from .recipes import FinetuneConfig
 from .validate import open_model
@@ -122,11 +121,11 @@ def _joined(*parts: Features) -> Features:
     return Features(torch.cat([p.features for p in parts]), torch.cat([p.labels for p in parts]))
 
 
-def _measured_on_held_out(bank: _Bank, split: Split, seed: int, loss: Loss) -> dict[str, tuple[dict[str, Any], float]]:
+def _measured_on_held_out(bank: _Bank, split: Split, seed: int) -> dict[str, tuple[dict[str, Any], float]]:
     """By way, the metrics of files that were not fitted to, and the penalty they chose; kNN needs none."""
     train, holdout = bank.of(split.train), bank.of(split.holdout) if split.holdout else None
     classes = split.train.classes
-    linear = LinearFit(train, holdout, len(classes), loss, seed)
+    linear = LinearFit(train, holdout, len(classes), seed=seed)
     row, logits = max(linear.path(), key=lambda step: step[0]['holdout_accuracy'])
     everything = _joined(train, holdout) if holdout else train
     votes = torch.cat([
@@ -136,7 +135,7 @@ def _measured_on_held_out(bank: _Bank, split: Split, seed: int, loss: Loss) -> d
             'kNN': (classification_metrics(votes.log(), linear.labels, classes), 0.)}
 
 
-def _measured_on_test(bank: _Bank, split: Split, way: str, penalty: float, loss: Loss) -> dict[str, Any]:
+def _measured_on_test(bank: _Bank, split: Split, way: str, penalty: float) -> dict[str, Any]:
     """The metrics of the test files, all others being fitted to."""
     train, holdout = bank.of(split.train), bank.of(split.holdout) if split.holdout else None
     test, classes = bank.of(split.test), split.train.classes
@@ -144,7 +143,7 @@ def _measured_on_test(bank: _Bank, split: Split, way: str, penalty: float, loss:
         known = _joined(train, holdout) if holdout else train
         logits = knn(known.features, known.labels, test.features, len(classes)).log()
     else:
-        weight, bias = LinearFit(train, holdout, len(classes), loss).weight(penalty)
+        weight, bias = LinearFit(train, holdout, len(classes)).weight(penalty)
         logits = F.linear(test.features, weight, bias)
     return classification_metrics(logits, test.labels, classes)
 
@@ -174,8 +173,7 @@ def probe(
         names: timm names or weights folders; 'all' stands for every weight on this machine (other networks' in
             $WRN_TIMM_WEIGHTS too, and what the Hub's client has in its cache).
         data: As in `finetune`.
-        config: Its `split` (but no file), `holdout`, `seed`, `input_size` (0 takes the weights' own), `nested` and
-            `label_smoothing`.
+        config: Its `split` (but no file), `holdout`, `seed`, `input_size` (0 takes the weights' own) and `nested`.
         seeds: How many, from `config.seed` on.
         test_all: Measure all of them on the test files, for figures to publish; the ranking stays.
         device: 'cpu' or 'cuda'.
@@ -203,19 +201,18 @@ def probe(
     numbers = range(config.seed, config.seed + seeds)
     splits = {seed: make_split(scan, config.split, config.holdout, seed) for seed in numbers}
     accelerator = accelerator_on(device)
-    loss = functools.partial(F.cross_entropy, label_smoothing=config.label_smoothing)
     rows: list[dict[str, Any]] = []
     best: tuple[dict[str, Any], _Bank, list[float]] | None = None
 
     def add_test(row: dict[str, Any], bank: _Bank, penalties: list[float]) -> None:
-        metrics = [_measured_on_test(bank, split, row['way'], penalty, loss)
+        metrics = [_measured_on_test(bank, split, row['way'], penalty)
                    for split, penalty in zip(splits.values(), penalties, strict=True)]
         row |= _summary(metrics) | {'test_files': metrics[0]['images'], 'skipped': bank.bad}
 
     for name in names:
         began = time.monotonic()
         bank = _Bank(name, config.input_size, accelerator, workers, progress)
-        found = [_measured_on_held_out(bank, split, seed, loss) for seed, split in splits.items()]
+        found = [_measured_on_held_out(bank, split, seed) for seed, split in splits.items()]
         seconds = round(time.monotonic() - began, 1)
         for way in found[0]:
             row = {'weights': name, 'way': way, 'dataset': data_name(data),

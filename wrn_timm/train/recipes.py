@@ -196,7 +196,7 @@ class FinetuneConfig:
     def unused(self) -> list[str]:
         """Fields that were set and that change nothing: the classifier on features needs none of SGD's."""
         of_sgd = ('epochs', 'batch_size', 'accumulate', 'opt', 'lr', 'momentum', 'weight_decay', 'layer_decay',
-                  'schedule', 'warmup_epochs', 'ema_decay', 'patience', 'min_scale', 'color_jitter',
+                  'schedule', 'warmup_epochs', 'label_smoothing', 'ema_decay', 'patience', 'min_scale', 'color_jitter',
                   'auto_augment', 'random_erase', 'mixup', 'cutmix')
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         return [name for name in of_sgd if self.cached and getattr(self, name) != defaults[name]]
