@@ -624,12 +624,11 @@ def start(command: Command) -> Iterator[Case]:
 
 
 def head(command: Command) -> Iterator[Case]:
-    """Seconds to train the classifier alone, the backbone run every epoch or once; one run each, no augmentation."""
+    """Seconds to train the classifier alone, by epochs of the whole network or fitted to features; no augmentation."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, cache in (('backbone every epoch', False), ('features cached', True)):
-            config = dataclasses.replace(
-                command.config, train='head', cache=cache, augment=False, lr=command.config.lr or 1.)
+            config = dataclasses.replace(command.config, train='head', cache=cache, augment=False)
             metrics = tuning.finetune(config, command.data or SAMPLE, Path(folder) / name, command.device,
                                       command.workers, command.image_memory, progress=False)
             rows.append({'name': name, 'seconds': metrics['train_seconds'], 'accuracy': metrics['mean_per_class']})
@@ -644,7 +643,7 @@ def finetune(command: Command) -> Iterator[Case]:
 
     `share_of_slower` is what both reach of the slower of the two, `share_of_serial` of one after the other.
     """
-    config = dataclasses.replace(command.config, holdout=0., epochs=1, lr=command.config.lr or 0.05)
+    config = dataclasses.replace(command.config, holdout=0., epochs=1)
     accelerator = tuning.make_accelerator(config, command.device)
     model = tuning.build_model(config)
     split, _ = tuning.prepare_split(config, command.data or SAMPLE)

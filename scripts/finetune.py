@@ -10,15 +10,21 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import dataclasses
+import inspect
+import itertools
 import json
 import logging
 import math
 import os
+import re
+import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +43,21 @@ from wrn_timm.train.rundir import check_place, config_of, holds_checkpoint
 from wrn_timm.train.transfer import record_transfer, transfer_folder
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
+
+PURPOSES = {  # the options as --help shows them
+    'The options that matter first': (
+        'data', 'out', 'model', 'train', 'epochs', 'input_size', 'lr', 'batch_size', 'split', 'seeds', 'probe',
+        'resume'),
+    'Data': ('holdout', 'parts', 'num_classes', 'nested', 'download', 'on_bad'),
+    'Network': ('pretrained', 'stem', 'cache'),
+    'Optimisation': (
+        'accumulate', 'opt', 'momentum', 'weight_decay', 'layer_decay', 'schedule', 'warmup_epochs', 'label_smoothing',
+        'class_weights', 'ema_decay', 'patience', 'seed'),
+    'Augmentation': (
+        'augment', 'min_scale', 'color_jitter', 'auto_augment', 'random_erase', 'mixup', 'cutmix'),
+    'Machine': ('device', 'precision', 'workers', 'image_memory', 'time_budget'),
+    'Output': ('record', 'messages', 'traceback'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +85,37 @@ class Command:
     seeds: int = 1
     """Runs, each with its own seed; their mean and standard deviation are written too."""
     probe: tuple[str, ...] = ()
-    """Train nothing; score the features of these weights ('all': of every weight at hand) by nearest neighbours and a
-    linear classifier, and write RUN/probe.json."""
+    """Train nothing; rank these weights ('all': every weight at hand) by nearest neighbours and a linear classifier on
+    their features, on files held out of training, measure the best on the test files, and write RUN/probe.json."""
     record: bool = False
     """Keep the figures in the folder of the weights too (transfer.json), for the table of README."""
     messages: Literal['text', 'json', 'quiet'] = 'text'
     """What is printed: lines and a progress bar, a JSON object a line, or errors alone."""
     traceback: bool = False
     """Show where an error arose."""
+
+
+def help_text() -> str:
+    """What --help shows: the options by purpose, each with the docstring of its field."""
+    fields: dict[str, tuple[Any, str]] = {}
+    for owner in (FinetuneConfig, Command):
+        body = ast.parse(inspect.getsource(owner)).body[0].body
+        text = {a.target.id: b.value.value for a, b in itertools.pairwise(body)
+                if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
+        fields |= {f.name: (f, text[f.name]) for f in dataclasses.fields(owner) if f.name in text}
+    lines = [__doc__.strip()]
+    for purpose, names in PURPOSES.items():
+        lines += ['', f'{purpose}:']
+        for field, text in map(fields.__getitem__, names):
+            name, default, kind = field.name.replace('_', '-'), field.default, str(field.type)
+            choices = '|'.join(re.findall(r"'([^']+)'", kind)) if kind.startswith('Literal') else ''
+            value = f' {choices or name.rpartition("-")[2].upper()}' + ' ...' * kind.startswith('tuple')
+            shown = ' '.join(map(str, default)) if isinstance(default, tuple) else 'yes' if default is True else default
+            told = shown not in ('', False, math.inf, str(SAMPLE))
+            lines += [f'  --{"[no-]" * (default is True)}{name}{value * (kind != "bool")}',
+                      *textwrap.wrap(' '.join(text.split()) + f' (default: {shown})' * told, 112,
+                                     initial_indent=' ' * 6, subsequent_indent=' ' * 6)]
+    return '\n'.join(lines)
 
 
 def defaults(argv: Sequence[str]) -> Command:
@@ -108,16 +152,19 @@ def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
                 transfer_folder(name)  # before hours are spent
     if command.probe:
         check_place(Path(command.out))
-        rows = []
+        kept = {}
+
+        def write(rows: Iterable[dict[str, Any]]) -> None:
+            Path(command.out).mkdir(parents=True, exist_ok=True)
+            atomic_write(Path(command.out) / 'probe.json', json.dumps(list(rows), indent=2) + '\n')
 
         def keep(row: dict[str, Any]) -> None:  # one at a time: the next weights may be damaged
-            rows.append(row)
+            kept[row['weights'], row['way']] = row
             emit(row)
-            Path(command.out).mkdir(parents=True, exist_ok=True)
-            atomic_write(Path(command.out) / 'probe.json', json.dumps(rows, indent=2) + '\n')
+            write(kept.values())
 
-        probe(command.probe, command.data, config.split, range(config.seed, config.seed + command.seeds),
-              config.input_size, config.holdout, config.nested, on_row=keep, **common)
+        rows = probe(command.probe, command.data, config, command.seeds, command.record, on_row=keep, **common)
+        write(rows)
         for row in rows if command.record else ():
             record_transfer(row['weights'], [row])
         return rows
@@ -133,20 +180,41 @@ def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
     return result if command.seeds > 1 else result['runs'][0]
 
 
-def show(result: dict[str, Any] | list[dict[str, Any]], out: str) -> None:
+def show(result: dict[str, Any] | list[dict[str, Any]], command: Command) -> None:
     """Print the figures for people."""
     if isinstance(result, list):
-        print('weights                         px  way            mean per-class accuracy, %  seconds')
-        for row in result:
-            score = row['mean_per_class']
-            print(f"{printable(row['weights']):30} {row['input_size']:>3}  {row['way']:13} "
-                  f"{score['mean']:20.2f} ± {score['std']:.2f} {row['seconds']:8.0f}")
+        show_probe(result, command)
     elif 'runs' in result:
         for key in ('top1', 'mean_per_class', 'ece'):
-            print(f"{key:15} {result[key]['mean']:.2f} ± {result[key]['std']:.2f} %, {result['seeds']} seeds")
+            print(f"{key:15} {spread(result[key])} %, {result['seeds']} seeds")
     else:
         print(f"accuracy {result['top1']:.1f} % on {result['images']} test photographs, mean of the classes "
-              f"{result['mean_per_class']:.1f} %; see {printable(out)}/report.html")
+              f"{result['mean_per_class']:.1f} %; see {printable(command.out)}/report.html")
+
+
+def spread(score: dict[str, Any]) -> str:
+    """Mean, and the standard deviation where there are several values."""
+    return f"{score['mean']:.1f}" + (f" ± {score['std']:.1f}" if len(score['values']) > 1 else '')
+
+
+def show_probe(rows: list[dict[str, Any]], command: Command) -> None:
+    """Print the ranking, and the command that trains the best weights."""
+    print(f"{'accuracy, % (mean of the classes, %)':46}{'held-out files':>26}{'test files':>26}  seconds")
+    for row in rows:
+        held_out, test = (f"{spread(scores['top1'])} ({spread(scores['mean_per_class'])})" if 'top1' in scores else '-'
+                          for scores in (row['holdout'], row))
+        print(f"{printable(row['weights']):26} {row['input_size']:>3} px  {row['way']:13}{held_out:>26}{test:>26} "
+              f"{row['seconds']:8.0f}")
+    config = dataclasses.replace(command.config, model=rows[0]['weights'])
+    flags = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in ('model', 'split', 'holdout', 'input_size', 'nested', 'seed') and value != field.default:
+            name = '--' + field.name.replace('_', '-')
+            flags += [name] if value is True else [name, str(value)]
+    print(f"\nThe best by held-out files is {rows[0]['weights']}. Train all its layers (or, with --train head, the "
+          f"classifier alone, in seconds):\n\n"
+          f"  {shlex.join(['python', 'scripts/finetune.py', '--data', command.data, *flags, '--out', command.out])}")
 
 
 @contextlib.contextmanager
@@ -165,6 +233,9 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
 @reports_errors
 def main(argv: Sequence[str]) -> int:
     main_process = os.environ.get('RANK', '0') == '0'
+    if {'-h', '--help'} & set(argv):
+        print(help_text())
+        return 0
     command = tyro.cli(Command, args=argv, prog='finetune.py', description=__doc__, default=defaults(argv))
     logging.basicConfig(handlers=[terminal_handler()], force=True, level=logging.INFO)
     logging.getLogger().setLevel(logging.INFO if command.messages == 'text' and main_process else logging.ERROR)
@@ -180,7 +251,7 @@ def main(argv: Sequence[str]) -> int:
     if main_process and command.messages == 'json' and isinstance(result, dict):
         print(json.dumps(result), flush=True)
     if main_process and command.messages == 'text':
-        show(result, command.out)
+        show(result, command)
     return 0
 
 

@@ -14,12 +14,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import timm
 import torch
 
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.command import TRACEBACK_HELP, reports_errors
 from wrn_timm.names import as_cell, printable
 from wrn_timm.train.predict import find_images, predict_files
+
+DEFAULT = 'wrn16_1.cifar10'
 
 
 def named(arguments: list[str]) -> Iterator[str]:
@@ -43,17 +46,24 @@ def print_text(result: dict[str, Any]) -> None:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='file, folder, or - for a list on standard input')
-    parser.add_argument('--model', default='wrn16_1.cifar10', help='timm name or weights folder (default: %(default)s)')
+    parser.add_argument('--model', help=f'timm name or weights folder (default: {DEFAULT})')
     form = parser.add_mutually_exclusive_group()
     form.add_argument('--json', action='store_true', help='print one JSON list')
     form.add_argument('--csv', action='store_true',
-                      help="print a line a file: image, label, probability, error; a name that a spreadsheet takes "
-                           "for a formula is put after a '")
-    parser.add_argument('--top-k', type=int, default=5, metavar='K', help='classes a file (default: %(default)s)')
+                      help="print a line per file: image, label, probability (label_2... with --top-k), error; a name "
+                           "that a spreadsheet would take for a formula is put after a '")
+    parser.add_argument('--top-k', type=int, metavar='K', help='classes a file (default: 5, or 1 with --csv)')
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--traceback', action='store_true', help=TRACEBACK_HELP)
     args = parser.parse_args(argv)
+    if args.top_k is None:
+        args.top_k = 1 if args.csv else 5
+    if args.model is None:
+        args.model = DEFAULT
+        labels = timm.get_pretrained_cfg(DEFAULT).label_names
+        print(f'no --model is given: {DEFAULT} answers, which knows {", ".join(labels)} and nothing else',
+              file=sys.stderr)
     for option in ('batch_size', 'top_k'):
         if getattr(args, option) < 1:
             parser.error(f'--{option.replace("_", "-")} is {getattr(args, option)}; it must be at least 1')
@@ -68,13 +78,14 @@ def main(argv: Sequence[str]) -> int:
         results = list(results)
         print(json.dumps(results, indent=2))
     if args.csv:
-        table.writerow(['image', 'label', 'probability', 'error'])
+        numbers = ['', *(f'_{i}' for i in range(2, args.top_k + 1))]
+        table.writerow(['image', *(f'{name}{n}' for n in numbers for name in ('label', 'probability')), 'error'])
     for result in results:
         failed += 'error' in result
         if args.csv:
-            best = result.get('top', [{'label': '', 'probability': ''}])[0]
-            table.writerow([as_cell(result['image']), as_cell(best['label']), best['probability'],
-                            as_cell(result.get('error', ''))])
+            answers = [value for row in result.get('top', ()) for value in (as_cell(row['label']), row['probability'])]
+            answers += [''] * (2 * args.top_k - len(answers))
+            table.writerow([as_cell(result['image']), *answers, as_cell(result.get('error', ''))])
         elif not args.json:
             print_text(result)
     if failed:

@@ -248,7 +248,7 @@ def test_a_run_that_is_there_is_left_as_it_is(data, weights, tmp_path, capsys):
     assert tune(data, weights, tmp_path / 'run') == 1
     assert 'already holds a run; choose another --out, or go on with --resume' in capsys.readouterr().err
     assert tune(data, weights, tmp_path / 'run', '--resume', '--lr', '0.01') == 1
-    assert 'was started with other settings (finetune.lr: 0.0 there, 0.01 now)' in capsys.readouterr().err
+    assert 'was started with other settings (finetune.lr: 0.05 there, 0.01 now)' in capsys.readouterr().err
     assert (tmp_path / 'run' / 'metrics.json').read_bytes() == before
 
 

@@ -54,7 +54,7 @@ def test_every_section_gives_its_figures(capsys, photographs):
         assert row['images_per_second'] == pytest.approx(2000 / row['ms']) and row['logits_differ'] < 1e-5
     assert all(row['p95_ms'] >= row['ms'] > 0 for row in sections['latency'][0]['rows'] if 'absent' not in row)
     every, cached = sections['head'][0]['rows']
-    assert cached['accuracy'] == pytest.approx(every['accuracy'])  # the same features, order and start
+    assert cached['points'] == pytest.approx(cached['accuracy'] - every['accuracy']) and cached['accuracy'] > 12.5
 
 
 def test_operations_are_those_of_the_paper():

@@ -5,6 +5,7 @@ import dataclasses
 import html.parser
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -31,12 +32,13 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from wrn_timm.data.folders import ImageFiles, list_folder, read_rgb
-from wrn_timm.data.splits import Split
+from wrn_timm.data.splits import Split, make_split
 from wrn_timm.hub import check_golden
 from wrn_timm.train import finetune as ft
 from wrn_timm.train.devices import accelerator_on
-from wrn_timm.train.fit import Features, Fitted, _Unfreezing, largest_batch, make_loader, predict
-from wrn_timm.train.probe import extract_features, knn, linear_probe
+from wrn_timm.train.fit import Features, Fitted, _Unfreezing, duration, largest_batch, make_loader, predict
+from wrn_timm.train.linear import LinearFit, fit_linear
+from wrn_timm.train.probe import extract_features, knn, probe
 from wrn_timm.train.recipes import FinetuneConfig
 from wrn_timm.train.report import grad_cam
 from wrn_timm.train.rundir import RunDir, export_weights
@@ -82,14 +84,33 @@ def test_run_directory(run):
     with open(run / 'history.csv') as f:
         history = list(csv.DictReader(f))
     assert len(history) == 10
-    best = max(history, key=lambda row: (float(row['holdout_accuracy']), int(row['epoch'])))
-    assert metrics['best_epoch'] == int(best['epoch'])
+    assert metrics['best_epoch'] == 10 and metrics['chosen_by'] == 'the end of the schedule'  # six files are held out
+    assert weights_of(run, 'best') == weights_of(run)
     for name in ('curves.png', 'confusion.png', 'wrong.png', 'predictions.png'):
         with Image.open(run / name) as picture:
             assert min(picture.size) > 100
     with open(run / 'split.csv') as f:
         parts = [row['part'] for row in csv.DictReader(f)]
     assert {p: parts.count(p) for p in set(parts)} == {'train': 18, 'holdout': 6, 'test': 12}
+
+
+def test_a_hundred_files_choose_the_epoch_and_fewer_do_not():
+    history = [{'epoch': 1, 'holdout_accuracy': 60.}, {'epoch': 2, 'holdout_accuracy': 70.},
+               {'epoch': 3, 'holdout_accuracy': 65.}]
+    assert [Fitted(None, history, [], last=last).best_epoch() for last in (False, True)] == [2, 3]
+
+
+@pytest.mark.parametrize('enough', [6, 7])
+def test_the_epoch_is_chosen_where_enough_files_are_held_out(weights, photographs, tmp_path, monkeypatch, enough):
+    """Six files are; where six are enough, the most accurate epoch is in `best/`, the last of a high rate is not it."""
+    monkeypatch.setattr('wrn_timm.train.fit.ENOUGH_TO_CHOOSE', enough)
+    assert tune(photographs, weights, tmp_path / 'run', '--epochs', '4', '--holdout', '0.2', '--lr', '0.3',
+                '--schedule', 'step') == 0
+    history = list(csv.DictReader((tmp_path / 'run' / 'history.csv').read_text().splitlines()))
+    best = max(history, key=lambda row: (float(row['holdout_accuracy']), int(row['epoch'])))
+    metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
+    assert metrics['best_epoch'] == (int(best['epoch']) if enough == 6 else 4)
+    assert (weights_of(tmp_path / 'run', 'best') == weights_of(tmp_path / 'run')) == (metrics['best_epoch'] == 4)
 
 
 def test_figures_are_those_of_the_best_weights_on_the_test_files(run, photographs):
@@ -151,7 +172,7 @@ def test_card_of_a_fine_tuned_run(run, photographs, tmp_path):
     assert json.loads((folder / 'metrics.json').read_text())['split'] == 'all files'
     card = (folder / 'README.md').read_text()
     assert 'python scripts/finetune.py --model' in card
-    assert 'weights of the epoch most accurate on files held out of training' in card
+    assert 'weights of the last epoch' in card
     assert check_golden(folder) < 1e-5
 
 
@@ -176,6 +197,66 @@ def test_published_and_loaded_by_the_same_command_as_ours(run, hub, tmp_path, ca
     x = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(model(x), local(x))
     assert model.pretrained_cfg['label_names'] == ['ketch', 'pizza', 'sunflower']
+
+
+def test_photographs_far_larger_than_the_input_are_told_of(weights, tmp_path, caplog):
+    """With the multiply-adds of the table of models: WRN-18-1 at 224 px 1.81 G, WRN-16-1 at 32 px 0.03 G."""
+    model = timm.create_model('wrn16_1')
+    advice = ft.size_advice(model, 32, 2592)
+    assert '2592 px' in advice and '--input-size 128 takes 16 times' in advice and '--model wrn18_1.a1_in1k' in advice
+    assert int(re.search(r'224 px\) takes (\d+) times', advice)[1]) == pytest.approx(1.81 / 0.0273, rel=0.1)
+    assert not ft.size_advice(model, 32, 255) and not ft.size_advice(model, 32, 0)
+    assert '--model' not in ft.size_advice(timm.create_model('wrn18_1', device='meta'), 224, 2592)
+    for name in CLASSES:
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        for i in range(4):
+            Image.effect_noise((300, 280), 50 + i).save(tmp_path / 'data' / name / f'{i}.jpg')
+    caplog.set_level('WARNING')
+    ft.finetune(FinetuneConfig(model=weights, train='head'), tmp_path / 'data', tmp_path / 'run')
+    assert 'have 280 px or more on their shorter side, and the network sees 32' in caplog.text
+
+
+def test_what_is_about_to_happen_and_how_long_it_takes_is_said(weights, photographs, tmp_path, caplog):
+    caplog.set_level('INFO')
+    ft.finetune(FinetuneConfig(model=weights, epochs=4, batch_size=3), photographs, tmp_path / 'run', progress=False)
+    text = caplog.text
+    assert 'wrn16_1.test at 32 px on cpu: 4 epochs, 3 files a step' in text
+    assert 'the 3 files held out are too few to choose the epoch by (one is 33.3 points)' in text
+    assert text.index('4 epochs, 3 files') < text.index('seconds to go') < text.index('epoch  1/4')
+    assert text.count('to go, besides') == 1
+
+
+def test_time_is_told_as_people_say_it():
+    assert [duration(s) for s in (3, 89, 90, 5399, 5400, 36000)] == [
+        '3 seconds', '89 seconds', '2 minutes', '90 minutes', '1.5 hours', '10.0 hours']
+
+
+def test_help_shows_every_option_by_purpose_twelve_first(capsys):
+    assert finetune_script.main(['--help']) == 0
+    text = capsys.readouterr().out
+    shown = re.findall(r'^  --(?:\[no-\])?([a-z-]+)', text, flags=re.M)
+    fields = {f.name.replace('_', '-') for c in (finetune_script.Command, FinetuneConfig)
+              for f in dataclasses.fields(c)} - {'config'}
+    assert len(shown) == len(set(shown)) and set(shown) == fields
+    assert len(finetune_script.PURPOSES['The options that matter first']) == 12
+    assert text.index('matter first:') < text.index('--input-size') < text.index('Optimisation:') < text.index('--mom')
+    assert 'Peak learning rate of the last layers. (default: 0.05)' in text and str(ROOT) not in text
+
+
+def test_predict_csv_with_several_answers_and_without_a_model(run, capsys):
+    images = [str(SAMPLE / 'pizza' / f'image_00{i}.jpg') for i in ('20', '04')]
+    options = ['--device', 'cpu', '--csv', '--top-k', '2']
+    assert predict_script.main(['--model', str(run), *options, *images, 'gone.jpg']) == 1
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert list(rows[0]) == ['image', 'label', 'probability', 'label_2', 'probability_2', 'error']
+    for row in rows[:2]:
+        assert {row['label'], row['label_2']} < set(CLASSES) and not row['error']
+        assert float(row['probability']) >= float(row['probability_2'])
+    assert rows[2]['error'] == 'gone.jpg is not there' and not rows[2]['label_2']
+    assert predict_script.main([*options, images[0]]) == 0
+    answer = capsys.readouterr()
+    assert 'no --model is given: wrn16_1.cifar10 answers, which knows airplane, ' in answer.err
+    assert len(answer.out.splitlines()) == 2
 
 
 def test_predict_files_folders_and_lists(run, capsys, tmp_path, monkeypatch):
@@ -354,17 +435,67 @@ def test_a_run_that_failed_before_its_first_epoch_leaves_its_place_free(weights,
     assert json.loads((tmp_path / 'run' / 'recipe.json').read_text())['finetune']['seed'] == 0
 
 
-def test_the_classifier_on_cached_features_is_the_classifier_on_the_frozen_backbone(weights, photographs, tmp_path):
-    options = ('--train', 'head', '--epochs', '3', '--lr', '1')
-    assert tune(photographs, weights, tmp_path / 'cached', *options) == 0
-    assert tune(photographs, weights, tmp_path / 'each', *options, '--no-cache', '--no-augment') == 0
-    cached, each = (open_model(str(tmp_path / n / 'last')).state_dict() for n in ('cached', 'each'))
-    before = open_model(weights).state_dict()
-    for name, value in cached.items():
-        torch.testing.assert_close(value, each[name], atol=1e-4, rtol=1e-4)
-        if not name.startswith('fc.'):
-            assert torch.equal(value, before[name]) and torch.equal(each[name], before[name])
-    assert cached['fc.weight'].abs().max() > 0
+def test_the_classifier_alone_is_fitted_without_a_learning_rate(weights, photographs, tmp_path):
+    """From chance down, at any --lr, on a backbone that stays as it is; the classifier is at its loss's minimum."""
+    assert tune(photographs, weights, tmp_path / 'run', '--train', 'head') == 0
+    assert tune(photographs, weights, tmp_path / 'rate', '--train', 'head', '--lr', '100') == 0
+    assert FinetuneConfig(train='head', lr=100).unused() == ['lr'] and not FinetuneConfig(lr=100).unused()
+    assert weights_of(tmp_path / 'run') == weights_of(tmp_path / 'rate') == weights_of(tmp_path / 'run', 'best')
+    history = list(csv.DictReader((tmp_path / 'run' / 'history.csv').read_text().splitlines()))
+    losses = [float(row['train_loss']) for row in history]
+    assert losses[0] < math.log(3) and losses == sorted(losses, reverse=True)
+    metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
+    chosen = history[metrics['best_epoch'] - 1]
+    assert float(chosen['penalty']) == metrics['penalty']
+    assert float(chosen['holdout_accuracy']) == max(float(row['holdout_accuracy']) for row in history)
+
+    model, before = open_model(str(tmp_path / 'run')), open_model(weights).state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) or name.startswith('fc.')
+    with open(tmp_path / 'run' / 'split.csv') as f:
+        rows = [row for row in csv.DictReader(f) if row['part'] != 'test']
+    files = ImageFiles.of([(str(photographs / row['path']), row['label']) for row in rows])
+    found = extract_features(model, files.as_dataset(eval_transform(model)), Accelerator(cpu=True))
+    scale = (found.logits - found.logits.mean(0)).square().mean().sqrt()
+    loss = F.cross_entropy(model.fc(found.logits), found.labels)
+    loss = loss + metrics['penalty'] / 2 * (scale * model.fc.weight).square().sum()
+    assert max(g.abs().max() for g in torch.autograd.grad(loss, tuple(model.fc.parameters()))) < 1e-3
+
+
+def test_a_classifier_that_is_no_linear_layer_is_not_fitted_to_features(monkeypatch):
+    monkeypatch.setattr(timm.models.ResNet, 'get_classifier', lambda self: torch.nn.Identity())
+    with pytest.raises(ValueError, match='the classifier of resnet18 is no linear layer.*--no-cache'):
+        ft.build_model(FinetuneConfig(model='resnet18', pretrained=False, train='head'))
+
+
+def test_few_files_choose_the_penalty_by_turns_and_many_held_out_ones_alone():
+    g = torch.Generator().manual_seed(0)
+    few, many = (Features(torch.randn(n, 4, generator=g), torch.arange(n) % 3) for n in (23, 1000))
+    fit = LinearFit(few, Features(torch.randn(7, 4, generator=g), torch.arange(7) % 3), 3)
+    asked = torch.cat([asked for _, asked in fit.folds])
+    assert sorted(asked.tolist()) == list(range(30)) and len(fit.labels) == 30
+    for known, asked in fit.folds:
+        assert not set(known.tolist()) & set(asked.tolist()) and len(known) + len(asked) == 30
+    (known, asked), = LinearFit(few, many, 3).folds
+    assert known.tolist() == list(range(23)) and asked.tolist() == list(range(23, 1023))
+    with pytest.raises(FloatingPointError, match='the features are not finite'):
+        LinearFit(Features(torch.full((4, 2), math.nan), torch.arange(4) % 2), None, 2)
+
+
+def test_a_penalty_is_chosen_that_serves_files_not_fitted_to():
+    """Two classes that differ in one of many noisy features: hardly any penalty fits the noise, a strong one helps."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(4000) % 2
+    features = torch.randn(4000, 100, generator=g)
+    features[:, 0] += 1.5 * labels
+    fit = LinearFit(Features(features[:100], labels[:100]), None, 2)
+    best = max((row for row, _ in fit.path()), key=lambda row: row['holdout_accuracy'])
+
+    def accuracy(penalty):
+        weight, bias = fit.weight(penalty)
+        return (F.linear(features[100:], weight, bias).argmax(1) == labels[100:]).float().mean().item()
+
+    assert accuracy(best['penalty']) > accuracy(1e-5) + 0.03
 
 
 def test_gradual_unfreezing_goes_from_the_classifier_to_the_stem():
@@ -400,7 +531,7 @@ def test_layers_below_learn_more_slowly(weights, photographs, tmp_path):
 
 
 def test_early_stop_and_the_mean_of_seeds(weights, photographs, tmp_path):
-    options = ('--train', 'head', '--lr', '1e-9', '--epochs', '20', '--patience', '3', '--seeds', '2')
+    options = ('--train', 'head', '--no-cache', '--lr', '1e-9', '--epochs', '20', '--patience', '3', '--seeds', '2')
     assert tune(photographs, weights, tmp_path / 'run', *options) == 0
     summary = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
     runs = [json.loads((tmp_path / 'run' / f'seed-{i}' / 'metrics.json').read_text()) for i in (0, 1)]
@@ -428,24 +559,56 @@ def test_class_weights_are_inverse_to_the_counts():
     assert weights.tolist() == pytest.approx([4 / (2 * 3), 4 / 2])
 
 
-def test_probe_scores(weights, photographs, tmp_path, capsys):
-    own = tmp_path / 'weights'  # what is recorded goes into the folder of the weights
-    shutil.copytree(weights, own / 'wrn16_1.test')
-    shutil.copytree(ROOT / 'weights' / 'wrn16_1.cifar10', own / 'wrn16_1.cifar10')
-    weights = str(own / 'wrn16_1.test')
-    assert finetune_script.main([
-        '--data', str(photographs), '--out', str(tmp_path / 'run'), '--device', 'cpu', '--split', 'random6', '--seeds',
-        '2', '--probe', weights, str(own / 'wrn16_1.cifar10'), '--record']) == 0
+def test_probes_are_ranked_by_held_out_files_and_the_best_is_tested(weights, photographs, tmp_path, capsys):
+    untrained, trained = weights, str(ROOT / 'weights' / 'wrn16_1.cifar10')
+    options = ['--data', str(photographs), '--out', str(tmp_path / 'run'), '--device', 'cpu', '--split', 'random6']
+    assert finetune_script.main([*options, '--probe', untrained, trained]) == 0
     shown = capsys.readouterr().out
     rows = json.loads((tmp_path / 'run' / 'probe.json').read_text())
-    assert [(r['weights'], r['way']) for r in rows] == [
-        (w, way) for w in (weights, str(own / 'wrn16_1.cifar10')) for way in ('linear probe', 'kNN')]
-    for row in rows:
-        assert row['weights'] in shown and row['train_files'] == 18 and row['test_files'] == 18
-        assert len(row['mean_per_class']['values']) == 2
-    assert min(row['mean_per_class']['mean'] for row in rows[2:]) > 60  # chance is 33
-    transfer = json.loads((Path(weights) / 'transfer.json').read_text())
-    assert [t['mean_per_class'] for t in transfer] == [r['mean_per_class'] for r in rows[:2]]
+    assert sorted((r['weights'], r['way']) for r in rows) == sorted(
+        (w, way) for w in (untrained, trained) for way in ('linear probe', 'kNN'))
+    held_out = [row['holdout']['top1']['mean'] for row in rows]
+    assert held_out == sorted(held_out, reverse=True) and rows[0]['weights'] == trained
+    assert [row.get('test_files') for row in rows] == [18, None, None, None]
+    assert ['top1' in row for row in rows] == [True, False, False, False]
+    assert rows[0]['top1']['mean'] > 60  # chance is 33
+    assert '±' not in shown and f"{rows[0]['top1']['mean']:.1f}" in shown
+    command = shlex.split(shown.strip().splitlines()[-1])
+    next_one = tyro.cli(finetune_script.Command, args=command[2:])
+    assert command[1] == 'scripts/finetune.py' and not next_one.probe
+    assert (next_one.config.model, next_one.config.split, next_one.data) == (trained, 'random6', str(photographs))
+
+
+def test_probes_ask_no_test_file_before_the_choice(weights, photographs, tmp_path, monkeypatch):
+    """With labels of the test files turned around, the ranking is the same."""
+    def turned(*args):
+        split = make_split(*args)
+        test = dataclasses.replace(split.test, labels=[(i + 1) % 3 for i in split.test.labels])
+        return dataclasses.replace(split, test=test)
+
+    names, config = [weights, str(ROOT / 'weights' / 'wrn16_1.cifar10')], FinetuneConfig(split='random6')
+    plain = probe(names, str(photographs), config)
+    monkeypatch.setattr('wrn_timm.train.probe.make_split', turned)
+    other = probe(names, str(photographs), config)
+    assert [(r['weights'], r['way'], r['holdout']) for r in plain] == [
+        (r['weights'], r['way'], r['holdout']) for r in other]
+    assert plain[0]['top1'] != other[0]['top1']
+
+
+def test_probes_that_are_recorded_are_tested_all(weights, photographs, tmp_path, capsys):
+    own = tmp_path / 'weights'  # what is recorded goes into the folder of the weights
+    names = [str(shutil.copytree(folder, own / Path(folder).name)) for folder in (
+        weights, ROOT / 'weights' / 'wrn16_1.cifar10')]
+    assert finetune_script.main([
+        '--data', str(photographs), '--out', str(tmp_path / 'run'), '--device', 'cpu', '--split', 'random6', '--seeds',
+        '2', '--probe', *names, '--record']) == 0
+    assert '±' in capsys.readouterr().out
+    rows = json.loads((tmp_path / 'run' / 'probe.json').read_text())
+    assert all(len(row['mean_per_class']['values']) == 2 and row['test_files'] == 18 for row in rows)
+    for name in names:
+        transfer = json.loads((Path(name) / 'transfer.json').read_text())
+        assert {t['way']: t['mean_per_class'] for t in transfer[-2:]} == {
+            r['way']: r['mean_per_class'] for r in rows if r['weights'] == name}
 
 
 def test_each_run_of_a_process_has_its_own_device(monkeypatch):
@@ -485,10 +648,10 @@ def test_nearest_neighbours_are_those_of_a_plain_search():
         torch.testing.assert_close(vote, expected, rtol=1e-3, atol=1e-2)
 
 
-def test_linear_probe_is_at_the_minimum_of_its_loss():
+def test_a_linear_fit_is_at_the_minimum_of_its_loss():
     g = torch.Generator().manual_seed(0)
     features, labels = torch.randn(60, 5, generator=g), torch.arange(60) % 3
-    weight = linear_probe(features, labels, 3, 0.1).requires_grad_()
+    weight = fit_linear(features, labels, 3, 0.1).requires_grad_()
     w, b = weight[:, :-1], weight[:, -1]
     loss = F.cross_entropy(features @ w.T + b, labels) + 0.05 * (w ** 2).sum()
     gradient, = torch.autograd.grad(loss, weight)
@@ -666,7 +829,7 @@ def test_weights_of_other_networks_beside_ours(photographs, no_weights, tmp_path
         assert row['top1']['mean'] == json.loads((tmp_path / name / 'metrics.json').read_text())['top1']
     assert tune(photographs, 'wrn16_1', tmp_path / 'probe', '--probe', 'all') == 0
     rows = json.loads((tmp_path / 'probe' / 'probe.json').read_text())
-    assert [Path(r['weights']).name for r in rows[::2]] == ['wrn50_2.racm_in1k', 'resnet18.a1_in1k']
+    assert {Path(r['weights']).name for r in rows} == {'wrn50_2.racm_in1k', 'resnet18.a1_in1k'}
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # webdataset leaves its files open

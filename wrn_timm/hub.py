@@ -103,7 +103,10 @@ def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
     top5 = f"; top-5 {metrics['top5']:.2f} %" if metrics.get('top5') is not None else ''
     averaged = (recipe or run.get('finetune', {})).get('ema_decay')
     weights = f"{'averaged ' if averaged else ''}weights of the last epoch"
-    if metrics.get('holdout_files', run.get('finetune', {}).get('holdout')):
+    if penalty := metrics.get('penalty'):
+        weights = f'classifier fitted to features; files that it was not fitted to chose the L2 penalty, {penalty:.0e}'
+    elif metrics.get('chosen_by') != 'the end of the schedule' and metrics.get(
+            'holdout_files', run.get('finetune', {}).get('holdout')):
         weights = f"{'averaged ' if averaged else ''}weights of the epoch most accurate on files held out of training"
     text = (
         f"Top-1 **{metrics['top1']:.2f} %** (error {100 - metrics['top1']:.2f} %){top5}; expected calibration error "
@@ -173,6 +176,7 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
     recipe = '\n'.join(f'| {k} | {v} |' for k, v in settings.items())
     env = run['environment']
     speed = f" at {float(last['images_per_second']):.0f} images/s (last epoch)" if 'images_per_second' in last else ''
+    steps = f"{last['epoch']} {'penalties tried' if 'penalty' in last else 'epochs'}"
     limits = _LIMITS.get(
         dataset, f"It knows the {config['num_classes']} classes of {title}, as the images of that set show them, with "
                  f'whatever bias they were gathered with.')
@@ -205,7 +209,7 @@ holds inputs, cut from photographs of Caltech 101 (CC BY 4.0), and the logits th
 
 ## Training
 {float(last['seconds']) / 60:.1f} minutes{speed} on {env['hardware']}, seed {run.get('seed', settings.get('seed'))}, \
-{last['epoch']} epochs; torch {env['torch']}, timm {env['timm']}, commit `{env['commit']}`.
+{steps}; torch {env['torch']}, timm {env['timm']}, commit `{env['commit']}`.
 
 ```
 {_command(run)}
@@ -237,6 +241,9 @@ def finish_weights_folder(folder: str | Path, metrics: dict[str, Any], photograp
             the golden test. Never the user's own: they are published with the folder.
     """
     folder = Path(folder)
+    there = folder / 'metrics.json'  # what another measurement does not know of the training
+    before = json.loads(there.read_text(encoding='utf-8')) if there.is_file() else {}
+    metrics = {k: before[k] for k in ('chosen_by', 'penalty', 'holdout_files') if k in before} | metrics
     metrics = {k: v for k, v in metrics.items() if k not in ('skipped', 'leaks')}  # paths of this machine
     model = open_model(str(folder))
     size = resolve_model_data_config(model)['input_size'][-1]

@@ -3,23 +3,28 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from timm.data import Mixup, create_transform, resolve_model_data_config
 from timm.utils import random_seed
 from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine, some
 from ..data.named import NamedImages, is_named
@@ -35,7 +40,8 @@ from ..data.splits import (
 from ..files import atomic_write
 from ..schemas import check_scan, read_json
 from .devices import accelerator_on
-from .fit import BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
+from .fit import ENOUGH_TO_CHOOSE, BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
+from .linear import LinearFit
 from .metrics import classification_metrics
 from .probe import extract_features, summarise
 from .recipes import FinetuneConfig, check_numbers
@@ -44,10 +50,12 @@ from .rundir import RunDir, check_place, environment, export_weights
 from .validate import eval_transform, open_model, weights_name
 
 __all__ = ['build_model', 'finetune', 'finetune_seeds', 'make_accelerator', 'prepare_split', 'preprocessing',
-           'training_set']
+           'size_advice', 'training_set']
 
 _logger = logging.getLogger(__name__)
 
+_FAR_LARGER = 8  # times the input, from which a photograph loses most of what it shows
+_FOR_PHOTOGRAPHS = 'wrn18_1.a1_in1k'
 _LEAST_STEPS = 20  # an epoch, below which a batch size that is found serves nobody
 
 
@@ -93,6 +101,9 @@ def finetune(
     check_numbers({'image_memory': image_memory, 'time_budget': time_budget}, math.inf)
     started = time.monotonic()
     _check_policy(config.auto_augment)
+    if unused := config.unused():
+        _logger.warning('the classifier alone is fitted to features, without %s; --no-cache trains it by epochs',
+                        ', '.join(unused))
     accelerator = make_accelerator(config, device)
     main = accelerator.is_main_process
     with accelerator.local_main_process_first():  # it may have to download them, and the others then find them
@@ -104,21 +115,27 @@ def finetune(
     model.reset_classifier(len(classes))
     model.to(accelerator.device, memory_format=torch.channels_last)
     transforms, cfg = preprocessing(config, model, name, classes)
-    find = config.batch_size == 'auto'
+    find = config.batch_size == 'auto' and not config.cached
     if find:
         most = max(8, min(256, len(split.train) // _LEAST_STEPS // accelerator.num_processes))
         config = dataclasses.replace(config, batch_size=_find_batch_size(model, cfg['input_size'], accelerator, most))
-    config = dataclasses.replace(config, lr=config.lr or (1. if config.cached else 0.05))
-    _logger.info('%d classes, %d files to train on, %d to choose the epoch by, %d to test on; %s at %d px on %s',
-                 len(classes), len(split.train), len(split.holdout or ()), len(split.test), config.model,
-                 cfg['input_size'][-1], accelerator.device)
-
+    size = cfg['input_size'][-1]
+    _logger.info('%d classes, %d files to train on, %d held out, %d to test on', len(classes), len(split.train),
+                 len(split.holdout or ()), len(split.test))
+    _logger.info('%s at %d px on %s: %s', config.model, size, accelerator.device,
+                 'its features once, and a classifier fitted to them' if config.cached else
+                 f'{config.epochs} epochs, {min(config.batch_size, len(split.train))} files a step')
+    if advice := size_advice(model, size, found.get('side', 0)):
+        _logger.warning('%s', advice)
+    if not config.cached and 0 < len(split.holdout or ()) < ENOUGH_TO_CHOOSE:
+        _logger.info('the %d files held out are too few to choose the epoch by (one is %.1f points), so the last '
+                     'counts; with --holdout 0 they are trained on too', len(split.holdout), 100 / len(split.holdout))
     train_began = time.monotonic()
     before = copy.deepcopy(model.state_dict()) if find else {}
     while True:
         try:
             network, fitted = _train(
-                config, model, split, transforms, cfg['input_size'][-1], run, accelerator,
+                config, model, split, transforms, size, run, accelerator,
                 memory=image_memory * 1e9, workers=workers, on_bad=on_bad, resume=resume,
                 deadline=started + time_budget, progress=progress, on_epoch=on_epoch)
             break
@@ -144,8 +161,10 @@ def finetune(
         result = predict(best, split.test.as_dataset(transform), accelerator, workers=workers, title='testing',
                          progress=progress)
     metrics = classification_metrics(result.logits, result.labels, classes) | {
-        'dataset': name, 'split': found.get('split'), 'input_size': cfg['input_size'][-1],
-        'best_epoch': best_epoch, 'epochs': len(fitted.history), 'stopped': fitted.stopped,
+        'dataset': name, 'split': found.get('split'), 'input_size': size,
+        'best_epoch': best_epoch, 'chosen_by': _chosen_by(config, fitted, split),
+        **({'penalty': fitted.penalty} if config.cached else {}),
+        'epochs': len(fitted.history), 'stopped': fitted.stopped,
         'train_files': len(split.train), 'holdout_files': len(split.holdout or ()),
         'leaks': found.get('leaks', []), 'skipped': [*found.get('bad', []), *fitted.bad, *result.bad],
         'train_seconds': round(train_seconds, 1),
@@ -158,6 +177,13 @@ def finetune(
     return metrics
 
 
+def _chosen_by(config: FinetuneConfig, fitted: Fitted, split: Split) -> str:
+    """What decided which weights are in `best/`."""
+    if config.cached:
+        return 'files that the classifier was not fitted to'
+    return 'the end of the schedule' if fitted.last or not split.holdout else 'held-out files'
+
+
 def _settings(config: FinetuneConfig, data: str) -> dict[str, Any]:
     return {'finetune': config, 'data': data_name(data)}
 
@@ -167,8 +193,8 @@ def _room(config: FinetuneConfig, model: torch.nn.Module) -> int:
     def size(module: torch.nn.Module) -> int:
         return sum(t.nbytes for t in module.state_dict().values())
 
-    fitted = size(model.get_classifier() if config.cached else model)
-    return 2 * size(model) + 4 * fitted * (3 if config.ema_decay else 2)  # momentum too
+    checkpoint = 0 if config.cached else size(model) * (3 if config.ema_decay else 2)  # momentum too
+    return 2 * size(model) + 4 * checkpoint
 
 
 def _open_run(
@@ -218,12 +244,17 @@ def _train(
     """
     workers, progress, bad = kwargs['workers'], kwargs['progress'], []
     holdout = split.holdout.as_dataset(transforms['test']) if split.holdout else None
+    class_weights = _balance(split.train) if config.class_weights else None
     if config.cached:
-        network, way, mix = model.get_classifier(), 'all', None
         train, holdout = (dataset and _keep(extract_features(model, dataset, accelerator, workers, progress), bad)
                           for dataset in (split.train.as_dataset(transforms['test']), holdout))
+        loss = functools.partial(
+            F.cross_entropy, weight=None if class_weights is None else class_weights.to(accelerator.device))
+        linear = LinearFit(train, holdout, len(split.train.classes), loss, config.seed, accelerator.device)
+        network = model.get_classifier()
+        fitted = _fit_classifier(network, linear, run, kwargs['deadline'], kwargs['on_epoch'])
     else:
-        network, way = model, config.train
+        network = model
         mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
                     num_classes=len(split.train.classes)) if config.mixup or config.cutmix else None
         room = len(holdout or ()) * 3 * size ** 2 * 4
@@ -232,9 +263,40 @@ def _train(
             holdout = _keep(predict(torch.nn.Identity(), holdout, accelerator, workers=workers), bad)
             memory -= room
         train = training_set(config, split, transforms['train'], size, memory)
-    fitted = fit(network, train, holdout, config, run, accelerator, way=way, mix=mix,
-                 class_weights=_balance(split.train) if config.class_weights else None, **kwargs)
+        fitted = fit(network, train, holdout, config, run, accelerator, way=config.train, mix=mix,
+                     class_weights=class_weights, **kwargs)
     return network, dataclasses.replace(fitted, bad=[*bad, *fitted.bad])
+
+
+def _fit_classifier(
+        classifier: torch.nn.Linear,
+        linear: LinearFit,
+        run: RunDir,
+        deadline: float,
+        on_epoch: Callable[[dict[str, float]], None] | None,
+) -> Fitted:
+    """Fit the classifier to features: in a run's terms an epoch is a penalty, and both `last/` and `best/` the best's.
+    """
+    began, history, stopped = time.monotonic(), [], ''
+    for row, _ in linear.path():
+        seconds = round(time.monotonic() - began, 1)
+        history.append({'epoch': len(history) + 1, **row, 'seconds': seconds})
+        if run.write:
+            run.log('penalty %.0e  loss %.3f  held-out accuracy %5.1f %%  %.0f s', row['penalty'], row['train_loss'],
+                    row['holdout_accuracy'], seconds)
+            if on_epoch:
+                on_epoch(history[-1])
+        if time.monotonic() > deadline:
+            stopped = 'the time budget'
+            break
+    best = max(history, key=lambda row: row['holdout_accuracy'])
+    weight, bias = linear.weight(best['penalty'])
+    with torch.no_grad():
+        classifier.weight.copy_(weight)
+        if classifier.bias is not None:
+            classifier.bias.copy_(bias)
+    run.write_history(history)
+    return Fitted(classifier, history, [], stopped, penalty=best['penalty'])
 
 
 def _keep(found: Predictions, bad: list[str]) -> Features:
@@ -252,6 +314,32 @@ def training_set(config: FinetuneConfig, split: Split, transform: Any, size: int
         return split.train.as_dataset(transform)
     least = math.ceil(2 * size / math.sqrt(config.min_scale)) if config.augment else 0
     return split.train.as_dataset(transform, least, memory)
+
+
+def size_advice(model: torch.nn.Module, size: int, side: int) -> str:
+    """What to do where photographs of `side` pixels lose most of what they show at `size`; '' where they do not.
+
+    Costs are multiples of the multiply-adds that a photograph takes now.
+    """
+    if side < _FAR_LARGER * size:
+        return ''
+    larger = min(4 * size, side)
+    text = (f'half of the photographs have {side} px or more on their shorter side, and the network sees {size}: what '
+            f'is small in them is lost. --input-size {larger} takes {(larger / size) ** 2:.0f} times as long')
+    if size >= 128:
+        return text
+    with torch.device('meta'):
+        other = timm.create_model(_FOR_PHOTOGRAPHS)
+    times = _multiply_adds(other, 224) / _multiply_adds(copy.deepcopy(model).to('meta'), size)
+    return (f'{text}; weights made on photographs serve better: --model {_FOR_PHOTOGRAPHS} (ImageNet, 224 px) takes '
+            f'{times:.0f} times as long, and little with --train head, as each photograph goes through it once')
+
+
+def _multiply_adds(model: torch.nn.Module, size: int) -> int:
+    """Of one image of `size` pixels through a model on the device 'meta'."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.empty(1, 3, size, size, device='meta'))
+    return counter.get_total_flops() // 2
 
 
 def make_accelerator(config: FinetuneConfig, device: str) -> Accelerator:
@@ -283,7 +371,8 @@ def prepare_split(
         run: Directory of a run to go on with: its split is taken as it is.
 
     Returns:
-        The split, and what there is to report: `split`, `bad`, `leaks`, `summary`.
+        The split, and what there is to report: `split`, `bad`, `leaks`, `summary`, and `side`, in pixels the
+        median of the photographs' shorter sides, 0 where they were not examined.
 
     Raises:
         What `list_source`, `examine`, `make_split` and `read_split` raise.
@@ -304,8 +393,9 @@ def prepare_split(
                        + some([f'{b} = {a}' for a, b in leaks], '; '))
     for line in summary:
         _logger.info('%s', line)
+    sides = [min(size) for size in scan.sizes.elements()]
     return split, {'split': 'given' if scan.test else config.split, 'bad': list(scan.bad), 'leaks': leaks,
-                   'summary': summary}
+                   'summary': summary, 'side': int(statistics.median(sides)) if sides else 0}
 
 
 def _named_split(config: FinetuneConfig, data: str, download: bool) -> tuple[Split, dict[str, Any]]:
@@ -343,6 +433,9 @@ def build_model(config: FinetuneConfig) -> torch.nn.Module:
     own = model.pretrained_cfg.get('input_size', (0,))[-1]
     if model.pretrained_cfg.get('fixed_input_size') and config.input_size not in (0, own):
         raise ValueError(f'{config.model} takes images of {own} px alone; leave out --input-size')
+    if config.cached and not isinstance(model.get_classifier(), torch.nn.Linear):
+        raise ValueError(f'the classifier of {config.model} is no linear layer, which train head fits to features; add '
+                         f'--no-cache, or train all')
     return model
 
 
@@ -416,14 +509,17 @@ def _export(
     """
     network.load_state_dict(fitted.network.state_dict())
     export_weights(model, run.path / 'last', cfg, model_args=model_args)
-    last, best = fitted.history[-1]['epoch'], run.load_best()
-    if best:
-        network.load_state_dict(best['ema'] or best['model'])
-    elif last != fitted.best_epoch():
-        run.log('the checkpoint of epoch %d, the best on held-out files, is lost; best/ holds epoch %d, the last',
-                fitted.best_epoch(), last, level=logging.WARNING)
+    epoch, last = fitted.best_epoch(), fitted.history[-1]['epoch']
+    if not (fitted.last or fitted.penalty):  # those are what was fitted
+        if best := run.load_best():
+            network.load_state_dict(best['ema'] or best['model'])
+            epoch = best['epoch']
+        elif last != epoch:
+            run.log('the checkpoint of epoch %d, the best on held-out files, is lost; best/ holds epoch %d, the last',
+                    epoch, last, level=logging.WARNING)
+            epoch = last
     export_weights(model, run.path / 'best', cfg, model_args=model_args)
-    return best['epoch'] if best else last
+    return epoch
 
 
 def _finish(
@@ -478,9 +574,9 @@ def finetune_seeds(
     Several runs leave `out/metrics.json` with the same as is returned, but `runs`.
 
     Returns:
-        `way`, `dataset`, `protocol`, `input_size`, `epochs`, `stem`, `seeds`, `seconds` of all, `settings` (the fields
-        of `config` that are not the default), `runs` (their metrics), and of `top1`, `mean_per_class` and `ece` the
-        `mean`, the sample standard deviation `std` and the `values`.
+        `way`, `dataset`, `protocol`, `input_size`, `epochs` (where there are any), `stem`, `seeds`, `seconds` of all,
+        `settings` (the fields of `config` that are not the default), `runs` (their metrics), and of `top1`,
+        `mean_per_class` and `ece` the `mean`, the sample standard deviation `std` and the `values`.
 
     Raises:
         What `finetune` raises; the runs that ended are kept. With `resume` they are passed by.
@@ -501,7 +597,8 @@ def finetune_seeds(
     config = dataclasses.replace(config, split=_split_name(config.split))  # the summary may be published
     summary = {
         'way': config.train if config.pretrained else 'from scratch', 'dataset': runs[0]['dataset'],
-        'protocol': runs[0]['split'], 'input_size': runs[0]['input_size'], 'epochs': config.epochs,
+        'protocol': runs[0]['split'], 'input_size': runs[0]['input_size'],
+        **({} if config.cached else {'epochs': config.epochs}),
         'stem': config.stem, 'seeds': seeds,
         'seconds': round(sum(run['seconds'] for run in runs), 1),
         'settings': {f.name: getattr(config, f.name) for f in dataclasses.fields(config)

@@ -27,8 +27,10 @@ from .metrics import predict_logits
 from .recipes import FinetuneConfig
 from .rundir import RunDir, is_best
 
-__all__ = ['BatchTooLarge', 'Features', 'Fitted', 'Predictions', 'fit', 'largest_batch', 'make_loader', 'predict']
+__all__ = ['ENOUGH_TO_CHOOSE', 'BatchTooLarge', 'Features', 'Fitted', 'Predictions', 'duration', 'fit',
+           'largest_batch', 'make_loader', 'predict']
 
+ENOUGH_TO_CHOOSE = 100  # held-out files, to choose the epoch by; with fewer a file is more than epochs differ
 _SECONDS_BETWEEN_DRAWINGS = 30
 _SHARE_OF_SAVING = 10  # of the time, at most one part is spent on checkpoints
 
@@ -191,19 +193,27 @@ class Fitted:
 
     Attributes:
         network: The last epoch's weights, averaged ones where they are asked for.
-        history: A line an epoch.
+        history: A line an epoch, or a penalty of the classifier on cached features.
         bad: Why files could not be read while training went on.
         stopped: Why it ended before the last epoch; '' if it did not.
         earlier: Seconds of it that a run it goes on with took.
+        penalty: Of the classifier on cached features; 0 for other ways.
+        last: Whether the last epoch is the one to take, whatever the held-out files say.
     """
     network: torch.nn.Module
     history: list[dict[str, float]]
     bad: list[str]
     stopped: str = ''
     earlier: float = 0.
+    penalty: float = 0.
+    last: bool = False
 
     def best_epoch(self) -> int:
-        """The epoch most accurate on the held-out files (the later of equals), or the last where there are none."""
+        """The epoch most accurate on the held-out files (the later of equals), or the last where they do not choose."""
+        if self.penalty:
+            return next(row['epoch'] for row in self.history if row['penalty'] == self.penalty)
+        if self.last:
+            return self.history[-1]['epoch']
         return max(self.history, key=lambda row: (row.get('holdout_accuracy', 0), row['epoch']))['epoch']
 
 
@@ -261,7 +271,7 @@ def fit(
     Args:
         network: On the accelerator's device.
         train: Of (image, label).
-        holdout: Measured every epoch, to choose the epoch by; None for none.
+        holdout: Measured every epoch, to choose the epoch by where there are a hundred; None for none.
         config: How.
         run: Where checkpoints and history go.
         accelerator: Device, precision, processes and accumulation; it shares each batch among the processes.
@@ -308,6 +318,7 @@ def fit(
     bad, stopped, earlier = state.bad, '', state.seconds
     began = time.monotonic() - earlier
     measured = ema.module if ema else network
+    timer = _Timer(run, steps)
     drawn = saved = -math.inf
     saving, saved_epoch = 0., state.epoch
 
@@ -326,6 +337,7 @@ def fit(
             total, seen = torch.zeros((), device=accelerator.device), 0
             bar.set_description(f'epoch {state.epoch + 1}/{config.epochs}')
             for step, (images, labels, _, reasons) in enumerate(loader):
+                timer.tell(step, (config.epochs - state.epoch) * steps)
                 _check_readable(reasons, images is None, on_bad)
                 bad += [r for r in reasons if r not in bad]
                 scheduler.step_update(state.epoch * steps + step)
@@ -393,7 +405,8 @@ def fit(
         parameter.requires_grad_(True)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     accelerator.free_memory()
-    return Fitted(measured, state.history, gather_object(bad) if world > 1 else bad, stopped, earlier)
+    few = len(holdout or ()) < ENOUGH_TO_CHOOSE and not stopped  # before its end no epoch is the schedule's best
+    return Fitted(measured, state.history, gather_object(bad) if world > 1 else bad, stopped, earlier, last=few)
 
 
 @dataclasses.dataclass
@@ -429,6 +442,32 @@ class _State:
         accuracies = [row['holdout_accuracy'] for row in self.history if 'holdout_accuracy' in row]
         since = len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
         return f'{patience} epochs without a better held-out accuracy' if patience and since >= patience else ''
+
+
+class _Timer:
+    """Says once, after the first steps, how long the rest will take; the very first, which warms up, is left out."""
+
+    def __init__(self, run: RunDir, steps: int):
+        self._run, self._after, self._first, self._told = run, min(10, steps - 1), 0., False
+
+    def tell(self, step: int, left: int) -> None:
+        """To be called as each step begins; `left` counts the steps from the start of this epoch to the end."""
+        if self._told:
+            return
+        if step <= min(1, self._after):
+            self._first = time.monotonic()
+        if step == self._after and step > 1:
+            self._told = True
+            seconds = (time.monotonic() - self._first) / (step - 1) * (left - step)
+            self._run.log('about %s to go, besides measuring the held-out files', duration(seconds))
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as people say them."""
+    for limit, unit, name in ((90, 1, 'seconds'), (90 * 60, 60, 'minutes')):
+        if seconds < limit:
+            return f'{seconds / unit:.0f} {name}'
+    return f'{seconds / 3600:.1f} hours'
 
 
 def _agree(reason: str, accelerator: Accelerator) -> str:

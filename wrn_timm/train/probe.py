@@ -16,21 +16,22 @@ from timm.data import create_transform, resolve_model_data_config
 from torch.utils.data import Dataset
 
 from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine
-from ..data.splits import data_name, list_source, make_split
+from ..data.splits import Split, data_name, list_source, make_split
 from ..weights import WEIGHTS_FILE, list_weights, places
 from .devices import accelerator_on
-from .fit import Predictions, predict
+from .fit import Features, Predictions, predict
+from .linear import LinearFit
 from .metrics import classification_metrics
+from .recipes import FinetuneConfig
 from .validate import open_model
 
-__all__ = ['extract_features', 'knn', 'linear_probe', 'probe']
+__all__ = ['extract_features', 'knn', 'probe']
 
 _logger = logging.getLogger(__name__)
 
 HUB = 'hf-hub:'
 NEIGHBOURS = 20
 TEMPERATURE = 0.07  # arXiv:1805.01978, section 3.4
-PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 
 
 class _Backbone(torch.nn.Module):
@@ -77,62 +78,6 @@ def knn(
     return votes
 
 
-def linear_probe(
-        features: torch.Tensor,
-        labels: torch.Tensor,
-        classes: int,
-        penalty: float = 1e-3,
-        start: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Multinomial logistic regression by L-BFGS.
-
-    Args:
-        features: (N, C).
-        labels: (N,).
-        classes: Number of classes.
-        penalty: Of half the squared weights, the bias left out, beside the mean cross-entropy.
-        start: Where to begin.
-
-    Returns:
-        (classes, C + 1): weights and, last, the bias.
-    """
-    weight = torch.zeros(classes, features.shape[1] + 1) if start is None else start.clone()
-    weight.requires_grad_()
-    optimizer = torch.optim.LBFGS([weight], max_iter=300, tolerance_change=1e-7, line_search_fn='strong_wolfe')
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(_apply(weight, features), labels) + penalty / 2 * weight[:, :-1].square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return weight.detach()
-
-
-def _apply(weight: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    return F.linear(features, weight[:, :-1], weight[:, -1])
-
-
-def _chosen_probe(parts: dict[str, tuple[torch.Tensor, torch.Tensor]], classes: int) -> torch.Tensor:
-    """Logits of the test part, by the penalty that is best on the held-out part, fitted anew on both."""
-    (train, labels), (test, _) = parts['train'], parts['test']
-    std, mean = torch.std_mean(train, 0)
-    std = std.clamp(min=1e-6)
-    train, test = (train - mean) / std, (test - mean) / std
-    penalty, weight = PENALTIES[len(PENALTIES) // 2], None
-    if 'holdout' in parts:
-        held_out, truth = (parts['holdout'][0] - mean) / std, parts['holdout'][1]
-        best = -1
-        for candidate in PENALTIES:
-            weight = linear_probe(train, labels, classes, candidate, weight)
-            right = (_apply(weight, held_out).argmax(1) == truth).sum().item()
-            if right > best:
-                best, penalty = right, candidate
-        train, labels = torch.cat([train, held_out]), torch.cat([labels, truth])
-    return _apply(linear_probe(train, labels, classes, penalty), test)
-
-
 def _at_hand() -> list[str]:
     """The weights on this machine, in folders or in the cache of the Hub's client; the others are named in the log."""
     listed = list_weights()
@@ -146,14 +91,75 @@ def _at_hand() -> list[str]:
     return [*here, *others.values()]
 
 
+class _Bank:
+    """The features that a backbone gives for files, each file going through it once."""
+
+    def __init__(self, name: str, input_size: int, accelerator: Accelerator, workers: int, progress: bool | None):
+        self._accelerator, self._workers, self._progress = accelerator, workers, progress
+        self._model = open_model(name).to(accelerator.device, memory_format=torch.channels_last)
+        config = resolve_model_data_config(self._model)
+        self.size = input_size or config['input_size'][-1]
+        self._transform = create_transform(
+            **config | {'input_size': (3, self.size, self.size), 'crop_pct': 1.0}, is_training=False)
+        self._rows: dict[str, torch.Tensor] = {}
+        self._asked: set[str] = set()
+        self.bad: list[str] = []
+
+    def of(self, files: ImageFiles) -> Features:
+        """Features and labels of those that can be read."""
+        if missing := [i for i, path in enumerate(files.paths) if path not in self._asked]:
+            wanted = files.subset(missing)
+            found = extract_features(self._model, wanted.as_dataset(self._transform), self._accelerator, self._workers,
+                                     self._progress)
+            self._rows |= {wanted.paths[i]: row for i, row in zip(found.index.tolist(), found.logits, strict=True)}
+            self._asked.update(wanted.paths)
+            self.bad += found.bad
+        there = [(self._rows[path], label) for path, label in zip(files.paths, files.labels, strict=True)
+                 if path in self._rows]
+        return Features(torch.stack([row for row, _ in there]), torch.tensor([label for _, label in there]))
+
+
+def _joined(*parts: Features) -> Features:
+    return Features(torch.cat([p.features for p in parts]), torch.cat([p.labels for p in parts]))
+
+
+def _measured_on_held_out(bank: _Bank, split: Split, seed: int) -> dict[str, tuple[dict[str, Any], float]]:
+    """By way, the metrics of files that were not fitted to, and the penalty they chose; kNN needs none."""
+    train, holdout = bank.of(split.train), bank.of(split.holdout) if split.holdout else None
+    classes = split.train.classes
+    linear = LinearFit(train, holdout, len(classes), seed=seed)
+    row, logits = max(linear.path(), key=lambda step: step[0]['holdout_accuracy'])
+    everything = _joined(train, holdout) if holdout else train
+    votes = torch.cat([
+        knn(everything.features[known], everything.labels[known], everything.features[asked], len(classes))
+        for known, asked in linear.folds])
+    return {'linear probe': (classification_metrics(logits, linear.labels, classes), row['penalty']),
+            'kNN': (classification_metrics(votes.log(), linear.labels, classes), 0.)}
+
+
+def _measured_on_test(bank: _Bank, split: Split, way: str, penalty: float) -> dict[str, Any]:
+    """The metrics of the test files, all others being fitted to."""
+    train, holdout = bank.of(split.train), bank.of(split.holdout) if split.holdout else None
+    test, classes = bank.of(split.test), split.train.classes
+    if way == 'kNN':
+        known = _joined(train, holdout) if holdout else train
+        logits = knn(known.features, known.labels, test.features, len(classes)).log()
+    else:
+        weight, bias = LinearFit(train, holdout, len(classes)).weight(penalty)
+        logits = F.linear(test.features, weight, bias)
+    return classification_metrics(logits, test.labels, classes)
+
+
+def _summary(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: summarise([m[key] for m in metrics]) for key in ('mean_per_class', 'top1')}
+
+
 def probe(
         names: Sequence[str],
         data: str,
-        protocol: str = '70-30',
-        seeds: Sequence[int] = (0,),
-        input_size: int = 0,
-        holdout: float = 0.1,
-        nested: bool = False,
+        config: FinetuneConfig,
+        seeds: int = 1,
+        test_all: bool = False,
         device: str = 'cpu',
         workers: int = 0,
         on_bad: str = 'skip',
@@ -161,74 +167,77 @@ def probe(
         progress: bool | None = None,
         on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Score backbones on a data set, each file going once through each.
+    """Rank backbones for a data set by files held out of training; the test files measure the best one, once.
+
+    Where fewer than a thousand files are held out, all training files are by turns, in five folds (`LinearFit`).
 
     Args:
         names: timm names or weights folders; 'all' stands for every weight on this machine (other networks' in
             $WRN_TIMM_WEIGHTS too, and what the Hub's client has in its cache).
         data: As in `finetune`.
-        protocol: As `split` of `FinetuneConfig`, but no file.
-        seeds: Of the split.
-        input_size: Side of the square input; 0 takes the weights' own.
-        holdout: Share of the training files by which the penalty of the linear probe is chosen.
-        nested: As in `list_source`.
+        config: Its `split` (but no file), `holdout`, `seed`, `input_size` (0 takes the weights' own) and `nested`.
+        seeds: How many, from `config.seed` on.
+        test_all: Measure all of them on the test files, for figures to publish; the ranking stays.
         device: 'cpu' or 'cuda'.
         workers: Processes that read photographs.
         on_bad: As in `examine`.
         download: As in `list_source`.
         progress: False shows no bar; None shows it in a terminal.
-        on_row: Called with each row as it is done.
+        on_row: Called with each row as it is done, and again with those that get their test figures.
 
     Returns:
-        A row a backbone and way ('linear probe', 'kNN'): `weights`, `way`, `dataset`, `protocol`, `input_size`,
-        `seeds`, `train_files`, `test_files`, `skipped`, `seconds` (for both ways), and of `mean_per_class` and `top1`,
-        in %, the `mean`, the sample standard deviation `std` and the `values`.
+        A row a backbone and way ('linear probe', 'kNN'), the most accurate on held-out files first: `weights`, `way`,
+        `dataset`, `protocol`, `input_size`, `seeds`, `train_files`, `skipped`, `seconds` (for both ways), and as
+        `holdout`, in %, of `mean_per_class` and `top1` the `mean`, the sample standard deviation `std` and the
+        `values`. The first has the same of the test files beside these, and `test_files`.
 
     Raises:
         What `list_source`, `examine` and `make_split` raise.
     """
     names = [n for name in names for n in (_at_hand() if name == 'all' else [name])]
-    scan = examine(list_source(data, nested, download), on_bad, at_most=EXAMINED_AT_MOST)
+    if not names:
+        raise ValueError('there are no weights on this machine to probe; name them to fetch them')
+    scan = examine(list_source(data, config.nested, download), on_bad, at_most=EXAMINED_AT_MOST)
     for line in scan.summary():
         _logger.info('%s', line)
-    classes = scan.train.classes
-    paths = [p for part in scan.parts().values() for p in part.paths]
-    files = ImageFiles(paths, [i for part in scan.parts().values() for i in part.labels], classes)
-    place = {p: i for i, p in enumerate(paths)}
-    splits = [make_split(scan, protocol, holdout, seed) for seed in seeds]
+    numbers = range(config.seed, config.seed + seeds)
+    splits = {seed: make_split(scan, config.split, config.holdout, seed) for seed in numbers}
     accelerator = accelerator_on(device)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    best: tuple[dict[str, Any], _Bank, list[float]] | None = None
+
+    def add_test(row: dict[str, Any], bank: _Bank, penalties: list[float]) -> None:
+        metrics = [_measured_on_test(bank, split, row['way'], penalty)
+                   for split, penalty in zip(splits.values(), penalties, strict=True)]
+        row |= _summary(metrics) | {'test_files': metrics[0]['images'], 'skipped': bank.bad}
+
     for name in names:
         began = time.monotonic()
-        model = open_model(name).to(accelerator.device, memory_format=torch.channels_last)
-        config = resolve_model_data_config(model)
-        size = input_size or config['input_size'][-1]
-        transform = create_transform(**config | {'input_size': (3, size, size), 'crop_pct': 1.0}, is_training=False)
-        found = extract_features(model, files.as_dataset(transform), accelerator, workers, progress)
-        row_of = {i: row for row, i in enumerate(found.index.tolist())}  # unreadable files have none
-        scores: dict[str, list[dict[str, Any]]] = {'linear probe': [], 'kNN': []}
-        for split in splits:
-            parts = {}
-            for part in ('train', 'holdout', 'test'):
-                if chosen := getattr(split, part):
-                    index = [row_of[place[p]] for p in chosen.paths if place[p] in row_of]
-                    parts[part] = found.logits[index], found.labels[index]
-            known = [torch.cat(column) for column in zip(*(parts[p] for p in ('train', 'holdout') if p in parts),
-                                                         strict=True)]
-            test, truth = parts['test']
-            for way, logits in (('linear probe', _chosen_probe(parts, len(classes))),
-                                ('kNN', knn(*known, test, len(classes)).log())):
-                scores[way].append(classification_metrics(logits, truth, classes))
+        bank = _Bank(name, config.input_size, accelerator, workers, progress)
+        found = [_measured_on_held_out(bank, split, seed) for seed, split in splits.items()]
         seconds = round(time.monotonic() - began, 1)
-        for way, metrics in scores.items():
-            rows.append({
-                'weights': name, 'way': way, 'dataset': data_name(data),
-                'protocol': 'given' if scan.test else protocol, 'input_size': size, 'seeds': len(seeds),
-                'train_files': len(known[0]), 'test_files': len(truth), 'skipped': found.bad, 'seconds': seconds,
-                **{key: summarise([m[key] for m in metrics]) for key in ('mean_per_class', 'top1')}})
+        for way in found[0]:
+            row = {'weights': name, 'way': way, 'dataset': data_name(data),
+                   'protocol': 'given' if scan.test else config.split, 'input_size': bank.size, 'seeds': seeds,
+                   'train_files': sum(len(p) for p in (splits[config.seed].train, splits[config.seed].holdout) if p),
+                   'skipped': bank.bad, 'seconds': seconds, 'holdout': _summary([f[way][0] for f in found])}
+            rows.append(row)
+            penalties = [f[way][1] for f in found]
+            if test_all:
+                add_test(row, bank, penalties)
+            if best is None or _rank(row) > _rank(best[0]):
+                best = row, bank, penalties
             if on_row:
-                on_row(rows[-1])
-    return rows
+                on_row(row)
+    if not test_all:
+        add_test(*best)
+        if on_row:
+            on_row(best[0])
+    return sorted(rows, key=_rank, reverse=True)
+
+
+def _rank(row: dict[str, Any]) -> tuple[float, float]:
+    return row['holdout']['top1']['mean'], row['holdout']['mean_per_class']['mean']
 
 
 def summarise(values: list[float]) -> dict[str, Any]:

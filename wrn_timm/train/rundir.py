@@ -425,9 +425,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = '') -> 
 
 
 def plot_history(history: list[dict[str, float]], path: Path) -> None:
-    """Draw loss, accuracy and learning rate over the epochs."""
+    """Draw loss, accuracy and learning rate over the epochs, or the penalties of a classifier fitted to features."""
     from matplotlib.figure import Figure
-    groups = {'loss': [], 'accuracy, %': [], 'learning rate': []}
+    groups = {'loss': [], 'accuracy, %': [], 'learning rate': [], 'penalty': []}
     for column in history[-1]:
         if column.endswith('loss'):
             groups['loss'].append(column)
@@ -435,18 +435,20 @@ def plot_history(history: list[dict[str, float]], path: Path) -> None:
             groups['accuracy, %'].append(column)
         elif column == 'lr':
             groups['learning rate'].append(column)
+        elif column == 'penalty':
+            groups['penalty'].append(column)
+    groups = {title: columns for title, columns in groups.items() if columns}
     figure = Figure(figsize=(12, 3.5), layout='constrained')
     epochs = [row['epoch'] for row in history]
-    for axes, (title, columns) in zip(figure.subplots(1, 3), groups.items(), strict=True):
+    for axes, (title, columns) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         for column in columns:
             axes.plot(epochs, [row[column] for row in history], label=column.replace('_', ' '), marker='.')
         axes.set(xlabel='epoch', title=title)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if title == 'loss':
+        if title in ('loss', 'penalty'):
             axes.set_yscale('log')
-        if columns:
-            axes.legend()
+        axes.legend()
     figure.savefig(path, dpi=100)
 
 
