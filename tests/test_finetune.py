@@ -462,6 +462,13 @@ def test_the_classifier_alone_is_fitted_without_a_learning_rate(weights, photogr
     assert max(g.abs().max() for g in torch.autograd.grad(loss, tuple(model.fc.parameters()))) < 1e-3
 
 
+def test_card_of_a_classifier_alone(weights, photographs, tmp_path):
+    assert tune(photographs, weights, tmp_path / 'run', '--train', 'head') == 0
+    card = (tmp_path / 'run' / 'best' / 'README.md').read_text()
+    assert 'classifier fitted to features; files that it was not fitted to chose the L2 penalty, ' in card
+    assert 'penalties tried; torch' in card and ' epochs;' not in card
+
+
 def test_a_classifier_that_is_no_linear_layer_is_not_fitted_to_features(monkeypatch):
     monkeypatch.setattr(timm.models.ResNet, 'get_classifier', lambda self: torch.nn.Identity())
     with pytest.raises(ValueError, match='the classifier of resnet18 is no linear layer.*--no-cache'):
