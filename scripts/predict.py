@@ -12,7 +12,7 @@ import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import timm
 import torch
@@ -20,6 +20,7 @@ import torch
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.command import TRACEBACK_HELP, reports_errors
 from wrn_timm.names import as_cell, printable
+from wrn_timm.train.precision import Precision
 from wrn_timm.train.predict import find_images, predict_files
 
 DEFAULT = 'wrn16_1.cifar10'
@@ -55,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument('--top-k', type=int, metavar='K', help='classes a file (default: 5, or 1 with --csv)')
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--precision', choices=get_args(Precision), default='auto',
+                        help='auto is bfloat16 on GPUs and CPUs that are faster in it, no is float32')
     parser.add_argument('--traceback', action='store_true', help=TRACEBACK_HELP)
     args = parser.parse_args(argv)
     if args.top_k is None:
@@ -72,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
             stream.reconfigure(errors='surrogateescape')  # names of files can be any bytes
     failed = 0
     results = predict_files(args.model, find_images(named(args.images)), args.device, args.batch_size,
-                            args.top_k)
+                            args.top_k, args.precision)
     table = csv.writer(sys.stdout, lineterminator='\n')
     if args.json:
         results = list(results)

@@ -12,12 +12,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.command import TRACEBACK_HELP, reports_errors
 from wrn_timm.hub import check_run_records, finish_weights_folder
+from wrn_timm.train.precision import Precision
 from wrn_timm.train.validate import validate, weights_folder
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
@@ -37,15 +39,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument('--corruptions', action='store_true', help='measure under noise, blur and JPEG too')
     parser.add_argument('--write', action='store_true',
                         help='write metrics, golden logits and the card into the weights folder that --model names')
+    parser.add_argument('--precision', choices=get_args(Precision),
+                        help='auto is bfloat16 on GPUs and CPUs that are faster in it, no is float32 (default: auto, '
+                             'and no with --write, since published figures are float32)')
     parser.add_argument('--traceback', action='store_true', help=TRACEBACK_HELP)
     args = parser.parse_args(argv)
+    if args.write and args.precision not in (None, 'no'):
+        parser.error(f'--write publishes figures in float32; leave out --precision {args.precision}')
     if args.write and not Path(args.model).is_dir():
         parser.error(f'--write needs a weights folder; {args.model} is none')
     if args.write:
         check_run_records(weights_folder(args.model))  # before minutes are spent
     metrics = validate(
         args.model, args.data, args.batch_size, args.device, args.workers, args.download, args.corruptions,
-        args.split)
+        args.split, args.precision or ('no' if args.write else 'auto'))
     print(json.dumps(metrics, indent=2))
     if args.write:
         finish_weights_folder(weights_folder(args.model), metrics, SAMPLE)

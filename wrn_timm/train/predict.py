@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..data.folders import looks_like_image, read_rgb, walk_files
+from .precision import Precision, autocast, resolve_precision
 from .validate import eval_transform, open_model
 
 __all__ = ['find_images', 'predict_files']
@@ -38,6 +39,7 @@ def predict_files(
         device: str = 'cpu',
         batch_size: int = 32,
         top_k: int = 5,
+        precision: Precision = 'auto',
 ) -> Iterator[dict[str, Any]]:
     """The likeliest classes of each file, in the order of the files; no more than a batch is read ahead.
 
@@ -47,6 +49,7 @@ def predict_files(
         device: Where the model runs.
         batch_size: Files a step.
         top_k: Classes a file.
+        precision: 'bf16', 'fp16', 'no' (float32), or 'auto': bfloat16 on GPUs and CPUs that are faster in it.
 
     Yields:
         `image` (the path), and `top` (a list of `label` and `probability`) or `error`.
@@ -55,6 +58,7 @@ def predict_files(
         FloatingPointError: The network gives probabilities that are not finite.
         What `open_model` raises.
     """
+    precision = resolve_precision(precision, device)
     model = open_model(name).to(device, memory_format=torch.channels_last)
     labels = model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)]
     transform = eval_transform(model)
@@ -70,7 +74,8 @@ def predict_files(
         while batch := list(itertools.islice(paths, batch_size)):
             read_in = list(pool.map(read, batch))
             images = [image for image in read_in if not isinstance(image, str)]
-            answers = iter(_answers(model, torch.stack(images).to(device), labels, top_k) if images else ())
+            with autocast(device, precision):
+                answers = iter(_answers(model, torch.stack(images).to(device), labels, top_k) if images else ())
             for path, image in zip(batch, read_in, strict=True):
                 yield {'image': path, **({'error': image} if isinstance(image, str) else {'top': next(answers)})}
 
@@ -78,7 +83,7 @@ def predict_files(
 @torch.inference_mode()
 def _answers(
         model: torch.nn.Module, images: torch.Tensor, labels: list[str], top_k: int) -> list[list[dict[str, Any]]]:
-    probabilities = model(images.contiguous(memory_format=torch.channels_last)).softmax(1)
+    probabilities = model(images.contiguous(memory_format=torch.channels_last)).float().softmax(1)
     if not probabilities.isfinite().all():
         raise FloatingPointError('the network gives probabilities that are not finite: its weights are damaged, or '
                                  'their training diverged')

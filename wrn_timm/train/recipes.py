@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..data.splits import check_protocol
+from .precision import Precision
 
 __all__ = ['RECIPES', 'FinetuneConfig', 'Recipe', 'check_numbers', 'get_recipe']
 
@@ -198,8 +199,9 @@ class FinetuneConfig:
     """Alpha of CutMix (arXiv:1905.04899); with mixup too, each batch takes one of both."""
     patience: int = 0
     """Epochs without a better held-out accuracy after which the run ends; 0 for no such end."""
-    precision: Literal['auto', 'no', 'fp16', 'bf16'] = 'auto'
-    """Of the computation; 'auto' is bf16 on GPUs that have it, fp16 on others, float32 on a CPU."""
+    precision: Precision = 'auto'
+    """Of training; 'auto' is bf16 on GPUs and CPUs that are faster in it, else fp16 on GPUs and float32 ('no') on CPUs.
+    Test figures are always computed in float32."""
     seed: int = 0
     """Of the split, the order, the crops and the new classifier."""
 

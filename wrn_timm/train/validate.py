@@ -19,6 +19,7 @@ from ..data.folders import FolderScan, ImageFiles, examine
 from ..data.splits import data_name, list_source, read_split, source_root
 from ..weights import find, read_config, verify
 from .metrics import classification_metrics, predict_logits
+from .precision import Precision, autocast, resolve_precision
 from .rundir import environment
 
 __all__ = ['eval_transform', 'normalised', 'open_model', 'source_of', 'validate', 'weights_folder',
@@ -120,6 +121,7 @@ def validate(
         download: bool = False,
         corruptions: bool = False,
         split: str = '',
+        precision: Precision = 'no',
 ) -> dict[str, Any]:
     """Measure a pretrained model on a test set.
 
@@ -128,11 +130,13 @@ def validate(
         data: `NAME:DIR` of a named set (its test split); or `folder:DIR` of class folders, a CSV file or
             `caltech101:DIR`, as `list_source` reads them (the part to test on, or all files where they are not split).
         batch_size: Images a step; fewer where they do not fit the device's memory.
-        device: Where the model runs, in float32 (and not in TF32).
+        device: Where the model runs.
         workers: Processes that read images.
         download: Fetch a named set if it is missing.
         corruptions: Measure a named set under each of `data.corrupt.CORRUPTIONS` too.
         split: The `split.csv` of a fine-tuned run, whose part to test on is measured.
+        precision: 'no' is float32 (and not TF32), as in all published figures; 'bf16', 'fp16', or 'auto': bfloat16 on
+            GPUs and CPUs that are faster in it.
 
     Returns:
         The metrics of `classification_metrics`, with the data set, split, preprocessing and environment; top-1 under
@@ -147,6 +151,7 @@ def validate(
     from .fit import largest_batch  # it takes a second to import accelerate, and `predict.py` imports this
     if batch_size < 1:
         raise ValueError(f'batch_size is {batch_size}; it must be at least 1')
+    precision = resolve_precision(precision, device)
     files = data.partition(':')[0] not in NAMES
     if corruptions and files:
         raise ValueError('corruptions are for the named sets of small images, not for files')
@@ -179,7 +184,8 @@ def validate(
         def run(batch_size: int) -> None:
             loader = DataLoader(part.as_dataset(transform), batch_size, num_workers=workers)
             with tqdm(loader, desc=what, unit='batch', leave=False, disable=None) as progress:
-                found[:] = predict_logits(model, progress, device)
+                with autocast(device, precision):
+                    found[:] = predict_logits(model, progress, device)
 
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             if not largest_batch(run, batch_size):
@@ -195,7 +201,7 @@ def validate(
             for kind, strengths in CORRUPTIONS.items() for strength in strengths}
     return {
         'dataset': source, 'split': split, **metrics, 'skipped': skipped,
-        'preprocessing': {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
+        'precision': precision, 'preprocessing': {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
         'environment': environment(device),
     }
 
