@@ -376,7 +376,7 @@ def train(
         learner = Learner(model, recipe, steps, seed, cuda if compile is None else compile, precision)
         progress = _Progress(torch.zeros(2, device=device))
 
-        run = RunDir(out, settings, resume, write=not rank, device=device)
+        run = RunDir(out, settings, resume, write=not rank, device=device, notes={'precision': learner.precision})
         tracking = stack.enter_context(_tracker(tracker, run, settings, device))
         if resume and (saved := run.load_checkpoint()):
             learner.load_state_dict(saved)

@@ -59,8 +59,14 @@ def environment(device: str | torch.device = 'cpu') -> dict[str, str]:
     return {
         'wrn_timm': __version__, 'commit': _commit(), 'python': platform.python_version(),
         'torch': torch.__version__, 'torchvision': torchvision.__version__, 'timm': timm.__version__,
-        'hardware': torch.cuda.get_device_name(device) if cuda else f'{os.cpu_count()} CPU cores',
+        'hardware': torch.cuda.get_device_name(device) if cuda else _processor(),
     }
+
+
+def _processor() -> str:
+    """Cores and kind of the CPU; versions of torch that cannot tell the kind leave it out."""
+    kind = torch.cpu.get_capabilities().get('cpu_name') if hasattr(torch.cpu, 'get_capabilities') else None
+    return f'{os.cpu_count()} CPU cores{f" ({kind})" if kind else ""}'
 
 
 def _commit() -> str:
@@ -211,6 +217,7 @@ class RunDir:
         resume: Go on with the run that is there; None for runs that cannot be resumed.
         write: False for the processes of a run that leave the writing to the first.
         device: Where the run computes, for its records.
+        notes: What else the records say of the machine's part in it, as the precision.
 
     Raises:
         BlockingIOError: Another process has it open.
@@ -227,6 +234,7 @@ class RunDir:
             resume: bool | None = False,
             write: bool = True,
             device: str | torch.device = 'cpu',
+            notes: dict[str, str] | None = None,
     ):
         self.path = Path(path)
         self.recipe_file = self.path / _RECIPE
@@ -241,7 +249,7 @@ class RunDir:
         for folder in (self.path, self.checkpoints):
             discard_partial(folder)  # a checkpoint that was being written when the run was killed
         if not resume or not self.recipe_file.is_file():
-            record = {**_plain(settings), 'environment': environment(device)}
+            record = {**_plain(settings), 'environment': {**environment(device), **(notes or {})}}
             atomic_write(self.recipe_file, json.dumps(record, indent=2) + '\n')
 
     @staticmethod
