@@ -175,7 +175,7 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
         ])
     recipe = '\n'.join(f'| {k} | {v} |' for k, v in settings.items())
     env = run['environment']
-    precision = {'bf16': ' in bfloat16', 'no': ' in float32'}.get(env.get('precision'), '')
+    machine = env['hardware'] + {'bf16': ' in bfloat16', 'no': ' in float32'}.get(env.get('precision'), '')
     speed = f" at {float(last['images_per_second']):.0f} images/s (last epoch)" if 'images_per_second' in last else ''
     steps = f"{last['epoch']} {'penalties tried' if 'penalty' in last else 'epochs'}"
     limits = _LIMITS.get(
@@ -209,7 +209,7 @@ Preprocessing: RGB, {size}x{size}, scaled to 0..1, mean {tuple(cfg['mean'])}, st
 holds inputs, cut from photographs of Caltech 101 (CC BY 4.0), and the logits that these weights give for them.
 
 ## Training
-{float(last['seconds']) / 60:.1f} minutes{speed} on {env['hardware']}{precision}, seed {run.get('seed', settings.get('seed'))}, \
+{float(last['seconds']) / 60:.1f} minutes{speed} on {machine}, seed {run.get('seed', settings.get('seed'))}, \
 {steps}; torch {env['torch']}, timm {env['timm']}, commit `{env['commit']}`.
 
 ```
