@@ -125,7 +125,7 @@ def as_it_is(data):
     (as_it_is, ('--stem', 'imagenet', '--input-size', '0'), 'stem imagenet needs an input_size'),
     (as_it_is, ('--image-memory', 'nan'), 'image_memory is nan; it must be at least 0'),
     (as_it_is, ('--time-budget', 'nan'), 'time_budget is nan; it must be at least 0'),
-    (as_it_is, ('--lr', 'nan'), 'lr is nan; it must be at least 0'),
+    (as_it_is, ('--lr', 'nan'), 'lr is nan; it must be at least 1e-09'),
     (as_it_is, ('--weight-decay', 'nan'), 'weight_decay is nan; it must be finite and at least 0'),
     (as_it_is, ('--mixup', 'inf'), 'mixup is inf; it must be finite and at least 0'),
     (as_it_is, ('--color-jitter', '-1'), 'color_jitter is -1; it must be finite and at least 0'),
@@ -362,7 +362,7 @@ def tune_in_little_memory(data, out, *argv):
     return subprocess.run(
         [sys.executable, '-c', LIMITED, '250_000_000', '--data', str(data), '--out', str(out), '--device', 'cpu',
          '--model', 'wrn16_1.cifar10', '--split', '50-50', '--input-size', '192', '--epochs', '1', '--holdout', '0',
-         '--messages', 'quiet', *argv],
+         '--messages', 'quiet', '--precision', 'no', *argv],
         capture_output=True, text=True,
         env={**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "scripts"}', 'OMP_NUM_THREADS': '1',
              'MALLOC_MMAP_THRESHOLD_': '65536'})  # what is freed goes back at once

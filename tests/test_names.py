@@ -63,7 +63,8 @@ def test_whoever_reads_the_predictions_may_stop(tmp_path):
     """As `head` does: the exit status of other programs, and not a word."""
     for i in range(300):
         (tmp_path / f'{"x" * 200}{i}.jpg').write_text('no')
-    command = [sys.executable, str(ROOT / 'scripts' / 'predict.py'), '--device', 'cpu', str(tmp_path)]
+    command = [sys.executable, str(ROOT / 'scripts' / 'predict.py'), '--model', 'wrn16_1.cifar10', '--device', 'cpu',
+               str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env={**os.environ, 'PYTHONPATH': str(ROOT)})
     process.stdout.readline()

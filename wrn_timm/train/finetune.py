@@ -43,7 +43,6 @@ from .devices import accelerator_on
 from .fit import ENOUGH_TO_CHOOSE, BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
 from .linear import LinearFit
 from .metrics import classification_metrics
-from .precision import resolve_precision
 from .probe import extract_features, summarise
 from .recipes import FinetuneConfig, check_numbers
 from .report import write_report
@@ -346,8 +345,7 @@ def _multiply_adds(model: torch.nn.Module, size: int) -> int:
 def make_accelerator(config: FinetuneConfig, device: str) -> Accelerator:
     """The device, the precision and the processes of a run."""
     return accelerator_on(
-        device, mixed_precision=resolve_precision(config.precision, device),
-        gradient_accumulation_steps=config.accumulate,
+        device, config.precision, gradient_accumulation_steps=config.accumulate,
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.train != 'all')])
 

@@ -22,7 +22,6 @@ from .devices import accelerator_on
 from .fit import Features, Predictions, predict
 from .linear import LinearFit
 from .metrics import classification_metrics
-from .precision import resolve_precision
 from .recipes import FinetuneConfig
 from .validate import open_model
 
@@ -203,7 +202,7 @@ def probe(
         _logger.info('%s', line)
     numbers = range(config.seed, config.seed + seeds)
     splits = {seed: make_split(scan, config.split, config.holdout, seed) for seed in numbers}
-    accelerator = accelerator_on(device, mixed_precision=resolve_precision(config.precision, device))
+    accelerator = accelerator_on(device, config.precision)
     rows: list[dict[str, Any]] = []
     best: tuple[dict[str, Any], _Bank, list[float]] | None = None
 
