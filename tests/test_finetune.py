@@ -180,7 +180,7 @@ def test_a_folder_without_its_recipe_is_not_finished(run, photographs, tmp_path,
     shutil.copytree(run / 'best', tmp_path / 'best')
     (tmp_path / 'best' / 'recipe.json').unlink()
     assert validate_script.main(['--model', str(tmp_path / 'best'), '--data', 'nowhere', '--write']) == 1
-    assert 'best holds no recipe.json, which its card is made of' in capsys.readouterr().err
+    assert 'best holds no recipe.json: only folders that train.py or finetune.py wrote' in capsys.readouterr().err
 
 
 def test_published_and_loaded_by_the_same_command_as_ours(run, hub, tmp_path, capsys):
