@@ -31,6 +31,7 @@ from conftest import ROOT, SAMPLE
 from PIL import Image
 from torch.utils.data import Subset
 
+import wrn_timm
 from wrn_timm.data.folders import ImageFiles, list_folder, read_rgb
 from wrn_timm.data.splits import Split, make_split
 from wrn_timm.hub import check_golden
@@ -243,6 +244,22 @@ def test_help_shows_every_option_by_purpose_twelve_first(capsys):
     assert 'Peak learning rate of the last layers. (default: 0.05)' in text and str(ROOT) not in text
 
 
+def test_predict_in_python_says_what_the_command_says(run, capsys):
+    images = [SAMPLE / 'pizza' / f'image_00{i}.jpg' for i in ('20', '04')]
+    assert predict_script.main(['--model', str(run), '--device', 'cpu', '--json', *map(str, images), 'gone.jpg']) == 1
+    expected = json.loads(capsys.readouterr().out)
+    found = wrn_timm.predict(run, [*images, 'gone.jpg'], device='cpu')
+    assert [p.image for p in found] == [*map(str, images), 'gone.jpg']
+    for photo, row in zip(found[:2], expected, strict=False):
+        assert [{'label': label, 'probability': p} for label, p in photo.top] == row['top'] and not photo.error
+        assert (photo.label, photo.probability) == photo.top[0]
+    assert (found[2].label, found[2].probability, found[2].error) == (None, None, 'gone.jpg is not there')
+    one, = wrn_timm.predict(run, str(images[0]), top_k=1, device='cpu')
+    assert one.top == found[0].top[:1]
+    with pytest.raises(ValueError, match='top_k is 0; it must be at least 1'):
+        wrn_timm.predict(run, images, top_k=0)
+
+
 def test_predict_csv_with_several_answers_and_without_a_model(run, capsys):
     images = [str(SAMPLE / 'pizza' / f'image_00{i}.jpg') for i in ('20', '04')]
     options = ['--device', 'cpu', '--csv', '--top-k', '2']
@@ -314,18 +331,6 @@ def test_a_run_resumed_at_an_epoch_ends_as_one_that_was_not_stopped(weights, pho
     # another run on the same files
     assert tune(photographs, weights, tmp_path / 'same', '--epochs', '1', '--split', str(split), '--seed', '9') == 0
     assert (tmp_path / 'same' / 'split.csv').read_text() == split.read_text()
-
-
-def test_readme_fine_tunes_in_python(photographs, tmp_path, capsys):
-    section = (ROOT / 'README.md').read_text().partition('## Your own photographs')[2]
-    code = re.search(r'```python\n(.*?)```', section, flags=re.S)[1]
-    for written, here in (('epochs=10', 'epochs=1'), ('"DIR"', repr(str(photographs))),
-                          ('"RUN"', repr(str(tmp_path / 'run')))):
-        assert written in code
-        code = code.replace(written, here)
-    exec(code, {})
-    metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
-    assert capsys.readouterr().out.split()[-2:] == [str(metrics['top1']), str(metrics['mean_per_class'])]
 
 
 def test_figures_of_a_run_in_half_precision_are_those_of_float32(weights, photographs, tmp_path):
