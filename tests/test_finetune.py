@@ -37,12 +37,12 @@ from wrn_timm.data.splits import Split, make_split
 from wrn_timm.hub import check_golden
 from wrn_timm.train import finetune as ft
 from wrn_timm.train.devices import accelerator_on
-from wrn_timm.train.fit import Features, Fitted, _Unfreezing, duration, largest_batch, make_loader, predict
+from wrn_timm.train.fit import Features, Fitted, _Unfreezing, largest_batch, make_loader, predict
 from wrn_timm.train.linear import LinearFit, fit_linear
 from wrn_timm.train.probe import extract_features, knn, probe
 from wrn_timm.train.recipes import FinetuneConfig
 from wrn_timm.train.report import grad_cam
-from wrn_timm.train.rundir import RunDir, export_weights
+from wrn_timm.train.rundir import RunDir, duration, export_weights
 from wrn_timm.train.transfer import read_transfer, record_transfer
 from wrn_timm.train.validate import eval_transform, open_model, validate
 from wrn_timm.weights import sha256_of
