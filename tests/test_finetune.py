@@ -28,13 +28,14 @@ import tyro
 import validate as validate_script
 from accelerate import Accelerator
 from conftest import ROOT, SAMPLE
+from huggingface_hub import ModelCard
 from PIL import Image
 from torch.utils.data import Subset
 
 import wrn_timm
 from wrn_timm.data.folders import ImageFiles, list_folder, read_rgb
 from wrn_timm.data.splits import Split, make_split
-from wrn_timm.hub import check_golden
+from wrn_timm.hub import check_golden, model_card
 from wrn_timm.train import finetune as ft
 from wrn_timm.train.devices import accelerator_on
 from wrn_timm.train.fit import Features, Fitted, _Unfreezing, largest_batch, make_loader, predict
@@ -177,6 +178,45 @@ def test_card_of_a_fine_tuned_run(run, photographs, tmp_path):
     assert check_golden(folder) < 1e-5
 
 
+def test_the_card_says_what_was_used_and_claims_nothing_of_others(run):
+    card = (run / 'best' / 'README.md').read_text()
+    table = dict(re.findall(r'^\| (\w+) \| (.*) \|$', card, flags=re.M))
+    assert {k: table[k] for k in ('lr', 'input_size', 'batch_size', 'split', 'holdout', 'precision', 'model')} == {
+        'lr': '0.05', 'input_size': '32', 'batch_size': '8', 'split': '70-30', 'holdout': '6 files',
+        'precision': 'float32', 'model': 'wrn16_1.test'}
+    assert not {'mixup', 'ema_decay', 'stem', 'num_classes', 'parts', 'cache'} & set(table)
+    with open(run / 'history.csv') as f:
+        rates = [float(row['images_per_second']) for row in csv.DictReader(f)]
+    rate = len(rates) / sum(1 / r for r in rates)
+    assert f' at {rate:.0f} images/s (over all epochs' in card
+    assert ModelCard(card).data.license is None and '\nlicense:  # for the owner to fill in' in card
+    cfg = json.loads((run / 'best' / 'config.json').read_text())['pretrained_cfg']
+    assert cfg['license'] is None and cfg['origin_url'] is None
+
+
+def test_settings_without_effect_are_not_told():
+    head = FinetuneConfig(train='head', lr=1.).used()
+    assert head['train'] == 'head' and not {'lr', 'epochs', 'batch_size', 'opt', 'augment', 'mixup'} & set(head)
+    plain = FinetuneConfig(augment=False, mixup=0.2, pretrained=False, seed=0).used()
+    assert (plain['augment'], plain['pretrained'], plain['seed'], plain['mixup']) == (False, False, 0, 0.2)
+    assert not {'min_scale', 'color_jitter', 'cutmix', 'patience'} & set(plain)
+
+
+def test_the_card_of_another_network_cites_no_wide_residual_network(photographs, tmp_path):
+    torch.manual_seed(0)
+    export_weights(timm.create_model('test_resnet', num_classes=3), tmp_path / 'weights', {'tag': 'x'})
+    assert tune(photographs, tmp_path / 'weights', tmp_path / 'cifar10', '--train', 'head') == 0
+    card = (tmp_path / 'cifar10' / 'best' / 'README.md').read_text()
+    assert not re.search('wide.residual', card, flags=re.I) and 'The paper of `test_resnet.x`' in card
+
+
+def test_a_folder_called_as_a_known_set_is_not_taken_for_it(run, tmp_path):
+    folder = shutil.copytree(run / 'best', tmp_path / 'best')
+    metrics = json.loads((folder / 'metrics.json').read_text()) | {'dataset': 'cifar10'}
+    card = model_card(folder, metrics)
+    assert ModelCard(card).data.datasets is None and 'CIFAR-10' not in card and 'Tiny Images' not in card
+
+
 def test_a_folder_without_its_recipe_is_not_finished(run, photographs, tmp_path, capsys):
     shutil.copytree(run / 'best', tmp_path / 'best')
     (tmp_path / 'best' / 'recipe.json').unlink()
@@ -185,7 +225,12 @@ def test_a_folder_without_its_recipe_is_not_finished(run, photographs, tmp_path,
 
 
 def test_published_and_loaded_by_the_same_command_as_ours(run, hub, tmp_path, capsys):
-    folder = run / 'best'
+    folder = shutil.copytree(run / 'best', tmp_path / 'best')
+    assert publish_script.main([str(folder), '--namespace', 'acme']) == 1
+    assert 'README.md names no licence: write yours after "license:" in its first lines' in capsys.readouterr().err
+    card = (folder / 'README.md').read_text()
+    (folder / 'README.md').write_text(card.replace('license: ', 'license: cc-by-4.0', 1))
+    assert ModelCard(model_card(folder)).data.license == 'cc-by-4.0'  # a card that is made anew keeps it
     assert publish_script.main([str(folder), '--namespace', 'acme']) == 0
     name = f"acme/wrn16_1.{json.loads((folder / 'config.json').read_text())['pretrained_cfg']['tag']}"
     card = hub.repositories[name].commits[hub.repositories[name].resolve('main')]['README.md'].decode()
@@ -228,8 +273,8 @@ def test_what_is_about_to_happen_and_how_long_it_takes_is_said(weights, photogra
 
 
 def test_time_is_told_as_people_say_it():
-    assert [duration(s) for s in (3, 89, 90, 5399, 5400, 36000)] == [
-        '3 seconds', '89 seconds', '2 minutes', '90 minutes', '1.5 hours', '10.0 hours']
+    assert [duration(s) for s in (1, 3, 89, 90, 5399, 5400, 36000)] == [
+        '1 second', '3 seconds', '89 seconds', '2 minutes', '90 minutes', '1.5 hours', '10.0 hours']
 
 
 def test_help_shows_every_option_by_purpose_twelve_first(capsys):

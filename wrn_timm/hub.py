@@ -102,13 +102,13 @@ def _owners_licence(card: Path) -> str:
     return found[1].strip('\'"') if found else ''
 
 
-def _training(folder: Path, run: dict[str, Any]) -> str:
-    """How long a run took and how fast it was, from its history, with its seed and what it ran on."""
+def _training(folder: Path, metrics: dict[str, Any], run: dict[str, Any]) -> str:
+    """How long a run took and how fast it was, with its seed and what it ran on."""
     with open(folder / 'history.csv', encoding='utf-8', newline='') as f:
         history = list(csv.DictReader(f))
     last, env, speed = history[-1], run['environment'], ''
     if 'finetune' in run:
-        took = duration(float(last['seconds']))
+        took = duration(metrics.get('train_seconds', float(last['seconds'])))
         if 'images_per_second' in last:
             rate = statistics.harmonic_mean(float(row['images_per_second']) for row in history)
             speed = f' at {rate:.0f} images/s (over all epochs, without the held-out files)'
@@ -237,7 +237,7 @@ Preprocessing: RGB, {size}x{size}, scaled to 0..1, mean {tuple(cfg['mean'])}, st
 holds inputs, cut from photographs of Caltech 101 (CC BY 4.0), and the logits that these weights give for them.
 
 ## Training
-{_training(folder, run)}
+{_training(folder, metrics, run)}
 
 ```
 {_command(run)}
@@ -269,7 +269,8 @@ def finish_weights_folder(folder: str | Path, metrics: dict[str, Any], photograp
     folder = Path(folder)
     there = folder / 'metrics.json'  # what another measurement does not know of the training
     before = json.loads(there.read_text(encoding='utf-8')) if there.is_file() else {}
-    metrics = {k: before[k] for k in ('chosen_by', 'penalty', 'holdout_files', 'used') if k in before} | metrics
+    kept = ('chosen_by', 'penalty', 'holdout_files', 'used', 'train_seconds')
+    metrics = {k: before[k] for k in kept if k in before} | metrics
     metrics = {k: v for k, v in metrics.items() if k not in ('skipped', 'leaks')}  # paths of this machine
     model = open_model(str(folder))
     size = resolve_model_data_config(model)['input_size'][-1]

@@ -226,6 +226,7 @@ td.path { max-width: none; white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 1rem 0; }
 .wide { overflow-x: auto; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 img { display: block; max-width: 100%; background: white; }
 '''
 _NARROWEST = 640  # pixels of a picture, below which its text is too small: it is scrolled
@@ -329,7 +330,7 @@ def _page(
 <h2>Data</h2>
 <ul>{notes}</ul>
 <h2>Made with</h2>
-<pre class="wide">{html.escape(printable(command))}</pre>
+<pre>{html.escape(printable(command))}</pre>
 {_facts(made_with)}
 </body>
 </html>

@@ -433,7 +433,7 @@ def duration(seconds: float) -> str:
     """Seconds, minutes or hours, as people say them."""
     for limit, unit, name in ((90, 1, 'seconds'), (90 * 60, 60, 'minutes')):
         if seconds < limit:
-            return f'{seconds / unit:.0f} {name}'
+            return '1 second' if round(seconds) == 1 else f'{seconds / unit:.0f} {name}'
     return f'{seconds / 3600:.1f} hours'
 
 
