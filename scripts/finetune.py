@@ -188,7 +188,8 @@ def show(result: dict[str, Any] | list[dict[str, Any]], command: Command) -> Non
         for key in ('top1', 'mean_per_class', 'ece'):
             print(f"{key:15} {spread(result[key])} %, {result['seeds']} seeds")
     else:
-        print(f"accuracy {result['top1']:.1f} % on {result['images']} test photographs, mean of the classes "
+        tested = f"photographs of {printable(result['tested_on'])}" if result['tested_on'] else 'test photographs'
+        print(f"accuracy {result['top1']:.1f} % on {result['images']} {tested}, mean of the classes "
               f"{result['mean_per_class']:.1f} %; see {printable(command.out)}/report.html")
 
 

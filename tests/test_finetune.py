@@ -28,20 +28,22 @@ import tyro
 import validate as validate_script
 from accelerate import Accelerator
 from conftest import ROOT, SAMPLE
+from huggingface_hub import ModelCard
 from PIL import Image
 from torch.utils.data import Subset
 
+import wrn_timm
 from wrn_timm.data.folders import ImageFiles, list_folder, read_rgb
 from wrn_timm.data.splits import Split, make_split
-from wrn_timm.hub import check_golden
+from wrn_timm.hub import check_golden, model_card
 from wrn_timm.train import finetune as ft
 from wrn_timm.train.devices import accelerator_on
-from wrn_timm.train.fit import Features, Fitted, _Unfreezing, duration, largest_batch, make_loader, predict
+from wrn_timm.train.fit import Features, Fitted, _Unfreezing, largest_batch, make_loader, predict
 from wrn_timm.train.linear import LinearFit, fit_linear
 from wrn_timm.train.probe import extract_features, knn, probe
 from wrn_timm.train.recipes import FinetuneConfig
 from wrn_timm.train.report import grad_cam
-from wrn_timm.train.rundir import RunDir, export_weights
+from wrn_timm.train.rundir import RunDir, duration, export_weights
 from wrn_timm.train.transfer import read_transfer, record_transfer
 from wrn_timm.train.validate import eval_transform, open_model, validate
 from wrn_timm.weights import sha256_of
@@ -176,6 +178,45 @@ def test_card_of_a_fine_tuned_run(run, photographs, tmp_path):
     assert check_golden(folder) < 1e-5
 
 
+def test_the_card_says_what_was_used_and_claims_nothing_of_others(run):
+    card = (run / 'best' / 'README.md').read_text()
+    table = dict(re.findall(r'^\| (\w+) \| (.*) \|$', card, flags=re.M))
+    assert {k: table[k] for k in ('lr', 'input_size', 'batch_size', 'split', 'holdout', 'precision', 'model')} == {
+        'lr': '0.05', 'input_size': '32', 'batch_size': '8', 'split': '70-30', 'holdout': '6 files',
+        'precision': 'float32', 'model': 'wrn16_1.test'}
+    assert not {'mixup', 'ema_decay', 'stem', 'num_classes', 'parts', 'cache'} & set(table)
+    with open(run / 'history.csv') as f:
+        rates = [float(row['images_per_second']) for row in csv.DictReader(f)]
+    rate = len(rates) / sum(1 / r for r in rates)
+    assert f' at {rate:.0f} images/s (over all epochs' in card
+    assert ModelCard(card).data.license is None and '\nlicense:  # for the owner to fill in' in card
+    cfg = json.loads((run / 'best' / 'config.json').read_text())['pretrained_cfg']
+    assert cfg['license'] is None and cfg['origin_url'] is None
+
+
+def test_settings_without_effect_are_not_told():
+    head = FinetuneConfig(train='head', lr=1.).used()
+    assert head['train'] == 'head' and not {'lr', 'epochs', 'batch_size', 'opt', 'augment', 'mixup'} & set(head)
+    plain = FinetuneConfig(augment=False, mixup=0.2, pretrained=False, seed=0).used()
+    assert (plain['augment'], plain['pretrained'], plain['seed'], plain['mixup']) == (False, False, 0, 0.2)
+    assert not {'min_scale', 'color_jitter', 'cutmix', 'patience'} & set(plain)
+
+
+def test_the_card_of_another_network_cites_no_wide_residual_network(photographs, tmp_path):
+    torch.manual_seed(0)
+    export_weights(timm.create_model('test_resnet', num_classes=3), tmp_path / 'weights', {'tag': 'x'})
+    assert tune(photographs, tmp_path / 'weights', tmp_path / 'cifar10', '--train', 'head') == 0
+    card = (tmp_path / 'cifar10' / 'best' / 'README.md').read_text()
+    assert not re.search('wide.residual', card, flags=re.I) and 'The paper of `test_resnet.x`' in card
+
+
+def test_a_folder_called_as_a_known_set_is_not_taken_for_it(run, tmp_path):
+    folder = shutil.copytree(run / 'best', tmp_path / 'best')
+    metrics = json.loads((folder / 'metrics.json').read_text()) | {'dataset': 'cifar10'}
+    card = model_card(folder, metrics)
+    assert ModelCard(card).data.datasets is None and 'CIFAR-10' not in card and 'Tiny Images' not in card
+
+
 def test_a_folder_without_its_recipe_is_not_finished(run, photographs, tmp_path, capsys):
     shutil.copytree(run / 'best', tmp_path / 'best')
     (tmp_path / 'best' / 'recipe.json').unlink()
@@ -184,7 +225,12 @@ def test_a_folder_without_its_recipe_is_not_finished(run, photographs, tmp_path,
 
 
 def test_published_and_loaded_by_the_same_command_as_ours(run, hub, tmp_path, capsys):
-    folder = run / 'best'
+    folder = shutil.copytree(run / 'best', tmp_path / 'best')
+    assert publish_script.main([str(folder), '--namespace', 'acme']) == 1
+    assert 'README.md names no licence: write yours after "license:" in its first lines' in capsys.readouterr().err
+    card = (folder / 'README.md').read_text()
+    (folder / 'README.md').write_text(card.replace('license: ', 'license: cc-by-4.0', 1))
+    assert ModelCard(model_card(folder)).data.license == 'cc-by-4.0'  # a card that is made anew keeps it
     assert publish_script.main([str(folder), '--namespace', 'acme']) == 0
     name = f"acme/wrn16_1.{json.loads((folder / 'config.json').read_text())['pretrained_cfg']['tag']}"
     card = hub.repositories[name].commits[hub.repositories[name].resolve('main')]['README.md'].decode()
@@ -227,8 +273,8 @@ def test_what_is_about_to_happen_and_how_long_it_takes_is_said(weights, photogra
 
 
 def test_time_is_told_as_people_say_it():
-    assert [duration(s) for s in (3, 89, 90, 5399, 5400, 36000)] == [
-        '3 seconds', '89 seconds', '2 minutes', '90 minutes', '1.5 hours', '10.0 hours']
+    assert [duration(s) for s in (1, 3, 89, 90, 5399, 5400, 36000)] == [
+        '1 second', '3 seconds', '89 seconds', '2 minutes', '90 minutes', '1.5 hours', '10.0 hours']
 
 
 def test_help_shows_every_option_by_purpose_twelve_first(capsys):
@@ -241,6 +287,22 @@ def test_help_shows_every_option_by_purpose_twelve_first(capsys):
     assert len(finetune_script.PURPOSES['The options that matter first']) == 12
     assert text.index('matter first:') < text.index('--input-size') < text.index('Optimisation:') < text.index('--mom')
     assert 'Peak learning rate of the last layers. (default: 0.05)' in text and str(ROOT) not in text
+
+
+def test_predict_in_python_says_what_the_command_says(run, capsys):
+    images = [SAMPLE / 'pizza' / f'image_00{i}.jpg' for i in ('20', '04')]
+    assert predict_script.main(['--model', str(run), '--device', 'cpu', '--json', *map(str, images), 'gone.jpg']) == 1
+    expected = json.loads(capsys.readouterr().out)
+    found = wrn_timm.predict(run, [*images, 'gone.jpg'], device='cpu')
+    assert [p.image for p in found] == [*map(str, images), 'gone.jpg']
+    for photo, row in zip(found[:2], expected, strict=False):
+        assert [{'label': label, 'probability': p} for label, p in photo.top] == row['top'] and not photo.error
+        assert (photo.label, photo.probability) == photo.top[0]
+    assert (found[2].label, found[2].probability, found[2].error) == (None, None, 'gone.jpg is not there')
+    one, = wrn_timm.predict(run, str(images[0]), top_k=1, device='cpu')
+    assert one.top == found[0].top[:1]
+    with pytest.raises(ValueError, match='top_k is 0; it must be at least 1'):
+        wrn_timm.predict(run, images, top_k=0)
 
 
 def test_predict_csv_with_several_answers_and_without_a_model(run, capsys):
@@ -314,18 +376,6 @@ def test_a_run_resumed_at_an_epoch_ends_as_one_that_was_not_stopped(weights, pho
     # another run on the same files
     assert tune(photographs, weights, tmp_path / 'same', '--epochs', '1', '--split', str(split), '--seed', '9') == 0
     assert (tmp_path / 'same' / 'split.csv').read_text() == split.read_text()
-
-
-def test_readme_fine_tunes_in_python(photographs, tmp_path, capsys):
-    section = (ROOT / 'README.md').read_text().partition('## Your own photographs')[2]
-    code = re.search(r'```python\n(.*?)```', section, flags=re.S)[1]
-    for written, here in (('epochs=10', 'epochs=1'), ('"DIR"', repr(str(photographs))),
-                          ('"RUN"', repr(str(tmp_path / 'run')))):
-        assert written in code
-        code = code.replace(written, here)
-    exec(code, {})
-    metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
-    assert capsys.readouterr().out.split()[-2:] == [str(metrics['top1']), str(metrics['mean_per_class'])]
 
 
 def test_figures_of_a_run_in_half_precision_are_those_of_float32(weights, photographs, tmp_path):

@@ -1,10 +1,19 @@
 """The report of a fine-tuning run as a reader sees it: in a real browser, on a telephone and on a desk."""
+import html
 import json
+import re
 import shutil
+import time
 
 import finetune as finetune_script
 import pytest
+import torch
 from conftest import SAMPLE
+from matplotlib.figure import Figure
+
+from wrn_timm.train.fit import Predictions
+from wrn_timm.train.report import draw_confusion
+from wrn_timm.train.rundir import plot_history
 
 WIDTHS = 400, 1280
 # loads nothing of its own, so that all it asks for is the page's
@@ -40,6 +49,75 @@ def report(tmp_path_factory, weights):
         '--data', str(root / 'data'), '--model', weights, '--out', str(root / 'run'), '--device', 'cpu', '--epochs',
         '1', '--input-size', '32', '--lr', '1e-6', '--messages', 'quiet']) == 0
     return root / 'run' / 'report.html'
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """What is drawn, in place of its picture."""
+    drawn = []
+
+    def keep(figure, path, **kwargs):
+        path.touch()
+        figure.canvas.draw()
+        drawn.append(figure)
+    monkeypatch.setattr(Figure, 'savefig', keep)
+    return drawn
+
+
+@pytest.mark.parametrize('losses', [(2.0, 0.4, 0.0003), (0.34, 0.33, 0.335), (0.1, 0.0, 0.0), (1.5, 1.5, 1.5)])
+def test_axes_have_plain_numbers_and_no_legend_lies_on_a_curve(figures, tmp_path, losses):
+    plot_history([{'epoch': i, 'lr': 10. ** -i, 'train_loss': loss, 'holdout_loss': loss + 0.1, 'holdout_accuracy': 90.}
+                  for i, loss in enumerate(losses, 1)], tmp_path / 'curves.png')
+    for axes in figures[0].axes:
+        low, high = sorted(axes.get_ylim())
+        shown = [t.get_text() for t in axes.get_yticklabels() if low <= t.get_position()[1] <= high]
+        assert len(shown) >= 2 and all(re.fullmatch(r'[-−]?\d+(\.\d+)?', text) for text in shown), shown
+        if legend := axes.get_legend():
+            assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+            assert figures[0].bbox.containsx(legend.get_window_extent().x0)
+    labelled = [text.get_text() for axes in figures[0].axes if axes.get_legend() for text in axes.get_legend().texts]
+    assert labelled == ['train loss', 'holdout loss', 'holdout accuracy']
+
+
+def test_penalties_are_drawn_as_such(figures, tmp_path):
+    plot_history([{'epoch': i, 'penalty': 10. ** -i, 'train_loss': 1.} for i in range(1, 7)],
+                 tmp_path / 'curves.png')
+    loss, penalty = figures[0].axes
+    assert loss.get_xlabel() == 'penalties tried'
+    assert '0.0001' in [text.get_text() for text in penalty.get_yticklabels()]
+
+
+@pytest.mark.parametrize('n', [3, 40, 41])
+def test_the_confusion_matrix_has_counts(figures, tmp_path, n):
+    labels = torch.tensor([0, 0, 0, 0, 1, 2, 2])
+    answers = torch.tensor([0, 0, 0, 2, 1, 2, 1])
+    result = Predictions(torch.eye(n)[answers], labels, torch.arange(7), [])
+    draw_confusion(result, tuple(map(str, range(n))), tmp_path / 'confusion.png')
+    found = {(text.get_position()[1], text.get_position()[0]): text.get_text() for text in figures[0].axes[0].texts}
+    expected = {(0, 0): '3', (0, 2): '1', (1, 1): '1', (2, 2): '1', (2, 1): '1'}
+    assert found == (expected if n <= 40 else {})
+
+
+def test_the_report_names_val_the_command_the_date_and_whole_paths(weights, tmp_path, monkeypatch, capsys):
+    for part in ('train', 'valid'):
+        for name in ('ketch', 'pizza'):
+            (tmp_path / 'my data' / part / name).mkdir(parents=True)
+            for file in sorted((SAMPLE / name).iterdir())[:: 1 if part == 'train' else -1][:6]:
+                shutil.copy(file, tmp_path / 'my data' / part / name)
+    monkeypatch.chdir(tmp_path)
+    assert finetune_script.main(['--data', 'my data', '--model', weights, '--out', 'run', '--device', 'cpu', '--epochs',
+                                 '1', '--batch-size', '4', '--lr', '1e-6']) == 0
+    assert '12 photographs of valid/' in capsys.readouterr().out
+    page = html.unescape((tmp_path / 'run' / 'report.html').read_text())
+    metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
+    assert f"<h1>my data: {metrics['top1']:.1f} % of 12 files of valid/</h1>" in page and 'test files' not in page
+    assert 'valid/, tested on as there is no test part: 12 files' in page
+    assert f"--batch-size 4 --lr 1e-06 --data '{tmp_path / 'my data'}' --out {tmp_path / 'run'}</pre>" in page
+    assert re.search(rf"<dt>date</dt><dd>{time.strftime('%Y-%m-')}\d\d \d\d:\d\d</dd>", page)
+    assert re.search(r'<dt>time in all</dt><dd>\d+ seconds?</dd>', page)
+    assert metrics['top1'] == 100 or f'<td class="path">{tmp_path / "my data" / "valid"}/' in page
+    card = (tmp_path / 'run' / 'best' / 'README.md').read_text()
+    assert '12 images of my data (valid/)' in card and str(tmp_path) not in card
 
 
 def open_page(browser, report, width=1280, dark=False):

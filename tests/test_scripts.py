@@ -1,5 +1,7 @@
 """Generated tables, what the package imports, and README's first code."""
 import importlib
+import json
+import os
 import re
 import shlex
 import shutil
@@ -38,6 +40,38 @@ def test_readme_code_runs(tmp_path):
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 'torch.Size([1, 64, 16, 16])' in done.stdout and done.stdout.splitlines()[-1] == 'airplane'
+
+
+def test_fine_tune_predict_and_export_as_readme_shows(tmp_path):
+    photographs = re.search(r'## Your own photographs\n(.*?)\n### ', (ROOT / 'README.md').read_text(), flags=re.S)[1]
+    code, = re.findall(r'```python\n(.*?)```', photographs, flags=re.S)
+    assert len([line for line in code.splitlines() if line]) <= 10
+    for name in ('ketch', 'pizza'):
+        (tmp_path / 'DIR' / name).mkdir(parents=True)
+        for photograph in sorted((SAMPLE / name).iterdir())[:10]:
+            shutil.copy(photograph, tmp_path / 'DIR' / name)
+    shutil.copytree(tmp_path / 'DIR' / 'pizza', tmp_path / 'FOLDER')
+    shutil.copy(photograph, tmp_path / 'photo.jpg')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / 'RUN' / 'metrics.json').read_text())
+    assert done.stdout.splitlines()[-12].split() == [str(metrics['top1']), str(metrics['mean_per_class'])]
+    images, labels, probabilities = zip(*(line.split()[:3] for line in done.stdout.splitlines()[-11:]), strict=True)
+    assert images == ('photo.jpg', *(os.path.join('FOLDER', p.name) for p in sorted((tmp_path / 'FOLDER').iterdir())))
+    assert labels.count('pizza') > 8 and all(0.5 <= float(p) <= 1 for p in probabilities)
+    assert (tmp_path / 'model.onnx').stat().st_size > 1_000_000
+
+
+def test_what_training_brings_is_loaded_when_used_and_says_what_to_install():
+    code = ('''import sys, wrn_timm
+assert {'predict', 'finetune', 'FinetuneConfig'} <= set(dir(wrn_timm)) and not hasattr(wrn_timm, 'nothing')
+sys.modules['torchmetrics'] = None  # as where it is not installed
+try:
+    wrn_timm.predict
+except ImportError as e:
+    print(e)''')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith('wrn_timm.predict needs torchmetrics') and '[train]' in done.stdout, done.stderr
 
 
 def waiting_commands():

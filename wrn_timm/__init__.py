@@ -2,7 +2,13 @@
 
     import timm, wrn_timm
     model = timm.create_model('wrn16_1.cifar10', pretrained=True)
+
+`wrn_timm.finetune`, `wrn_timm.FinetuneConfig` and `wrn_timm.predict` are loaded when they are first used: they need the
+extra `[train]`, and the models do not.
 """
+import importlib
+from typing import Any
+
 from . import wrn_imagenet  # noqa: F401  (registers its models)
 from .checkpoints import convert_checkpoint
 from .weights import list_weights
@@ -10,3 +16,19 @@ from .wrn import WideResNet, register_wrn
 
 __version__ = '0.1.0'
 __all__ = ['WideResNet', 'convert_checkpoint', 'list_weights', 'register_wrn']
+
+_TRAINING = {'FinetuneConfig': 'recipes', 'finetune': 'finetune', 'predict': 'predict'}  # not in __all__: see above
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRAINING:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    try:
+        return getattr(importlib.import_module(f'.train.{_TRAINING[name]}', __name__), name)
+    except ModuleNotFoundError as e:
+        raise ImportError(
+            f'wrn_timm.{name} needs {e.name}, which is not installed: pip install "wrn_timm[train]"') from e
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_TRAINING])

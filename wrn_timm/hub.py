@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
 import hashlib
 import json
 import re
-import shlex
+import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,8 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from .data.folders import read_rgb, walk_files
 from .download import hub_fault
 from .files import atomic_write
-from .train.recipes import RECIPES, FinetuneConfig, Recipe
-from .train.rundir import read_record
+from .train.recipes import RECIPES, Recipe, finetune_command, settings_flags
+from .train.rundir import duration, read_record
 from .train.transfer import TRANSFER_FILE
 from .train.validate import normalised, open_model
 from .weights import WEIGHTS_FILE, verify, version_tag
@@ -66,40 +67,66 @@ _CITATION = '''@inproceedings{zagoruyko2016wide,
 }'''
 
 
+_NO_LICENCE = 'license:  # for the owner to fill in: apache-2.0, cc-by-4.0 or another identifier of the Hub'
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
-
-
-def _flags(settings: dict[str, Any], defaults: dict[str, Any]) -> list[str]:
-    """Command-line flags of the settings that are not the default."""
-    flags = []
-    for key, value in settings.items():
-        name = key.replace('_', '-')
-        if key not in defaults or defaults[key] != value:
-            values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
-            values = [v for entry in values for v in (entry if isinstance(entry, list) else [entry])]  # sizes are pairs
-            flags.append(shlex.join([f'--{"no-" * (value is False)}{name}', *map(str, values)]))
-    return flags
 
 
 def _command(run: dict[str, Any]) -> str:
     """The command that repeats a training run."""
     if 'finetune' in run:
-        defaults = json.loads(json.dumps(dataclasses.asdict(FinetuneConfig())))
-        flags = _flags(run['finetune'], {**defaults, 'model': ''})
-        return ' '.join(['python scripts/finetune.py', *flags, '--data DIR --out RUN'])
+        return finetune_command(run['finetune'])
     settings = {**json.loads(json.dumps(_DEFAULTS)), **run['recipe']}  # earlier versions had fewer fields
     recipes = {name: json.loads(json.dumps(dataclasses.asdict(recipe))) for name, recipe in RECIPES.items()}
-    candidates = {name: _flags(settings, recipe) for name, recipe in recipes.items()}
+    candidates = {name: settings_flags(settings, recipe) for name, recipe in recipes.items()}
     nearest = min(candidates, key=lambda name: len(candidates[name]))
     return ' '.join([
         f'python scripts/train.py --recipe {nearest}', *candidates[nearest],
         f"--data DIR --out RUN --seed {run['seed']}"])
 
 
+def _title(metrics: dict[str, Any], run: dict[str, Any]) -> str:
+    """What to call the data; a folder of the user's that is called as a known set is need not be it."""
+    dataset = metrics['dataset']
+    return dataset if 'finetune' in run else _TITLES.get(dataset, dataset)
+
+
+def _part(metrics: dict[str, Any]) -> str:
+    """The part of the data that was measured."""
+    return metrics.get('tested_on') or {'given': 'test'}.get(metrics['split'], metrics['split'])
+
+
+def _owners_licence(card: Path) -> str:
+    """The licence that the owner of fine-tuned weights wrote into their card; '' if there is none yet."""
+    text = card.read_text(encoding='utf-8') if card.is_file() else ''
+    found = re.match(r'---\n(?:(?!---).*\n)*?license: *([^\s#]+)', text)
+    return found[1].strip('\'"') if found else ''
+
+
+def _training(folder: Path, metrics: dict[str, Any], run: dict[str, Any]) -> str:
+    """How long a run took and how fast it was, with its seed and what it ran on."""
+    with open(folder / 'history.csv', encoding='utf-8', newline='') as f:
+        history = list(csv.DictReader(f))
+    last, env, speed = history[-1], run['environment'], ''
+    if 'finetune' in run:
+        took = duration(metrics.get('train_seconds', float(last['seconds'])))
+        if 'images_per_second' in last:
+            rate = statistics.harmonic_mean(float(row['images_per_second']) for row in history)
+            speed = f' at {rate:.0f} images/s (over all epochs, without the held-out files)'
+    else:
+        took = f"{float(last['seconds']) / 60:.1f} minutes"
+        if 'images_per_second' in last:
+            speed = f" at {float(last['images_per_second']):.0f} images/s (last epoch)"
+    steps = f"{last['epoch']} {'penalties tried' if 'penalty' in last else 'epochs'}"
+    seed = run.get('seed', run.get('finetune', {}).get('seed'))
+    machine = env['hardware'] + {'bf16': ' in bfloat16', 'no': ' in float32'}.get(env.get('precision'), '')
+    return (f"{took}{speed} on {machine}, seed {seed}, {steps}; torch {env['torch']}, timm {env['timm']}, "
+            f"commit `{env['commit']}`.")
+
+
 def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
     """Measured figures with their protocol and, for training on a data set of the paper, the paper's beside them."""
     recipe = run.get('recipe', {})
-    title = _TITLES.get(metrics['dataset'], metrics['dataset'])
+    title = _title(metrics, run)
     top5 = f"; top-5 {metrics['top5']:.2f} %" if metrics.get('top5') is not None else ''
     averaged = (recipe or run.get('finetune', {})).get('ema_decay')
     weights = f"{'averaged ' if averaged else ''}weights of the last epoch"
@@ -111,7 +138,7 @@ def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
     text = (
         f"Top-1 **{metrics['top1']:.2f} %** (error {100 - metrics['top1']:.2f} %){top5}; expected calibration error "
         f"{metrics['ece']:.2f} %. Measured by `{metrics.get('measured_by', 'scripts/validate.py')}` on "
-        f"{metrics['images']:,} images of {title} ({metrics['split']}), from the weights as they lie here; one seed, "
+        f"{metrics['images']:,} images of {title} ({_part(metrics)}), from the weights as they lie here; one seed, "
         f"{weights}{'; nothing was chosen by the test set' if recipe else ''}.")
     if recipe.get('dataset') not in ('cifar10', 'cifar100'):
         return text
@@ -148,6 +175,8 @@ def check_run_records(folder: Path) -> dict[str, Any]:
 def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str:
     """The card (README.md) of a weights folder, from its `config.json`, `metrics.json` and `recipe.json`.
 
+    Fine-tuned weights have no licence until their owner writes one into the card's first lines, where it stays.
+
     Args:
         folder: Weights folder, of `train.py` or `finetune.py`.
         metrics: In place of those in `metrics.json`.
@@ -155,41 +184,41 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
     folder = Path(folder)
     config, run = json.loads((folder / 'config.json').read_text(encoding='utf-8')), check_run_records(folder)
     metrics = metrics or json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
-    settings = run.get('recipe') or run['finetune']
     arch, cfg = config['architecture'], config['pretrained_cfg']
-    name = f"{arch}.{cfg['tag']}"
-    dataset = metrics['dataset']
-    title = _TITLES.get(dataset, dataset)
-    history = (folder / 'history.csv').read_text(encoding='utf-8').splitlines()
-    last = dict(zip(history[0].split(','), history[-1].split(','), strict=True))
-    size = cfg['input_size'][-1]
+    tuned, wide = 'finetune' in run, arch.startswith('wrn')
+    settings = metrics.get('used') or run['finetune'] if tuned else run['recipe']
+    name, dataset, title, size = f"{arch}.{cfg['tag']}", metrics['dataset'], _title(metrics, run), cfg['input_size'][-1]
+    licence = cfg.get('license') or _owners_licence(folder / 'README.md')
     data = ModelCardData(
-        library_name='timm', license=cfg.get('license'), pipeline_tag='image-classification',
-        tags=['timm', 'wide-residual-network', 'wrn_timm'], datasets=[dataset] if dataset in _TITLES else None,
-        model_name=name,
+        library_name='timm', license=licence or None, pipeline_tag='image-classification',
+        tags=['timm', *['wide-residual-network'] * wide, 'wrn_timm'],
+        datasets=[dataset] if title != dataset else None, model_name=name,
         eval_results=[
             EvalResult(
                 task_type='image-classification', dataset_type=dataset, dataset_name=title,
-                dataset_split=metrics['split'], metric_type='accuracy', metric_name='Top-1 accuracy',
+                dataset_split=_part(metrics), metric_type='accuracy', metric_name='Top-1 accuracy',
                 metric_value=metrics['top1']),
         ])
+    header = data.to_yaml() if licence else f'{_NO_LICENCE}\n{data.to_yaml()}'
     recipe = '\n'.join(f'| {k} | {v} |' for k, v in settings.items())
-    env = run['environment']
-    machine = env['hardware'] + {'bf16': ' in bfloat16', 'no': ' in float32'}.get(env.get('precision'), '')
-    speed = f" at {float(last['images_per_second']):.0f} images/s (last epoch)" if 'images_per_second' in last else ''
-    steps = f"{last['epoch']} {'penalties tried' if 'penalty' in last else 'epochs'}"
-    limits = _LIMITS.get(
-        dataset, f"It knows the {config['num_classes']} classes of {title}, as the images of that set show them, with "
-                 f'whatever bias they were gathered with.')
-    trained, usage = 'trained', name
-    if 'finetune' in run:
-        trained, usage = f"fine-tuned from `{settings['model']}`", 'local-dir:RUN/best'
+    limits = _LIMITS.get(dataset) if title != dataset else None
+    limits = limits or (f"It knows the {config['num_classes']} classes of {title}, as the images of that set show "
+                        f'them, with whatever bias they were gathered with.')
+    network, trained, usage, citation = arch, 'trained', name, f'```\n{_CITATION}\n```'
+    if wide:
+        network = (f"{arch.replace('wrn', 'WRN-').replace('_', '-')} ([Wide Residual Networks]"
+                   f'(https://arxiv.org/abs/1605.07146))')
+    if tuned:
+        begun = 'fine-tuned from' if settings['pretrained'] else 'trained from random weights, with the settings of'
+        trained, usage = f"{begun} `{settings['model']}`", 'local-dir:RUN/best'
+    if not wide:
+        citation = f"The paper of `{settings['model']}`, as timm names it."
     return f"""---
-{data.to_yaml()}
+{header}
 ---
 # {name}
 
-{arch.replace('wrn', 'WRN-').replace('_', '-')} ([Wide Residual Networks](https://arxiv.org/abs/1605.07146)) {trained} \
+{network} {trained} \
 on {title}, for [timm](https://github.com/huggingface/pytorch-image-models) through `wrn_timm`.
 
 ```python
@@ -209,8 +238,7 @@ Preprocessing: RGB, {size}x{size}, scaled to 0..1, mean {tuple(cfg['mean'])}, st
 holds inputs, cut from photographs of Caltech 101 (CC BY 4.0), and the logits that these weights give for them.
 
 ## Training
-{float(last['seconds']) / 60:.1f} minutes{speed} on {machine}, seed {run.get('seed', settings.get('seed'))}, \
-{steps}; torch {env['torch']}, timm {env['timm']}, commit `{env['commit']}`.
+{_training(folder, metrics, run)}
 
 ```
 {_command(run)}
@@ -226,9 +254,7 @@ holds inputs, cut from photographs of Caltech 101 (CC BY 4.0), and the logits th
 {limits} {_OUTSIDE}
 
 ## Citation
-```
-{_CITATION}
-```
+{citation}
 """
 
 
@@ -244,7 +270,8 @@ def finish_weights_folder(folder: str | Path, metrics: dict[str, Any], photograp
     folder = Path(folder)
     there = folder / 'metrics.json'  # what another measurement does not know of the training
     before = json.loads(there.read_text(encoding='utf-8')) if there.is_file() else {}
-    metrics = {k: before[k] for k in ('chosen_by', 'penalty', 'holdout_files') if k in before} | metrics
+    kept = ('chosen_by', 'penalty', 'holdout_files', 'used', 'train_seconds')
+    metrics = {k: before[k] for k in kept if k in before} | metrics
     metrics = {k: v for k, v in metrics.items() if k not in ('skipped', 'leaks')}  # paths of this machine
     model = open_model(str(folder))
     size = resolve_model_data_config(model)['input_size'][-1]
@@ -290,8 +317,6 @@ def _content_faults(folder: Path) -> Iterator[str]:
             json.loads((folder / f'{n}.json').read_text(encoding='utf-8')) for n in ('config', 'metrics', 'recipe'))
         if 'sha256' not in config:
             yield f'config.json names no sha256 of {WEIGHTS_FILE}'
-        if not config['pretrained_cfg'].get('license'):
-            yield 'config.json names no licence: set "license" in its "pretrained_cfg"'
         for key, value in (run.get('recipe') or run.get('finetune') or {}).items():
             if isinstance(value, str) and re.search(r'[/\\]', value) and not value.startswith('hf-hub:'):
                 yield f'recipe.json names a path of this machine, {key} {value}: put the name of what is there'
@@ -311,13 +336,15 @@ def _card_faults(text: str, cfg: dict[str, Any], metrics: dict[str, Any]) -> Ite
     complete = {
         'library_name: timm': data.library_name == 'timm',
         'the tag wrn_timm': 'wrn_timm' in (data.tags or ()),
-        f"the licence {cfg.get('license')}": data.license == cfg.get('license'),
+        f"the licence {cfg.get('license')}": data.license == cfg.get('license') or not cfg.get('license'),
         f"the accuracy {metrics['top1']} in its model-index": any(
             result.metric_value == metrics['top1'] for result in data.eval_results or ()),
         '`import wrn_timm` as the first line of code': code is not None and code[1] == 'import wrn_timm',
         **{part: part in text for part in (
             '## Accuracy', '## Training', '## Limits', '## Citation', '![curves](curves.png)', 'Preprocessing')},
     }
+    if not (data.license or cfg.get('license')):
+        yield 'README.md names no licence: write yours after "license:" in its first lines'
     for part, there in complete.items():
         if not there:
             yield f'README.md lacks {part}: scripts/validate.py --write makes it anew'

@@ -119,7 +119,7 @@ _DETECTOR: _Schema = {
     'classes': _Field(lambda v: _TEXTS.fits(v) and len(v) > 0, 'a list of the names of the classes', False, False),
 }
 _SCAN: _Schema = {
-    'split': _TEXT, 'bad': _TEXTS, 'summary': _TEXTS,
+    'split': _TEXT, 'bad': _TEXTS, 'summary': _TEXTS, 'tested_on': _TEXT,
     'leaks': _list(_Field(lambda v: _TEXTS.fits(v) and len(v) == 2, ''), 'a list of pairs of paths'),
 }
 _SHARD: _Schema = {

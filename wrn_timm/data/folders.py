@@ -298,6 +298,7 @@ class FolderScan:
         sizes: Width and height in pixels, and how many files have them.
         examined: Whether the files were read, or listed only.
         notes: What else was left out, and why.
+        tested: What the data calls the part to test on, where it is not `test`: `val/`.
     """
     train: ImageFiles
     test: ImageFiles | None = None
@@ -307,6 +308,7 @@ class FolderScan:
     sizes: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
     examined: bool = False
     notes: tuple[str, ...] = ()
+    tested: str = ''
 
     def parts(self) -> dict[str, ImageFiles]:
         """The parts there are, by name."""
@@ -321,6 +323,8 @@ class FolderScan:
             each = f'{counts[few]} a class' if counts[few] == counts[many] else (
                 f'{counts[few]} ({part.classes[few]}) to {counts[many]} ({part.classes[many]}) a class, '
                 f'median {statistics.median(counts.values()):g}')
+            if name == 'test' and self.tested:
+                name = f'{self.tested}, tested on as there is no test part'
             lines.append(f'{name if self.test else "found"}: {len(part):,} files of {len(counts)} classes; {each}')
         if self.test and (absent := set(self.train.labels) - set(self.test.labels)):
             lines.append(f'not in the test part: {some(sorted(self.train.classes[i] for i in absent))}')
@@ -381,7 +385,8 @@ def list_folder(root: str | Path, nested: bool = False) -> FolderScan:
     if test_name == 'test' and given['val']:
         parts['val'] = given['val']
     listed = {part: _list_part(folder, nested, bad) for part, folder in parts.items()}
-    return FolderScan(**_same_classes(listed, str(root)), bad=tuple(bad), notes=notes)
+    tested = '' if test_name == 'test' else f'{given[test_name].name}/'
+    return FolderScan(**_same_classes(listed, str(root)), bad=tuple(bad), notes=notes, tested=tested)
 
 
 def _holds_images(folder: Path) -> bool:
@@ -529,13 +534,14 @@ def list_csv(file: str | Path) -> FolderScan:
                 raise ValueError(f'{file}, line {reader.line_num}: path, label and split (train, val or test) are '
                                  f'wanted; found {found_in(row)}')
             rows[part].append((os.path.join(file.parent, row['path']), row['label']))
-    if split and 'test' not in rows and 'val' in rows:
+    tested = 'val' if split and 'test' not in rows and 'val' in rows else ''
+    if tested:
         rows['test'] = rows.pop('val')
     if 'train' not in rows or (split and 'test' not in rows):
         raise ValueError(f'{file} names no files{" to train on, or none to test on" if split else ""}')
     listed = {part: ImageFiles.of(pairs) for part, pairs in rows.items()}
     _checked(listed['train'], file)
-    return FolderScan(**_same_classes(listed, str(file)))
+    return FolderScan(**_same_classes(listed, str(file)), tested=tested)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -161,7 +161,8 @@ def finetune(
         result = predict(best, split.test.as_dataset(transform), accelerator, workers=workers, title='testing',
                          progress=progress)
     metrics = classification_metrics(result.logits, result.labels, classes) | {
-        'dataset': name, 'split': found.get('split'), 'input_size': size,
+        'dataset': name, 'split': found.get('split'), 'tested_on': found.get('tested_on', ''), 'input_size': size,
+        'used': _used(config, split, found, size, accelerator.mixed_precision),
         'best_epoch': best_epoch, 'chosen_by': _chosen_by(config, fitted, split),
         **({'penalty': fitted.penalty} if config.cached else {}),
         'epochs': len(fitted.history), 'stopped': fitted.stopped,
@@ -172,7 +173,7 @@ def finetune(
         'mixed_precision': accelerator.mixed_precision, 'environment': environment(accelerator.device),
         'measured_by': 'scripts/finetune.py'}
     if main:
-        _finish(run, metrics, best, split.test, result, transform, found)
+        _finish(run, metrics, best, split.test, result, transform, found | {'data': str(data)})
     accelerator.wait_for_everyone()
     return metrics
 
@@ -182,6 +183,16 @@ def _chosen_by(config: FinetuneConfig, fitted: Fitted, split: Split) -> str:
     if config.cached:
         return 'files that the classifier was not fitted to'
     return 'the end of the schedule' if fitted.last or not split.holdout else 'held-out files'
+
+
+def _used(config: FinetuneConfig, split: Split, found: dict[str, Any], size: int, precision: str) -> dict[str, Any]:
+    """The settings that had an effect, with what was found for those that were left open."""
+    found_out = {'model': weights_name(config.model), 'split': found.get('split'), 'input_size': size,
+                 'holdout': f'{len(split.holdout)} files' if split.holdout else 'none',
+                 'precision': 'float32' if precision == 'no' else precision}
+    if not config.cached:
+        found_out['batch_size'] = min(config.batch_size, len(split.train))
+    return config.used() | found_out
 
 
 def _settings(config: FinetuneConfig, data: str) -> dict[str, Any]:
@@ -391,7 +402,7 @@ def prepare_split(
         _logger.info('%s', line)
     sides = [min(size) for size in scan.sizes.elements()]
     return split, {'split': 'given' if scan.test else config.split, 'bad': list(scan.bad), 'leaks': leaks,
-                   'summary': summary, 'side': int(statistics.median(sides)) if sides else 0}
+                   'summary': summary, 'tested_on': scan.tested, 'side': int(statistics.median(sides)) if sides else 0}
 
 
 def _named_split(config: FinetuneConfig, data: str, download: bool) -> tuple[Split, dict[str, Any]]:
@@ -458,7 +469,8 @@ def preprocessing(
     reduction = model.feature_info[-1]['reduction']
     tag = re.sub('[^A-Za-z0-9]+', '_', name).strip('_') or 'finetuned'  # part of a repository's name
     cfg = {'input_size': (3, size, size), 'crop_pct': 1.0, 'tag': tag, 'label_names': classes,
-           'pool_size': (math.ceil(size / reduction),) * 2}
+           'pool_size': (math.ceil(size / reduction),) * 2,
+           'license': None, 'origin_url': None}  # those of the weights it begins with; its own are its owner's to say
     return {'train': train, 'test': test}, cfg
 
 
@@ -528,7 +540,7 @@ def _finish(
         found: dict[str, Any],
 ) -> None:
     atomic_write(run.path / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
-    write_report(run.path, metrics, model, files, result, transform, found.get('summary', []))
+    write_report(run.path, metrics, model, files, result, transform, found)
     recipe = _without_paths(json.loads(run.recipe_file.read_text(encoding='utf-8')))
     public = {k: v for k, v in metrics.items() if k not in ('skipped', 'leaks')}
     atomic_write(run.path / 'best' / 'metrics.json', json.dumps(public, indent=2) + '\n')

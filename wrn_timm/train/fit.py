@@ -25,10 +25,10 @@ from ..data.folders import ReadableOnly, collate_readable, some
 from .devices import fused
 from .metrics import predict_logits
 from .recipes import FinetuneConfig
-from .rundir import RunDir, is_best
+from .rundir import RunDir, duration, is_best
 
-__all__ = ['ENOUGH_TO_CHOOSE', 'BatchTooLarge', 'Features', 'Fitted', 'Predictions', 'duration', 'fit',
-           'largest_batch', 'make_loader', 'predict']
+__all__ = ['ENOUGH_TO_CHOOSE', 'BatchTooLarge', 'Features', 'Fitted', 'Predictions', 'fit', 'largest_batch',
+           'make_loader', 'predict']
 
 ENOUGH_TO_CHOOSE = 100  # held-out files, to choose the epoch by; with fewer a file is more than epochs differ
 _SECONDS_BETWEEN_DRAWINGS = 30
@@ -460,14 +460,6 @@ class _Timer:
             self._told = True
             seconds = (time.monotonic() - self._first) / (step - 1) * (left - step)
             self._run.log('about %s to go, besides measuring the held-out files', duration(seconds))
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as people say them."""
-    for limit, unit, name in ((90, 1, 'seconds'), (90 * 60, 60, 'minutes')):
-        if seconds < limit:
-            return f'{seconds / unit:.0f} {name}'
-    return f'{seconds / 3600:.1f} hours'
 
 
 def _agree(reason: str, accelerator: Accelerator) -> str:

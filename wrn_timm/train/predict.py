@@ -1,6 +1,7 @@
 """What a pretrained model says of photographs on this machine, a batch at a time."""
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,66 @@ from ..data.folders import looks_like_image, read_rgb, walk_files
 from .precision import Precision, autocast, resolve_precision
 from .validate import eval_transform, open_model
 
-__all__ = ['find_images', 'predict_files']
+__all__ = ['Prediction', 'find_images', 'predict', 'predict_files']
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a model says of a file.
+
+    Attributes:
+        image: Path of the file.
+        top: Labels and their probabilities (0 to 1), the likeliest first; empty if the file could not be read.
+        error: Why the file could not be read; '' if it could.
+    """
+    image: str
+    top: tuple[tuple[str, float], ...] = ()
+    error: str = ''
+
+    @property
+    def label(self) -> str | None:
+        """The likeliest label; None if the file could not be read."""
+        return self.top[0][0] if self.top else None
+
+    @property
+    def probability(self) -> float | None:
+        """The probability of `label`, 0 to 1; None if the file could not be read."""
+        return self.top[0][1] if self.top else None
+
+
+def predict(
+        model: str | os.PathLike[str],
+        images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        top_k: int = 5,
+        device: str | None = None,
+        **kwargs: Any,
+) -> list[Prediction]:
+    """Name what photographs show.
+
+        for photo in wrn_timm.predict('RUN', ['photo.jpg', 'FOLDER']):
+            print(photo.image, photo.label, photo.probability)
+
+    Args:
+        model: timm name, weights folder or run directory.
+        images: One or more files and folders; in a folder all images count, those of the folders in it too.
+        top_k: Labels a file.
+        device: Where the model runs; None for a GPU if there is one.
+        kwargs: Of `predict_files`.
+
+    Returns:
+        One a file, in the order of `images`. A file that cannot be read stops nothing: its `error` says why.
+
+    Raises:
+        ValueError: `top_k` is below 1, or what `find_images` raises.
+        What `predict_files` raises.
+    """
+    if top_k < 1:
+        raise ValueError(f'top_k is {top_k}; it must be at least 1')
+    names = [images] if isinstance(images, (str, os.PathLike)) else images
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    found = predict_files(os.fspath(model), find_images(map(os.fspath, names)), device=device, top_k=top_k, **kwargs)
+    return [Prediction(row['image'], tuple((one['label'], one['probability']) for one in row.get('top', ())),
+                       row.get('error', '')) for row in found]
 
 
 def find_images(names: Iterable[str]) -> Iterator[str]:

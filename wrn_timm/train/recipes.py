@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
+import shlex
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -11,7 +13,8 @@ from typing import Any, Literal
 from ..data.splits import check_protocol
 from .precision import Precision
 
-__all__ = ['RECIPES', 'FinetuneConfig', 'Recipe', 'check_numbers', 'get_recipe']
+__all__ = [
+    'RECIPES', 'FinetuneConfig', 'Recipe', 'check_numbers', 'finetune_command', 'get_recipe', 'settings_flags']
 
 
 def check_numbers(settings: Mapping[str, Any], most: float = sys.float_info.max) -> None:
@@ -234,11 +237,49 @@ class FinetuneConfig:
 
     def unused(self) -> list[str]:
         """Fields that were set and that change nothing: the classifier on features needs none of SGD's."""
-        of_sgd = ('epochs', 'batch_size', 'accumulate', 'opt', 'lr', 'momentum', 'weight_decay', 'layer_decay',
-                  'schedule', 'warmup_epochs', 'label_smoothing', 'ema_decay', 'patience', 'min_scale', 'color_jitter',
-                  'auto_augment', 'random_erase', 'mixup', 'cutmix')
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        return [name for name in of_sgd if self.cached and getattr(self, name) != defaults[name]]
+        return [name for name in _OF_SGD if self.cached and getattr(self, name) != defaults[name]]
+
+    def used(self) -> dict[str, Any]:
+        """The fields that had an effect: not what is switched off, nor what the way of training does without."""
+        idle = {'cache', 'parts', 'num_classes', 'nested', *((*_OF_SGD, 'augment') if self.cached else ())}
+        if not self.augment:
+            idle |= {'min_scale', 'color_jitter', 'auto_augment', 'random_erase'}
+        elif self.auto_augment:
+            idle.add('color_jitter')
+        always = ('pretrained', 'augment', 'seed')
+        return {name: value for name, value in dataclasses.asdict(self).items()
+                if name not in idle and (value or name in always)}
+
+
+_OF_SGD = ('epochs', 'batch_size', 'accumulate', 'opt', 'lr', 'momentum', 'weight_decay', 'layer_decay', 'schedule',
+           'warmup_epochs', 'label_smoothing', 'ema_decay', 'patience', 'min_scale', 'color_jitter', 'auto_augment',
+           'random_erase', 'mixup', 'cutmix')
+
+
+def settings_flags(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Command-line flags of the settings, as JSON gives them back, that are not the default."""
+    flags = []
+    for key, value in settings.items():
+        name = key.replace('_', '-')
+        if key not in defaults or defaults[key] != value:
+            values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
+            values = [v for entry in values for v in (entry if isinstance(entry, list) else [entry])]  # sizes are pairs
+            flags.append(shlex.join([f'--{"no-" * (value is False)}{name}', *map(str, values)]))
+    return flags
+
+
+def finetune_command(settings: Mapping[str, Any], data: str = 'DIR', out: str = 'RUN') -> str:
+    """The command that repeats a fine-tuning run.
+
+    Args:
+        settings: Of `FinetuneConfig`, as `recipe.json` has them.
+        data: What it was trained on.
+        out: Run directory.
+    """
+    defaults = json.loads(json.dumps(dataclasses.asdict(FinetuneConfig())))
+    flags = settings_flags(settings, {**defaults, 'model': ''})
+    return ' '.join(['python scripts/finetune.py', *flags, shlex.join(['--data', data, '--out', out])])
 
 
 _PAPER = dict(model='wrn28_10', epochs=200, schedule='step', drop_epochs=(60, 120, 160), drop_factor=0.2)

@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import html
 import json
 import math
+import os
+import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ from ..data.named import NamedImages
 from ..files import atomic_write
 from ..names import printable
 from .fit import Predictions
-from .recipes import FinetuneConfig
+from .recipes import finetune_command
+from .rundir import duration
 
 __all__ = ['draw_confusion', 'draw_predictions', 'draw_wrong', 'grad_cam', 'write_report']
 
@@ -129,7 +131,7 @@ def draw_wrong(
             continue
         answers.append(predicted[i])
         places.append(place)
-        rows.append({'file': files.name(place), 'predicted': files.classes[predicted[i]],
+        rows.append({'file': _whole(files.name(place)), 'predicted': files.classes[predicted[i]],
                      'confidence': round(100 * confidence[i].item(), 1), 'true': files.classes[result.labels[i]]})
     figure, axes = _grid(2 * len(rows))
     if rows:
@@ -152,10 +154,15 @@ def draw_wrong(
     return rows
 
 
+def _whole(name: str) -> str:
+    """A path that opens from any folder; the image of a named data set has none."""
+    return os.path.abspath(name) if os.path.lexists(name) else name
+
+
 def draw_confusion(result: Predictions, classes: tuple[str, ...], path: Path) -> None:
-    """Draw the confusion matrix, each row the share in % of the true class; numbers up to 15 classes."""
+    """Draw the confusion matrix: the colour is the share of the true class; up to 40 classes, the number the count."""
     n = len(classes)
-    counts = multiclass_confusion_matrix(result.logits.argmax(1), result.labels, n).float()
+    counts = multiclass_confusion_matrix(result.logits.argmax(1), result.labels, n)
     share = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     side = min(12., 3 + 0.35 * n)
     figure = Figure(figsize=(side + 1, side), layout='constrained')
@@ -167,12 +174,9 @@ def draw_confusion(result: Predictions, classes: tuple[str, ...], path: Path) ->
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks(range(n), [_short(c) for c in classes], parse_math=False, fontsize=8)
         axes.tick_params('x', rotation=90)
-    if n <= 15:
-        for i, row in enumerate(share.tolist()):
-            for j, value in enumerate(row):
-                if value:
-                    axes.text(j, i, f'{value:.0f}', ha='center', va='center', fontsize=8,
-                              color='white' if value > 60 else 'black')
+        for i, j in counts.nonzero().tolist():
+            axes.text(j, i, str(counts[i, j].item()), ha='center', va='center', fontsize=8 if n <= 25 else 6,
+                      color='white' if share[i, j] > 60 else 'black')
     _save(figure, path)
 
 
@@ -183,7 +187,7 @@ def write_report(
         files: ImageFiles | NamedImages,
         result: Predictions,
         transform: Any,
-        summary: Sequence[str] = (),
+        found: dict[str, Any],
 ) -> None:
     """Write `confusion.png`, `wrong.png`, `predictions.png` and `report.html` into a run directory.
 
@@ -194,13 +198,13 @@ def write_report(
         files: The test files.
         result: What the model says of them.
         transform: The model's preprocessing.
-        summary: What the scan of the data found.
+        found: What the scan of the data found, as of `prepare_split`, and as `data` where they are.
     """
     draw_confusion(result, files.classes, folder / 'confusion.png')
     draw_predictions(files, result, folder / 'predictions.png')
     wrong = draw_wrong(model, files, result, transform, folder / 'wrong.png')
     counts = Counter(files.classes[i] for i in result.labels.tolist())
-    page = _page(folder, metrics, wrong, _mistakes(result, files.classes), counts, summary)
+    page = _page(folder, metrics, wrong, _mistakes(result, files.classes), counts, found)
     atomic_write(folder / 'report.html', page.encode(errors='replace').decode())  # names of files can be any bytes
 
 
@@ -218,21 +222,25 @@ dd { margin: 0; font-size: 1.15rem; font-weight: 600; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
 td { max-width: 24rem; overflow-wrap: break-word; }
+td.path { max-width: none; white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 1rem 0; }
 .wide { overflow-x: auto; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 img { display: block; max-width: 100%; background: white; }
 '''
 _NARROWEST = 640  # pixels of a picture, below which its text is too small: it is scrolled
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table whose columns of numbers are set to the right, and whose `file` is not broken."""
     def line(cells: Sequence[Any], tag: str) -> str:
         return '<tr>' + ''.join(f'<{tag}{kind}>{html.escape(_shown(c))}</{tag}>'
                                 for c, kind in zip(cells, kinds, strict=True)) + '</tr>'
 
-    kinds = [' class="number"' * all(c is None or isinstance(c, (int, float)) for c in column)
-             for column in zip(*rows, strict=True)]
+    kinds = [' class="path"' if name == 'file' else
+             ' class="number"' * all(c is None or isinstance(c, (int, float)) for c in column)
+             for name, column in zip(header, zip(*rows, strict=True), strict=True)]
     return '\n'.join(['<div class="wide"><table>', line(header, 'th'), *(line(row, 'td') for row in rows),
                       '</table></div>'])
 
@@ -263,29 +271,38 @@ def _mistakes(result: Predictions, classes: tuple[str, ...], most: int = 10) -> 
             for n, i in zip(count.tolist(), place.tolist(), strict=True) if n]
 
 
+def _outcome(metrics: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What came out and what it took, with what to call it."""
+    tried, chosen = ('penalties tried', 'number of the penalty') if 'penalty' in metrics else (
+        'epochs trained', 'epoch of the weights')
+    facts = [(label, metrics[key]) for key, label in (
+        ('top1', 'accuracy, %'), ('top5', 'accuracy within five answers, %'),
+        ('mean_per_class', 'mean of the classes, %'), ('ece', 'expected calibration error, %'),
+        ('split', 'split'), ('tested_on', 'tested on'), ('train_files', 'files trained on'),
+        ('holdout_files', 'files held out of training'), ('epochs', tried), ('best_epoch', chosen),
+        ('chosen_by', 'chosen by'), ('stopped', 'stopped by')) if metrics[key] not in ('', None)]
+    return [*facts, ('time in all', duration(metrics['seconds']))]
+
+
 def _page(
         folder: Path,
         metrics: dict[str, Any],
         wrong: list[dict[str, Any]],
         mistakes: list[tuple[str, str, int, float]],
         counts: Counter[str],
-        summary: Sequence[str],
+        found: dict[str, Any],
 ) -> str:
-    title = f"{metrics['dataset']}: {metrics['top1']:.1f} % of {metrics['images']:,} test files"
-    facts = [(label, metrics[key]) for key, label in (
-        ('top1', 'accuracy, %'), ('top5', 'accuracy within five answers, %'),
-        ('mean_per_class', 'mean of the classes, %'), ('ece', 'expected calibration error, %'),
-        ('split', 'split'), ('train_files', 'files trained on'), ('holdout_files', 'files to choose the epoch by'),
-        ('best_epoch', 'epoch chosen'), ('epochs', 'epochs trained'), ('stopped', 'stopped by'),
-        ('seconds', 'seconds in all')) if metrics[key] not in ('', None)]
+    tested = f"files of {metrics['tested_on']}" if metrics['tested_on'] else 'test files'
+    title = f"{metrics['dataset']}: {metrics['top1']:.1f} % of {metrics['images']:,} {tested}"
     weakest = sorted(metrics['per_class'], key=lambda c: (metrics['per_class'][c] is None, metrics['per_class'][c]))
     classes = [(c, metrics['per_class'][c], metrics['precision'][c], counts[c]) for c in weakest]
-    default = json.loads(json.dumps(dataclasses.asdict(FinetuneConfig())))
-    made_with = [(k, str(v)) for k, v in json.loads((folder / 'recipe.json').read_text(encoding='utf-8'))[
-        'finetune'].items() if k in ('model', 'train', 'batch_size') or v != default.get(k)]
-    made_with += [('input_size', str(metrics['input_size'])), *metrics['environment'].items()]
+    settings = json.loads((folder / 'recipe.json').read_text(encoding='utf-8'))['finetune']
+    command = finetune_command(settings, _whole(found['data']), os.path.abspath(folder))
+    made_with = [*metrics['used'].items(), *metrics['environment'].items(), ('date', time.strftime('%Y-%m-%d %H:%M'))]
+    curves = ('Loss, accuracy on files not fitted to, and the penalty' if 'penalty' in metrics else
+              'Loss, accuracy on the held-out files and learning rate over the epochs')
     bad = [*metrics['skipped'], *(f'{b} has the content of {a}, which was trained on' for a, b in metrics['leaks'])]
-    notes = ''.join(f'<li>{html.escape(line)}</li>' for line in [*summary, *bad[:50]])
+    notes = ''.join(f'<li>{html.escape(line)}</li>' for line in [*found.get('summary', ()), *bad[:50]])
     return f'''<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -296,23 +313,24 @@ def _page(
 </head>
 <body>
 <h1>{html.escape(title)}</h1>
-{_facts(facts)}
+{_facts(_outcome(metrics))}
 <h2>Training</h2>
-{_figure(folder / 'curves.png', 'Loss, accuracy on the held-out files and learning rate over the epochs')}
+{_figure(folder / 'curves.png', curves)}
 <h2>What it mistakes for what</h2>
-{_figure(folder / 'confusion.png', 'Confusion matrix of the test files')}
+{_figure(folder / 'confusion.png', f'How many of the {tested}; the colour is the share of the true class')}
 {_table(('true', 'predicted', 'files', '% of the class'), mistakes) if mistakes else ''}
 <h2>Wrong with most confidence</h2>
-{_figure(folder / 'wrong.png', 'Test files, and where the network looked (Grad-CAM)') if wrong else '<p>None.</p>'}
+{_figure(folder / 'wrong.png', 'Each file, and where the network looked (Grad-CAM)') if wrong else '<p>None.</p>'}
 {_table(('predicted', 'true', 'confidence, %', 'file'), [tuple(row[k] for k in ('predicted', 'true', 'confidence',
         'file')) for row in wrong]) if wrong else ''}
-<h2>Some of the test files</h2>
+<h2>Some of the {html.escape(tested)}</h2>
 {_figure(folder / 'predictions.png', 'Predicted and true class')}
 <h2>Classes, the weakest first</h2>
 {_table(('class', 'recall, %', 'precision, %', 'files'), classes)}
 <h2>Data</h2>
 <ul>{notes}</ul>
 <h2>Made with</h2>
+<pre>{html.escape(printable(command))}</pre>
 {_facts(made_with)}
 </body>
 </html>

@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -29,8 +30,9 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import timm
 import torch
 import torchvision
@@ -40,8 +42,11 @@ from ..files import LOCK_FILE, FolderLock, atomic_folder, atomic_write, discard_
 from ..names import is_utf8
 from ..weights import WEIGHTS_FILE, sha256_of
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 __all__ = [
-    'RunDir', 'carried_files', 'check_place', 'check_weights', 'config_of', 'environment', 'export_weights',
+    'RunDir', 'carried_files', 'check_place', 'check_weights', 'config_of', 'duration', 'environment', 'export_weights',
     'holds_checkpoint', 'is_best', 'plot_history', 'read_record', 'stop_requests',
 ]
 
@@ -432,6 +437,30 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = '') -> 
     return out
 
 
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as people say them."""
+    for limit, unit, name in ((90, 1, 'seconds'), (90 * 60, 60, 'minutes')):
+        if seconds < limit:
+            return '1 second' if round(seconds) == 1 else f'{seconds / unit:.0f} {name}'
+    return f'{seconds / 3600:.1f} hours'
+
+
+def _log_scale(axes: Axes) -> None:
+    """A logarithmic y axis that has ticks however little the values differ."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+    low, high = (float(value) for value in axes.dataLim.intervaly)
+    if not 0 < low <= high < math.inf:  # a loss of 0
+        return
+    axes.set_yscale('log')
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(5))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _plain_number(value: float) -> str:
+    """As it is written on paper: 0.0005, and neither 5e-04 nor 0.0005000000000000001."""
+    return np.format_float_positional(float(f'{value:.6g}'), trim='-')
+
+
 def plot_history(history: list[dict[str, float]], path: Path) -> None:
     """Draw loss, accuracy and learning rate over the epochs, or the penalties of a classifier fitted to features."""
     from matplotlib.figure import Figure
@@ -446,17 +475,19 @@ def plot_history(history: list[dict[str, float]], path: Path) -> None:
         elif column == 'penalty':
             groups['penalty'].append(column)
     groups = {title: columns for title, columns in groups.items() if columns}
-    figure = Figure(figsize=(12, 3.5), layout='constrained')
+    figure = Figure(figsize=(12, 4), layout='constrained')
     epochs = [row['epoch'] for row in history]
     for axes, (title, columns) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         for column in columns:
             axes.plot(epochs, [row[column] for row in history], label=column.replace('_', ' '), marker='.')
-        axes.set(xlabel='epoch', title=title)
+        axes.set(xlabel='penalties tried' if 'penalty' in groups else 'epoch', title=title)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
         if title in ('loss', 'penalty'):
-            axes.set_yscale('log')
-        axes.legend()
+            _log_scale(axes)
+        axes.yaxis.set_major_formatter(lambda value, _: _plain_number(value))
+        if column not in ('lr', 'penalty'):  # which the title names
+            axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.15), ncols=len(columns), frameon=False)
     figure.savefig(path, dpi=100)
 
 
