@@ -62,7 +62,8 @@ def knn(
         classes: int,
         neighbours: int = NEIGHBOURS,
 ) -> torch.Tensor:
-    """Votes (M, classes) of the nearest neighbours by cosine, weighted by exp(cosine / 0.07) (arXiv:1805.01978).
+    """Logits (M, classes): the log of the votes of the nearest neighbours by cosine, each weighing exp(cosine / 0.07)
+    (arXiv:1805.01978), and of the smallest number for a class without a vote.
 
     Args:
         features: (N, C), of `labels` (N,).
@@ -75,7 +76,7 @@ def knn(
     for rows, chunk in zip(votes.split(1024), F.normalize(queries, dim=1).split(1024), strict=True):
         cosine, nearest = (chunk @ features.T).topk(min(neighbours, len(features)), dim=1)
         rows.scatter_add_(1, labels[nearest], (cosine / TEMPERATURE).exp())
-    return votes
+    return votes.clamp_min(torch.finfo(votes.dtype).tiny).log()
 
 
 def _at_hand() -> list[str]:
@@ -130,11 +131,11 @@ def _measured_on_held_out(bank: _Bank, split: Split, seed: int) -> dict[str, tup
     linear = LinearFit(train, holdout, len(classes), seed=seed)
     row, logits = max(linear.path(), key=lambda step: step[0]['holdout_accuracy'])
     everything = _joined(train, holdout) if holdout else train
-    votes = torch.cat([
+    voted = torch.cat([
         knn(everything.features[known], everything.labels[known], everything.features[asked], len(classes))
         for known, asked in linear.folds])
     return {'linear probe': (classification_metrics(logits, linear.labels, classes), row['penalty']),
-            'kNN': (classification_metrics(votes.log(), linear.labels, classes), 0.)}
+            'kNN': (classification_metrics(voted, linear.labels, classes), 0.)}
 
 
 def _measured_on_test(bank: _Bank, split: Split, way: str, penalty: float) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def _measured_on_test(bank: _Bank, split: Split, way: str, penalty: float) -> di
     test, classes = bank.of(split.test), split.train.classes
     if way == 'kNN':
         known = _joined(train, holdout) if holdout else train
-        logits = knn(known.features, known.labels, test.features, len(classes)).log()
+        logits = knn(known.features, known.labels, test.features, len(classes))
     else:
         weight, bias = LinearFit(train, holdout, len(classes)).weight(penalty)
         logits = F.linear(test.features, weight, bias)
