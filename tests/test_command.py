@@ -21,7 +21,7 @@ COMMANDS = {
     'detect': ('--out', 'RUN', '--draw', 'a.jpg'),
     'export': ('--model', 'a', '--to', 'ts', '--out', 'RUN/a.ts'),
     'finetune': ('--out', 'RUN', '--messages', 'quiet'),
-    'predict': ('a.jpg',),
+    'predict': ('a.jpg', '--model', 'a'),
     'publish': ('a', '--namespace', 'b'),
     'train': ('--recipe', 'smoke', '--out', 'RUN'),
     'validate': ('--model', 'a', '--data', 'b'),

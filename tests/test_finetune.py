@@ -40,6 +40,7 @@ from wrn_timm.train import finetune as ft
 from wrn_timm.train.devices import accelerator_on
 from wrn_timm.train.fit import Features, Fitted, _Unfreezing, largest_batch, make_loader, predict
 from wrn_timm.train.linear import LinearFit, fit_linear
+from wrn_timm.train.precision import fast_bfloat16
 from wrn_timm.train.probe import extract_features, knn, probe
 from wrn_timm.train.recipes import FinetuneConfig
 from wrn_timm.train.report import grad_cam
@@ -183,7 +184,7 @@ def test_the_card_says_what_was_used_and_claims_nothing_of_others(run):
     table = dict(re.findall(r'^\| (\w+) \| (.*) \|$', card, flags=re.M))
     assert {k: table[k] for k in ('lr', 'input_size', 'batch_size', 'split', 'holdout', 'precision', 'model')} == {
         'lr': '0.05', 'input_size': '32', 'batch_size': '8', 'split': '70-30', 'holdout': '6 files',
-        'precision': 'float32', 'model': 'wrn16_1.test'}
+        'precision': 'bf16' if fast_bfloat16('cpu') else 'float32', 'model': 'wrn16_1.test'}
     assert not {'mixup', 'ema_decay', 'stem', 'num_classes', 'parts', 'cache'} & set(table)
     with open(run / 'history.csv') as f:
         rates = [float(row['images_per_second']) for row in csv.DictReader(f)]

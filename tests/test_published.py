@@ -252,7 +252,7 @@ def test_finetuned_by_the_script(server, tmp_path):
     args = ['--data', str(data), '--device', 'cpu', '--epochs', '1', '--messages', 'quiet']
     assert finetune_script.main([*args, '--model', NAME, '--out', str(tmp_path / 'run')]) == 0
     cfg = json.loads((tmp_path / 'run' / 'last' / 'config.json').read_text())['pretrained_cfg']
-    assert (cfg['license'], cfg['std'], cfg['label_names']) == ('mit', [0.2023, 0.1994, 0.2010], ['ketch', 'pizza'])
+    assert (cfg['license'], cfg['std'], cfg['label_names']) == (None, [0.2023, 0.1994, 0.2010], ['ketch', 'pizza'])
     assert 'url' not in cfg and 'file' not in cfg
     assert timm.create_model(f"local-dir:{tmp_path / 'run' / 'last'}", pretrained=True)(X).shape == (2, 2)
 
