@@ -351,9 +351,9 @@ CPU_CIFAR10 = Recipe(dataset='cifar10', **_CPU)
 
 Accuracy of WRN-16-2 on 5,000 held-out training images, one seed each, in %: four epochs at 32 px with batch 128, rate
 0.06 and decay 0.01 88.5, with batch 256 88.0. Six epochs of this recipe (`--epochs 6 --warmup-epochs 1`), which cost
-about four at 32 px: 90.7 at rate 0.12, 89.5 at 0.08, 90.5 at 0.2. Two epochs at batch 128: rate 0.12 85.5, rate 0.06 84.7
-to 85.1 (four runs; the stem under Muon or AdamW made no difference, nor NAdamW in place of AdamW), a border of 2 pixels
-in place of 4 85.2; at rate 0.12 no label smoothing 84.5, AdamW's share 0.02 84.8.
+about four at 32 px: 90.7 at rate 0.12, 89.5 at 0.08, 90.5 at 0.2. Two epochs at batch 128: rate 0.12 85.5, rate 0.06
+84.7 to 85.1 (four runs; the stem under Muon or AdamW made no difference, nor NAdamW in place of AdamW), a border of 2
+pixels in place of 4 85.2; at rate 0.12 no label smoothing 84.5, AdamW's share 0.02 84.8.
 
 `--compile` (it needs a C++ compiler) trains WRN-16-2 at 32 px with 1,114 images/s where plain bfloat16 has 587 and
 float32 261. Wide networks gain little: WRN-28-10 has 24 images/s in both.
