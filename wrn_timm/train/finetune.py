@@ -13,7 +13,6 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -547,7 +546,7 @@ def _finish(
     for folder in (run.path / 'best', run.path / 'last'):
         atomic_write(folder / 'recipe.json', json.dumps(recipe, indent=2) + '\n')
         for file in ('history.csv', 'curves.png'):
-            atomic_write(folder / file, partial(shutil.copyfile, run.path / file))
+            atomic_write(folder / file, functools.partial(shutil.copyfile, run.path / file))
 
 
 def _check_place_of_seeds(out: Path, resume: bool) -> None:

@@ -40,6 +40,7 @@ from timm.models import save_for_hf
 
 from ..files import LOCK_FILE, FolderLock, atomic_folder, atomic_write, discard_partial, make_folder, writing
 from ..names import is_utf8
+from ..schemas import read_json
 from ..weights import WEIGHTS_FILE, sha256_of
 
 if TYPE_CHECKING:
@@ -137,12 +138,9 @@ def read_record(file: Path) -> dict[str, Any]:
         ValueError: It is damaged.
     """
     try:
-        record = json.loads(file.read_text(encoding='utf-8'))
-        if not isinstance(record, dict):
-            raise ValueError('it holds no JSON object')
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f'{file} is damaged: {e}. Restore it, or begin a new run') from e
-    return record
+        return read_json(file, lambda found: None)
+    except ValueError as e:
+        raise ValueError(f'{e}. Restore it, or begin a new run') from e
 
 
 _Config = TypeVar('_Config')
