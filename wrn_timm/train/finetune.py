@@ -127,8 +127,8 @@ def finetune(
     if advice := size_advice(model, size, found.get('side', 0)):
         _logger.warning('%s', advice)
     if not config.cached and 0 < len(split.holdout or ()) < ENOUGH_TO_CHOOSE:
-        _logger.info('the %d files held out are too few to choose the epoch by (one is %.1f points), so the last '
-                     'counts; with --holdout 0 they are trained on too', len(split.holdout), 100 / len(split.holdout))
+        _logger.info('only %d files are held out, too few to choose the epoch by (each is %.1f points), so the '
+                     'last epoch is used; --holdout 0 trains on them too', len(split.holdout), 100 / len(split.holdout))
     train_began = time.monotonic()
     before = copy.deepcopy(model.state_dict()) if find else {}
     while True:
