@@ -46,15 +46,19 @@ def arrays(n=64, size=32):
     return datasets.ImageArrays(images, torch.arange(n) % 10, tuple('abcdefghij'), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 
+def raw(data, images):
+    """Normalised images as they were, uint8."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (data.mean, data.std))
+    return ((images * std + mean) * 255).round().byte()
+
+
 def test_batches_without_augmentation_are_the_normalised_images():
     data = arrays()
     loader = DeviceLoader(data, 16, 'cpu', pad=0, flip=False)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (data.mean, data.std))
     seen = []
     for images, labels in loader.epoch(0):
-        for image, label in zip(images, labels, strict=True):
-            raw = ((image * std + mean) * 255).round().byte()
-            index = (data.images == raw).flatten(1).all(1).nonzero().item()
+        for image, label in zip(raw(data, images), labels, strict=True):
+            index = (data.images == image).flatten(1).all(1).nonzero().item()
             assert data.labels[index] == label
             seen.append(index)
     assert sorted(seen) == list(range(64))
@@ -65,10 +69,9 @@ def test_crop_and_flip_are_windows_of_the_reflected_image():
     loader = DeviceLoader(data, 8, 'cpu')
     images, _ = next(loader.epoch(0))
     assert images.is_contiguous(memory_format=torch.channels_last)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (data.mean, data.std))
     padded = F.pad(data.images.float(), [4] * 4, mode='reflect').byte()
     kinds = set()
-    for image in ((images * std + mean) * 255).round().byte():
+    for image in raw(data, images):
         windows = {(flip, y, x, i): p[:, y:y + 32, x:x + 32].flip(2) if flip else p[:, y:y + 32, x:x + 32]
                    for i, p in enumerate(padded) for flip in (0, 1) for y in range(9) for x in range(9)}
         hits = [kind for kind, window in windows.items() if torch.equal(window, image)]
@@ -85,6 +88,22 @@ def test_crops_and_flips_are_uniform():
     same, _ = next(plain.epoch(0))
     unmoved = (images == same).flatten(1).all(1).float().mean().item()
     assert unmoved == pytest.approx(1 / 50, abs=0.01)  # 5 x 5 windows, half of them mirrored
+
+
+def test_alternate_flip_mirrors_each_image_in_every_second_epoch():
+    data = arrays(1000, size=4)
+    plain = DeviceLoader(data, 1000, 'cpu', pad=0, flip=False)
+    loader = DeviceLoader(data, 1000, 'cpu', pad=0, alternate_flip=True)
+    first = None
+    for epoch in range(4):
+        (images, _), (same, _) = next(loader.epoch(epoch)), next(plain.epoch(epoch))
+        mirrored = (images == same.flip(3)).flatten(1).all(1)
+        assert torch.equal(mirrored, ~(images == same).flatten(1).all(1))
+        of_image = torch.empty(1000, dtype=torch.bool)
+        of_image[[(data.images == x).flatten(1).all(1).nonzero().item() for x in raw(data, same)]] = mirrored
+        first = of_image if first is None else first
+        assert torch.equal(of_image, first ^ bool(epoch % 2))
+        assert 400 < mirrored.sum() < 600
 
 
 def test_cutout_clears_a_square_to_the_mean():

@@ -27,6 +27,8 @@ class DeviceLoader:
         device: Where the images live and are augmented.
         pad: Reflected border, in pixels, of which a random window is cut (paper, section 3); 0 for none.
         flip: Mirror each image with probability 1/2.
+        alternate_flip: Mirror each image in every second epoch instead, a random half of them in the first
+            (arXiv:2404.00498).
         cutout: Side, in pixels, of the square set to the mean (arXiv:1708.04552); 0 for none.
         augment: Policy of `data.augment`, applied after crop and flip; None for none.
         seed: Seed of the run.
@@ -44,6 +46,7 @@ class DeviceLoader:
             device: torch.device | str,
             pad: int = 4,
             flip: bool = True,
+            alternate_flip: bool = False,
             cutout: int = 0,
             augment: torch.nn.Module | None = None,
             seed: int = 0,
@@ -58,12 +61,14 @@ class DeviceLoader:
         self.rank, self.world_size = rank, world_size
         self.augment = augment and augment.to(self.device)
         self.batch_size, self.pad, self.flip, self.cutout, self.seed = batch_size, pad, flip, cutout, seed
+        self.alternate_flip = alternate_flip
         self.size = data.images.shape[-2:]
         self.images = data.images.to(self.device)
         self.labels = data.labels.to(self.device)
         self.scale = torch.tensor(data.std, device=self.device)[:, None, None].mul(255).reciprocal()
         self.shift = -torch.tensor(data.mean, device=self.device)[:, None, None].mul(255) * self.scale
         self._generator = torch.Generator(self.device)
+        self._flipped_first = torch.randint(2, (len(data),), generator=self._seeded(0, -2), device=self.device)
 
     def __len__(self) -> int:
         """Steps an epoch."""
@@ -85,7 +90,7 @@ class DeviceLoader:
         order = torch.randperm(len(self.labels), generator=self._seeded(epoch, -1), device=self.device)
         for step in range(first_step, len(self)):
             index = order[step * self.batch_size:(step + 1) * self.batch_size]
-            images = self._augment(index, self._seeded(epoch, step))
+            images = self._augment(index, epoch, self._seeded(epoch, step))
             if size not in (None, self.size[0]):
                 images = F.interpolate(images, (size, size), mode='bilinear', antialias=True)
             yield (images.contiguous(memory_format=torch.channels_last),
@@ -94,7 +99,7 @@ class DeviceLoader:
     def _seeded(self, epoch: int, step: int) -> torch.Generator:
         return self._generator.manual_seed(((self.seed * 100_003 + epoch) * 1_000_003 + step + 1) % 2 ** 63)
 
-    def _augment(self, index: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+    def _augment(self, index: torch.Tensor, epoch: int, g: torch.Generator) -> torch.Tensor:
         h, w = self.size
 
         def draw(high: int) -> torch.Tensor:
@@ -106,7 +111,9 @@ class DeviceLoader:
         n = len(index)
         rows = torch.arange(h, device=self.device).expand(n, h)
         cols = torch.arange(w, device=self.device).expand(n, w)
-        if self.flip:
+        if self.alternate_flip:
+            cols = torch.where(((self._flipped_first[index] + epoch) % 2).bool()[:, None], w - 1 - cols, cols)
+        elif self.flip:
             cols = torch.where(draw(2).bool(), w - 1 - cols, cols)
         if self.pad:
             rows = _reflected(rows + draw(2 * self.pad + 1) - self.pad, h)

@@ -364,8 +364,9 @@ def train(
             RunDir.check(out, settings, resume)  # before the data is read
         data, held_out = _data(recipe, data_dir, download, rank, world)
         loader = DeviceLoader(
-            data, recipe.batch_size, device, pad=recipe.pad, flip=recipe.flip, cutout=recipe.cutout,
-            augment=_augmentation(recipe, data.images.shape[-1]), seed=seed, rank=rank, world_size=world)
+            data, recipe.batch_size, device, pad=recipe.pad, flip=recipe.flip, alternate_flip=recipe.alternate_flip,
+            cutout=recipe.cutout, augment=_augmentation(recipe, data.images.shape[-1]), seed=seed, rank=rank,
+            world_size=world)
         steps = len(loader)
 
         torch.manual_seed(seed)

@@ -76,6 +76,8 @@ class Recipe:
     """Reflected border for random crops, in pixels."""
     flip: bool = True
     """Mirror with probability 1/2."""
+    alternate_flip: bool = False
+    """Mirror each image in every second epoch instead (arXiv:2404.00498)."""
     cutout: int = 0
     """Side of the square set to the mean, in pixels."""
     trivial_augment: bool = False
