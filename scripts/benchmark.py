@@ -46,15 +46,15 @@ import wrn_timm
 from wrn_timm.checkpoints import convert_state_dict, fit_to_model
 from wrn_timm.command import reports_errors
 from wrn_timm.data.augment import AutoAugment, RandAugment, TrivialAugment
-from wrn_timm.data.datasets import ImageArrays, load, parse_spec
-from wrn_timm.data.device import DeviceLoader
+from wrn_timm.data.on_device import DeviceLoader
+from wrn_timm.data.small_sets import ImageArrays, load, parse_spec
 from wrn_timm.export import OnnxModel, OptimizedModel, alternate, inference_forms, to_onnx
 from wrn_timm.train import finetune as tuning
-from wrn_timm.train.fit import fit, make_loader
-from wrn_timm.train.loop import Learner, create_model
-from wrn_timm.train.precision import fast_bfloat16
+from wrn_timm.train.finetune_loop import fit, make_loader
+from wrn_timm.train.machine import fast_bfloat16
 from wrn_timm.train.recipes import FinetuneConfig, Recipe
-from wrn_timm.train.rundir import RunDir, environment, export_weights
+from wrn_timm.train.run import RunDir, environment, export_weights
+from wrn_timm.train.scratch import Learner, create_model
 from wrn_timm.train.validate import open_model
 from wrn_timm.weights import WEIGHTS_FILE
 from wrn_timm.wrn import WideResNet

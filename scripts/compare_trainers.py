@@ -39,10 +39,10 @@ from wrn_timm.data.folders import ImageFiles, examine, list_folder
 from wrn_timm.data.splits import data_name, list_source, make_split
 from wrn_timm.files import atomic_write
 from wrn_timm.train.finetune import finetune
-from wrn_timm.train.metrics import classification_metrics, predict_logits
+from wrn_timm.train.measure import classification_metrics, predict_logits
 from wrn_timm.train.probe import summarise
 from wrn_timm.train.recipes import FinetuneConfig
-from wrn_timm.train.rundir import environment
+from wrn_timm.train.run import environment
 from wrn_timm.train.validate import eval_transform, open_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,8 +21,8 @@ import tyro
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.command import TRACEBACK_HELP, reports_errors
 from wrn_timm.names import printable, terminal_handler
-from wrn_timm.train.detect import DetectConfig, detect, draw, load_detector
-from wrn_timm.train.rundir import holds_checkpoint
+from wrn_timm.train.detector import DetectConfig, detect, draw, load_detector
+from wrn_timm.train.run import holds_checkpoint
 
 
 @reports_errors

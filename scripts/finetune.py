@@ -39,8 +39,8 @@ from wrn_timm.names import printable, terminal_handler
 from wrn_timm.train.finetune import finetune_seeds
 from wrn_timm.train.probe import probe
 from wrn_timm.train.recipes import FinetuneConfig
-from wrn_timm.train.rundir import check_place, config_of, holds_checkpoint
-from wrn_timm.train.transfer import record_transfer, transfer_folder
+from wrn_timm.train.run import check_place, config_of, holds_checkpoint
+from wrn_timm.train.transfer_results import record_transfer, transfer_folder
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
 

@@ -19,8 +19,8 @@ import tyro
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.command import TRACEBACK_HELP, reports_errors
 from wrn_timm.names import printable
-from wrn_timm.train.loop import train
 from wrn_timm.train.recipes import RECIPES, Recipe, get_recipe
+from wrn_timm.train.scratch import train
 
 
 @reports_errors

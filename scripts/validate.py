@@ -19,7 +19,7 @@ import torch
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.command import TRACEBACK_HELP, reports_errors
 from wrn_timm.hub import check_run_records, finish_weights_folder
-from wrn_timm.train.precision import Precision
+from wrn_timm.train.machine import Precision
 from wrn_timm.train.validate import validate, weights_folder
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'

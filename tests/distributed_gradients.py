@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import wrn_timm  # noqa: F401
 from wrn_timm.data.augment import TrivialAugment
-from wrn_timm.data.datasets import load
-from wrn_timm.data.device import DeviceLoader
+from wrn_timm.data.on_device import DeviceLoader
+from wrn_timm.data.small_sets import load
 
 
 def gradients(rank: int, world: int) -> list[torch.Tensor]:

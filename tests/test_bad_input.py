@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 
-import carry as carry_script
 import finetune as finetune_script
 import pytest
 from conftest import ROOT, SAMPLE
@@ -15,7 +14,7 @@ from PIL import Image
 
 from wrn_timm.train.finetune import _settings, finetune, prepare_split
 from wrn_timm.train.recipes import FinetuneConfig
-from wrn_timm.train.rundir import RunDir, check_place
+from wrn_timm.train.run import RunDir, check_place
 from wrn_timm.train.validate import open_model
 
 
@@ -312,18 +311,6 @@ def test_a_run_whose_scan_is_damaged(data, weights, tmp_path, capsys, text, mess
     assert tune(data, weights, tmp_path / 'run', '--resume') == 1
     error = capsys.readouterr().err
     assert error.startswith('error: ') and message in error
-
-
-@pytest.mark.parametrize(('text', 'message'), [
-    ('{', 'shards.json is damaged: Expecting'), ('{}', 'its shards is no list of objects'),
-    ('{"shards": [1]}', 'its shards is no list of objects'),
-    ('{"shards": [{"name": "shard-0000"}]}', 'its shards[0].sha256 is missing'),
-    ('{"shards": [{"name": "../x", "sha256": ""}]}', "its shards[0].name is '../x'; it must be shard-0000"),
-])
-def test_shards_whose_index_is_damaged(tmp_path, capsys, text, message):
-    (tmp_path / 'shards.json').write_text(text)
-    assert carry_script.main(['unpack', str(tmp_path), str(tmp_path / 'run')]) == 1
-    assert message in capsys.readouterr().err
 
 
 def test_no_place_to_write(data, weights, tmp_path, capsys):

@@ -11,12 +11,10 @@ from conftest import ROOT, SAMPLE
 
 import wrn_timm  # noqa: F401
 from wrn_timm.command import reports_errors
-from wrn_timm.train.carry import pack
-from wrn_timm.train.rundir import export_weights
+from wrn_timm.train.run import export_weights
 
 COMMANDS = {
     'benchmark': ('start', '--models', 'wrn16_1'),
-    'carry': ('unpack', 'a', 'b'),
     'compare_trainers': ('wrn_timm',),
     'detect': ('--out', 'RUN', '--draw', 'a.jpg'),
     'export': ('--model', 'a', '--to', 'ts', '--out', 'RUN/a.ts'),
@@ -89,14 +87,6 @@ def test_a_card_is_written_of_our_runs_alone(folder, capsys, recipe, message):
     assert validate_script.main(args) == 1
     assert message in capsys.readouterr().err  # before the data is looked for
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-
-
-@pytest.mark.parametrize('index', ['{"shards": 3}', '[]', '{"shards": [{"name": "x"}]}', '{'])
-def test_a_damaged_index_of_shards_is_named(folder, tmp_path, capsys, index):
-    pack(folder, tmp_path / 'shards')
-    (tmp_path / 'shards' / 'shards.json').write_text(index)
-    assert importlib.import_module('carry').main(['unpack', str(tmp_path / 'shards'), str(tmp_path / 'new')]) == 1
-    assert f'error: {tmp_path / "shards" / "shards.json"} is damaged: ' in capsys.readouterr().err
 
 
 def test_a_damaged_scan_of_a_run_is_named(weights, tmp_path, capsys):

@@ -10,10 +10,10 @@ from test_detection import BCCD
 
 import wrn_timm  # noqa: F401
 from wrn_timm.export import optimize
-from wrn_timm.train.detect import DetectConfig, detect
+from wrn_timm.train.detector import DetectConfig, detect
 from wrn_timm.train.finetune import finetune
-from wrn_timm.train.loop import train
 from wrn_timm.train.recipes import RECIPES, FinetuneConfig
+from wrn_timm.train.scratch import train
 from wrn_timm.train.validate import validate
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')

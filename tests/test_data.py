@@ -17,9 +17,8 @@ from PIL import EpsImagePlugin, Image, ImageFile
 from torchvision import datasets as tv
 from torchvision.transforms import v2
 
-from wrn_timm.data import datasets
+from wrn_timm.data import small_sets as datasets
 from wrn_timm.data.corrupt import corrupt
-from wrn_timm.data.device import DeviceLoader
 from wrn_timm.data.folders import (
     ReadableOnly,
     collate_readable,
@@ -29,7 +28,7 @@ from wrn_timm.data.folders import (
     looks_like_image,
     read_rgb,
 )
-from wrn_timm.data.named import is_named
+from wrn_timm.data.on_device import DeviceLoader
 from wrn_timm.data.splits import (
     data_name,
     list_source,
@@ -39,6 +38,7 @@ from wrn_timm.data.splits import (
     split_files,
     write_split,
 )
+from wrn_timm.data.timm_sets import is_named
 
 
 def arrays(n=64, size=32):

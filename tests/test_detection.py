@@ -23,9 +23,9 @@ from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops import FrozenBatchNorm2d
 
 import wrn_timm  # noqa: F401
-from wrn_timm.data.voc import read_voc
+from wrn_timm.data.boxes import read_voc
 from wrn_timm.detection import faster_rcnn, fpn_backbone, retinanet
-from wrn_timm.train.detect import _backbone_in_bfloat16, evaluate_detector, load_detector
+from wrn_timm.train.detector import _backbone_in_bfloat16, evaluate_detector, load_detector
 from wrn_timm.weights import sha256_of
 
 BCCD = Path(__file__).parent / 'data' / 'bccd_sample'

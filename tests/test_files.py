@@ -14,7 +14,7 @@ import timm
 from conftest import ROOT, SAMPLE
 
 from wrn_timm.files import FolderLock, atomic_folder, atomic_write
-from wrn_timm.train.rundir import RunDir, export_weights
+from wrn_timm.train.run import RunDir, export_weights
 
 posix = pytest.mark.skipif(os.name == 'nt', reason='folders cannot be synced there, nor files locked in this way')
 

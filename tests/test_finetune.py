@@ -37,15 +37,14 @@ from wrn_timm.data.folders import ImageFiles, list_folder, read_rgb
 from wrn_timm.data.splits import Split, make_split
 from wrn_timm.hub import check_golden, model_card
 from wrn_timm.train import finetune as ft
-from wrn_timm.train.devices import accelerator_on
-from wrn_timm.train.fit import Features, Fitted, _Unfreezing, largest_batch, make_loader, predict
+from wrn_timm.train.finetune_loop import Features, Fitted, _Unfreezing, largest_batch, make_loader, predict
 from wrn_timm.train.linear import LinearFit, fit_linear
-from wrn_timm.train.precision import fast_bfloat16
+from wrn_timm.train.machine import accelerator_on, fast_bfloat16
 from wrn_timm.train.probe import extract_features, knn, probe
 from wrn_timm.train.recipes import FinetuneConfig
 from wrn_timm.train.report import grad_cam
-from wrn_timm.train.rundir import RunDir, duration, export_weights
-from wrn_timm.train.transfer import read_transfer, record_transfer
+from wrn_timm.train.run import RunDir, duration, export_weights
+from wrn_timm.train.transfer_results import read_transfer, record_transfer
 from wrn_timm.train.validate import eval_transform, open_model, validate
 from wrn_timm.weights import sha256_of
 
@@ -106,7 +105,7 @@ def test_a_hundred_files_choose_the_epoch_and_fewer_do_not():
 @pytest.mark.parametrize('enough', [6, 7])
 def test_the_epoch_is_chosen_where_enough_files_are_held_out(weights, photographs, tmp_path, monkeypatch, enough):
     """Six files are; where six are enough, the most accurate epoch is in `best/`, the last of a high rate is not it."""
-    monkeypatch.setattr('wrn_timm.train.fit.ENOUGH_TO_CHOOSE', enough)
+    monkeypatch.setattr('wrn_timm.train.finetune_loop.ENOUGH_TO_CHOOSE', enough)
     assert tune(photographs, weights, tmp_path / 'run', '--epochs', '4', '--holdout', '0.2', '--lr', '0.3',
                 '--schedule', 'step') == 0
     history = list(csv.DictReader((tmp_path / 'run' / 'history.csv').read_text().splitlines()))

@@ -14,7 +14,6 @@ import sys
 import time
 from multiprocessing import forkserver
 
-import carry as carry_script
 import pytest
 import timm
 import torch
@@ -26,16 +25,15 @@ from safetensors.torch import load_file
 from timm.optim.muon import _COEFFICIENTS, resolve_ns_coefficients, zeropower_via_newtonschulz
 from torchvision.transforms.functional import gaussian_blur, resize
 
-from wrn_timm.data.datasets import load
-from wrn_timm.data.device import DeviceLoader
+from wrn_timm.data.on_device import DeviceLoader
+from wrn_timm.data.small_sets import load
 from wrn_timm.hub import check_golden, model_card
-from wrn_timm.train.carry import pack, unpack
-from wrn_timm.train.loop import Learner, _climb, _schedule, evaluate, train
-from wrn_timm.train.metrics import classification_metrics
+from wrn_timm.train.machine import resolve_precision
+from wrn_timm.train.measure import classification_metrics
 from wrn_timm.train.optimizers import Muon, create_optimizer
-from wrn_timm.train.precision import resolve_precision
 from wrn_timm.train.recipes import RECIPES, get_recipe
-from wrn_timm.train.rundir import RunDir
+from wrn_timm.train.run import RunDir
+from wrn_timm.train.scratch import Learner, _climb, _schedule, evaluate, train
 from wrn_timm.train.validate import open_model, validate
 from wrn_timm.weights import sha256_of
 
@@ -240,7 +238,7 @@ def test_twenty_times_killed_the_weights_are_those_of_a_run_never_killed(tmp_pat
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     forkserver._forkserver._stop()  # one that another test has begun would preload nothing
     server = multiprocessing.get_context('forkserver')  # children start with torch imported
-    server.set_forkserver_preload(['wrn_timm.train.loop', 'torch._dynamo', 'matplotlib.figure'])
+    server.set_forkserver_preload(['wrn_timm.train.scratch', 'torch._dynamo', 'matplotlib.figure'])
 
     def start(out, resume):
         process = server.Process(
@@ -587,44 +585,12 @@ def test_torchrun_trains_stops_and_resumes(tmp_path):
     assert final_weights(out) == final_weights(whole)
 
 
-def test_a_run_goes_on_from_carried_shards(run, tmp_path, capsys):
-    out, shards, elsewhere = tmp_path / 'run', tmp_path / 'shards', tmp_path / 'elsewhere'
-    train(SMOKE, '', out, time_budget=0)
-    train(SMOKE, '', out, time_budget=0, resume=True)
-    assert carry_script.main(['pack', str(out), str(shards), '--shard-mb', '0.5']) == 0
-    sizes = [p.stat().st_size for p in shards.glob('shard-*')]
-    assert len(sizes) > 2 and max(sizes) <= 500_000
-    assert carry_script.main(['unpack', str(shards), str(elsewhere)]) == 0
-    carried = {p.relative_to(elsewhere): sha256_of(p) for p in elsewhere.rglob('*') if p.is_file()}
-    assert len([p for p in carried if p.suffix == '.pt']) == 1
-    assert carried == {p: sha256_of(out / p) for p in carried}
-    train(SMOKE, '', elsewhere, resume=True)
-    assert final_weights(elsewhere) == final_weights(run)
-
-    assert carry_script.main(['unpack', str(shards), str(elsewhere)]) == 1
-    assert 'elsewhere is there already' in capsys.readouterr().err
-    victim = shards / 'shard-0001'
-    victim.write_bytes(bytes([victim.read_bytes()[0] ^ 1]) + victim.read_bytes()[1:])
-    assert carry_script.main(['unpack', str(shards), str(tmp_path / 'new')]) == 1
-    assert 'shard-0001 is damaged: sha256' in capsys.readouterr().err
-    victim.unlink()
-    assert carry_script.main(['unpack', str(shards), str(tmp_path / 'new')]) == 1
-    assert 'shards: shard-0001' in capsys.readouterr().err
-    assert carry_script.main(['pack', str(tmp_path / 'none'), str(tmp_path / 'new')]) == 1
-    assert 'holds no files to carry' in capsys.readouterr().err
-    assert not (tmp_path / 'new').exists() and not list(tmp_path.glob('.*.part'))
-
-
-def test_a_carried_run_keeps_its_best_epoch(tmp_path):
-    run = RunDir(tmp_path / 'run', {'seed': 0})
-    history = [{'epoch': 1, 'holdout_accuracy': 60.}, {'epoch': 2, 'holdout_accuracy': 50.}]
-    for epoch, copies in ((1, 1), (2, 2)):  # the first is the best, and the newest by another name
-        done = history[:epoch]
-        run.save({'epoch': epoch, 'step': 0, 'history': done, 'model': {'w': torch.randn(10_000)}}, done, draw=False)
-        shards = pack(run.path, tmp_path / f'shards-{epoch}')
-        assert 40_000 * copies < sum(p.stat().st_size for p in shards) < 40_000 * copies + 30_000
-        elsewhere = RunDir(unpack(tmp_path / f'shards-{epoch}', tmp_path / str(epoch)), {'seed': 0}, resume=True)
-        assert elsewhere.load_best()['epoch'] == 1 and elsewhere.load_checkpoint()['epoch'] == epoch
+def test_a_run_goes_on_from_a_tar_file(run, tmp_path):
+    train(SMOKE, '', tmp_path / 'run', time_budget=0)
+    shutil.make_archive(str(tmp_path / 'carried'), 'tar', tmp_path / 'run')
+    shutil.unpack_archive(tmp_path / 'carried.tar', tmp_path / 'elsewhere')
+    train(SMOKE, '', tmp_path / 'elsewhere', resume=True)
+    assert final_weights(tmp_path / 'elsewhere') == final_weights(run)
 
 
 def test_a_finished_folder_stays_finished(run, tmp_path):
@@ -636,13 +602,6 @@ def test_a_finished_folder_stays_finished(run, tmp_path):
     assert {p.name: p.read_bytes() for p in (out / 'weights').iterdir()} == before
     train(SMOKE, '', out, resume=True, half=True)
     assert not (out / 'weights' / 'README.md').exists()  # which was of other weights
-
-
-def test_weights_come_back_from_shards_as_they_were(run, tmp_path):
-    pack(run / 'weights', tmp_path / 'shards', 100_000)
-    back = unpack(tmp_path / 'shards', tmp_path / 'weights')
-    assert {p.name: sha256_of(p) for p in back.iterdir()} == {
-        p.name: sha256_of(p) for p in (run / 'weights').iterdir()}
 
 
 def test_a_finished_run_is_exported_again_in_half_precision(run, tmp_path):

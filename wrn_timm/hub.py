@@ -24,8 +24,8 @@ from .data.folders import read_rgb, walk_files
 from .download import hub_fault
 from .files import atomic_write
 from .train.recipes import RECIPES, Recipe, finetune_command, settings_flags
-from .train.rundir import duration, read_record
-from .train.transfer import TRANSFER_FILE
+from .train.run import duration, read_record
+from .train.transfer_results import TRANSFER_FILE
 from .train.validate import normalised, open_model
 from .weights import WEIGHTS_FILE, verify, version_tag
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ['check_config', 'check_detector', 'check_metrics', 'check_scan', 'check_shards', 'read_json']
+__all__ = ['check_config', 'check_detector', 'check_metrics', 'check_scan', 'read_json']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +122,6 @@ _SCAN: _Schema = {
     'split': _TEXT, 'bad': _TEXTS, 'summary': _TEXTS, 'tested_on': _TEXT,
     'leaks': _list(_Field(lambda v: _TEXTS.fits(v) and len(v) == 2, ''), 'a list of pairs of paths'),
 }
-_SHARD: _Schema = {
-    'name': _Field(
-        lambda v: isinstance(v, str) and re.fullmatch(r'shard-\d+', v) is not None, 'shard-0000', False, False),
-    'sha256': _SHA256.but(missing=False, null=False),
-}
 _METRICS: _Schema = {'top1': _number(0, 100)}
 
 
@@ -159,15 +154,6 @@ def check_detector(found: dict[str, Any]) -> None:
 def check_scan(found: dict[str, Any]) -> None:
     """Refuse a `scan.json` that is none of a fine-tuning run."""
     _check_fields(found, _SCAN)
-
-
-def check_shards(found: dict[str, Any]) -> None:
-    """Refuse a `shards.json` that is none of a run in shards."""
-    rows = found.get('shards')
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError('its shards is no list of objects')
-    for i, row in enumerate(rows):
-        _check_fields(row, _SHARD, f'shards[{i}].')
 
 
 def check_metrics(found: dict[str, Any]) -> None:

@@ -26,7 +26,6 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine, some
-from ..data.named import NamedImages, is_named
 from ..data.splits import (
     Split,
     data_name,
@@ -36,16 +35,17 @@ from ..data.splits import (
     source_root,
     write_split,
 )
+from ..data.timm_sets import NamedImages, is_named
 from ..files import atomic_write
 from ..schemas import check_scan, read_json
-from .devices import accelerator_on
-from .fit import ENOUGH_TO_CHOOSE, BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
+from .finetune_loop import ENOUGH_TO_CHOOSE, BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
 from .linear import LinearFit
-from .metrics import classification_metrics
+from .machine import accelerator_on
+from .measure import classification_metrics
 from .probe import extract_features, summarise
 from .recipes import FinetuneConfig, check_numbers
 from .report import write_report
-from .rundir import RunDir, check_place, environment, export_weights
+from .run import RunDir, check_place, environment, export_weights
 from .validate import eval_transform, open_model, weights_name
 
 __all__ = ['build_model', 'finetune', 'finetune_seeds', 'make_accelerator', 'prepare_split', 'preprocessing',

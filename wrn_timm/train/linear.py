@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from .fit import Features
+from .finetune_loop import Features
 
 __all__ = ['LinearFit', 'Loss', 'fit_linear']
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..data.folders import looks_like_image, read_rgb, walk_files
-from .precision import Precision, autocast, resolve_precision
+from .machine import Precision, autocast, resolve_precision
 from .validate import eval_transform, open_model
 
 __all__ = ['Prediction', 'find_images', 'predict', 'predict_files']

@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine
 from ..data.splits import Split, data_name, list_source, make_split
 from ..weights import WEIGHTS_FILE, list_weights, places
-from .devices import accelerator_on
-from .fit import Features, Predictions, predict
+from .finetune_loop import Features, Predictions, predict
 from .linear import LinearFit
-from .metrics import classification_metrics
+from .machine import accelerator_on
+from .measure import classification_metrics
 from .recipes import FinetuneConfig
 from .validate import open_model
 

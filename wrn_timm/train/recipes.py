@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from ..data.splits import check_protocol
-from .precision import Precision
+from .machine import Precision
 
 __all__ = [
     'RECIPES', 'FinetuneConfig', 'Recipe', 'check_numbers', 'finetune_command', 'get_recipe', 'settings_flags']

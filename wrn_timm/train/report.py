@@ -20,12 +20,12 @@ from PIL import Image
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ..data.folders import ImageFiles
-from ..data.named import NamedImages
+from ..data.timm_sets import NamedImages
 from ..files import atomic_write
 from ..names import printable
-from .fit import Predictions
+from .finetune_loop import Predictions
 from .recipes import finetune_command
-from .rundir import duration
+from .run import duration
 
 __all__ = ['draw_confusion', 'draw_predictions', 'draw_wrong', 'grad_cam', 'write_report']
 

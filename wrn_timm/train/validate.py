@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..data.corrupt import CORRUPTIONS, corrupt
-from ..data.datasets import NAMES, ImageArrays, load, parse_spec
 from ..data.folders import FolderScan, ImageFiles, examine
+from ..data.small_sets import NAMES, ImageArrays, load, parse_spec
 from ..data.splits import data_name, list_source, read_split, source_root
 from ..weights import find, read_config, verify
-from .metrics import classification_metrics, predict_logits
-from .precision import Precision, autocast, resolve_precision
-from .rundir import environment
+from .machine import Precision, autocast, resolve_precision
+from .measure import classification_metrics, predict_logits
+from .run import environment
 
 __all__ = ['eval_transform', 'normalised', 'open_model', 'source_of', 'validate', 'weights_folder',
            'weights_name']
@@ -148,7 +148,7 @@ def validate(
             named set.
         What `list_source` and `read_split` raise.
     """
-    from .fit import largest_batch  # it takes a second to import accelerate, and `predict.py` imports this
+    from .finetune_loop import largest_batch  # it takes a second to import accelerate, and `predict.py` imports this
     if batch_size < 1:
         raise ValueError(f'batch_size is {batch_size}; it must be at least 1')
     precision = resolve_precision(precision, device)

@@ -1,11 +1,15 @@
-"""The number format that networks compute in."""
+"""What a run computes on: device, number format, processes."""
 from __future__ import annotations
 
-from typing import Literal
+import os
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-__all__ = ['Precision', 'autocast', 'fast_bfloat16', 'resolve_precision']
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ['Precision', 'accelerator_on', 'autocast', 'fast_bfloat16', 'fused', 'resolve_precision']
 
 Precision = Literal['auto', 'no', 'fp16', 'bf16']
 
@@ -45,3 +49,30 @@ def autocast(device: torch.device | str, precision: Literal['no', 'fp16', 'bf16'
     """A context in which networks on `device` compute in `precision`."""
     dtype = torch.float16 if precision == 'fp16' else torch.bfloat16
     return torch.autocast(torch.device(device).type, dtype, enabled=precision != 'no')
+
+
+_FUSED = ('sgd', 'momentum', 'nesterov', 'adam', 'adamw')
+
+
+def accelerator_on(device: str, precision: Precision = 'no', **kwargs: Any) -> Accelerator:
+    """accelerate on this device, whatever an earlier run of this process was on.
+
+    Args:
+        device: 'cpu' or 'cuda'.
+        precision: Of `accelerator.autocast()`, as `resolve_precision` takes it.
+        **kwargs: Of `accelerate.Accelerator`.
+
+    Raises:
+        ValueError: The device is another, or torch finds no GPU.
+    """
+    if device not in ('cpu', 'cuda') or (device == 'cuda' and not torch.cuda.is_available()):
+        raise ValueError(f"device is {device!r}; choose 'cpu', or 'cuda' on a machine where torch finds a GPU")
+    from accelerate import Accelerator  # takes a second to import, and not every command needs it
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state(reset_partial_state=int(os.environ.get('WORLD_SIZE', 1)) == 1)
+    return Accelerator(cpu=device == 'cpu', mixed_precision=resolve_precision(precision, device), **kwargs)
+
+
+def fused(opt: str) -> dict[str, bool]:
+    """The option of timm's `create_optimizer_v2` that updates in one pass over memory, where this optimiser has it."""
+    return {'fused': True} if opt in _FUSED else {}

@@ -38,7 +38,7 @@ import torch
 import torchvision
 from timm.models import save_for_hf
 
-from ..files import LOCK_FILE, FolderLock, atomic_folder, atomic_write, discard_partial, make_folder, writing
+from ..files import FolderLock, atomic_folder, atomic_write, discard_partial, make_folder, writing
 from ..names import is_utf8
 from ..schemas import read_json
 from ..weights import WEIGHTS_FILE, sha256_of
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
-    'RunDir', 'carried_files', 'check_place', 'check_weights', 'config_of', 'duration', 'environment', 'export_weights',
+    'RunDir', 'check_place', 'check_weights', 'config_of', 'duration', 'environment', 'export_weights',
     'holds_checkpoint', 'is_best', 'plot_history', 'read_record', 'stop_requests',
 ]
 
@@ -109,14 +109,6 @@ def stop_requests() -> Iterator[list[str]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def carried_files(folder: Path) -> list[Path]:
-    """The files of a run directory that it goes on from elsewhere: of its checkpoints, the newest and the best."""
-    checkpoints = folder / 'checkpoints'
-    carried = [checkpoints / 'best.pt', *_newest_first(checkpoints)[:1]]
-    return sorted(p for p in folder.rglob('*')
-                  if p.is_file() and p.name != LOCK_FILE and (p.parent != checkpoints or p in carried))
 
 
 def holds_checkpoint(out: str | Path) -> bool:

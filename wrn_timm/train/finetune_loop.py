@@ -22,10 +22,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.folders import ReadableOnly, collate_readable, some
-from .devices import fused
-from .metrics import predict_logits
+from .machine import fused
+from .measure import predict_logits
 from .recipes import FinetuneConfig
-from .rundir import RunDir, duration, is_best
+from .run import RunDir, duration, is_best
 
 __all__ = ['ENOUGH_TO_CHOOSE', 'BatchTooLarge', 'Features', 'Fitted', 'Predictions', 'fit', 'largest_batch',
            'make_loader', 'predict']

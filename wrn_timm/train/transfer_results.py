@@ -7,7 +7,7 @@ from typing import Any
 
 from ..files import atomic_write
 from ..weights import find
-from .rundir import environment
+from .run import environment
 from .validate import weights_name
 
 __all__ = ['TRANSFER_FILE', 'read_transfer', 'record_transfer', 'transfer_folder']

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from .datasets import ImageArrays
+from .small_sets import ImageArrays
 
 __all__ = ['DeviceLoader']
 

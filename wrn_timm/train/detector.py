@@ -26,15 +26,15 @@ from torchvision.utils import draw_bounding_boxes, save_image
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..data.boxes import BoxedImages, read_voc
 from ..data.folders import read_rgb
-from ..data.voc import BoxedImages, read_voc
 from ..detection import DETECTORS, anchor_generator
 from ..files import atomic_write
 from ..schemas import check_detector, read_json
 from ..weights import WEIGHTS_FILE, sha256_of, verify
-from .devices import fused
+from .machine import fused
 from .recipes import check_numbers
-from .rundir import RunDir, check_weights, environment, stop_requests
+from .run import RunDir, check_weights, environment, stop_requests
 
 __all__ = ['DetectConfig', 'detect', 'draw', 'evaluate_detector', 'load_detector']
 

@@ -24,13 +24,13 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from ..data.augment import AutoAugment, RandAugment, TrivialAugment
-from ..data.datasets import ImageArrays, load
-from ..data.device import DeviceLoader
+from ..data.on_device import DeviceLoader
+from ..data.small_sets import ImageArrays, load
 from ..files import atomic_write
+from .machine import Precision, autocast, resolve_precision
 from .optimizers import create_optimizer
-from .precision import Precision, autocast, resolve_precision
 from .recipes import Recipe, check_numbers
-from .rundir import RunDir, environment, export_weights, is_best, stop_requests
+from .run import RunDir, environment, export_weights, is_best, stop_requests
 
 __all__ = ['Learner', 'create_model', 'evaluate', 'train']
 
