@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Write what is made from the models, the weights folders and `scripts/benchmarks/`: the tables of README.md and
-weights/README.md, and `wrn_timm/released.json`, by which the package knows released weights that are not on the
-machine.
+"""Generate what follows from the models, the weights folders and `scripts/benchmarks/`.
 
-    python scripts/tables.py            # write
-    python scripts/tables.py --check    # exit 1 where they are out of date
+These are the tables between markers in the READMEs, the charts in `.github/`, and `wrn_timm/released.json`, from which
+the package knows released weights that are not on the machine.
+
+    python scripts/tables.py            # write them
+    python scripts/tables.py --check    # exit 1 if any is out of date
 """
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -18,6 +21,9 @@ from typing import Any
 
 import timm
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from wrn_timm.hub import PAPER_ERROR
@@ -27,7 +33,10 @@ from wrn_timm.wrn import VARIANTS
 from wrn_timm.wrn_imagenet import default_cfgs as imagenet_cfgs
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / 'scripts' / 'benchmarks'  # what `benchmark.py SECTION --json` printed, a file a section
+BENCHMARKS = ROOT / 'scripts' / 'benchmarks'  # what `benchmark.py SECTION --json` printed, one file per section
+READMES = [ROOT / folder / 'README.md' for folder in ('', 'wrn_timm', 'weights', 'scripts/benchmarks')]
+METHODS = {'kNN': 'kNN', 'linear probe': 'linear probe', 'head': 'classifier only', 'gradual': 'gradual',
+           'all': 'all layers', 'from scratch': 'from scratch'}  # by their name in transfer.json
 
 
 def read(file: Path) -> Any:
@@ -35,7 +44,7 @@ def read(file: Path) -> Any:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Of what has a value in any row."""
+    """A Markdown table, without the columns that have no value in any row."""
     kept = [i for i in range(len(header)) if any(row[i] != '-' for row in rows)]
     header, *rows = ([row[i] for i in kept] for row in [header, *rows])
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, ['---'] * len(header), *rows])
@@ -73,13 +82,42 @@ def known_errors() -> dict[str, float]:
 def named(name: str, known: dict[str, float], link: str = '') -> str:
     """Weights in a table, marked where they are their network's default: the first of those known."""
     default = name == next(n for n in known if n.startswith(f"{name.partition('.')[0]}."))
-    return (f'[`{name}`]({link})' if link else f'`{name}`') + ', default' * default
+    return (f'[`{name}`]({link})' if link else f'`{name}`') + ' (default)' * default
 
 
 def beaten(name: str, known: dict[str, float]) -> str:
     """The more accurate weights of the same network and classes, with their error."""
     better = more_accurate(name, known)
     return f'`{better}`, {known[better]:.2f}' if better else '-'
+
+
+def training_minutes(folder: Path) -> float:
+    """How long the weights of a released folder were trained, by its history."""
+    with open(folder / 'history.csv', encoding='utf-8', newline='') as file:
+        return float(list(csv.DictReader(file))[-1]['seconds']) / 60
+
+
+def overview_table() -> str:
+    """Test error, size and training time of our weights, then of other people's, one row per network."""
+    known = known_errors()
+    rows = [
+        [named(folder.name, known, f'/weights/{folder.name}'), f'**{known[folder.name]:.2f}**', file_size(folder.name),
+         f"{training_minutes(folder):.0f} min on {run['environment']['hardware']}"]
+        for folder, _, run, _ in weights_folders()]
+    for arch in dict.fromkeys(name.partition('.')[0] for name in published()):
+        names = [name for name in published() if name.startswith(f'{arch}.')]
+        rows.append([', '.join(named(name, known) for name in names), ', '.join(f'{known[name]:.2f}' for name in names),
+                     f'{file_size(names[0])} each', 'by pytorchcv'])
+    return table(['weights', 'test error, %', 'file', 'training'], rows)
+
+
+def file_size(name: str) -> str:
+    """Size of the weights file of `<arch>.<tag>`, for other people's that of their tensors in float32."""
+    file = ROOT / 'weights' / name / WEIGHTS_FILE
+    if file.is_file():
+        return f'{file.stat().st_size / 1e6:.1f} MB'
+    tensors = timm.create_model(name, device='meta').state_dict().values()
+    return f'{4 * sum(t.numel() for t in tensors) / 1e6:.0f} MB'
 
 
 def weights_table() -> str:
@@ -89,9 +127,9 @@ def weights_table() -> str:
         paper = f'{PAPER_ERROR[folder.name]:.2f}' if folder.name in PAPER_ERROR else '-'
         rows.append([
             named(folder.name, known, f'/weights/{folder.name}'), f"**{known[folder.name]:.2f}**", paper,
-            beaten(folder.name, known), f"{metrics['ece']:.2f}",
-            f"{(folder / WEIGHTS_FILE).stat().st_size / 1e6:.1f} MB",
-            f"{run['recipe']['epochs']} epochs, {run['environment']['hardware']}", f"`{config['sha256'][:12]}`"])
+            beaten(folder.name, known), f"{metrics['ece']:.2f}", file_size(folder.name),
+            f"{run['recipe']['epochs']} epochs, {training_minutes(folder):.0f} min, {run['environment']['hardware']}",
+            f"`{config['sha256'][:12]}`"])
     header = ['weights', 'test error, %', 'paper', 'more accurate', 'ECE, %', 'file', 'training', 'sha256']
     return table(header, rows)
 
@@ -101,37 +139,40 @@ def published_table() -> str:
     rows, known = [], known_errors()
     for name, entry in published().items():
         arch, tag = name.split('.')
-        model = timm.create_model(name, device='meta')
         ours = known.get(f"{arch}.{tag.removeprefix('pcv_')}")
         rows.append([
             named(name, known), f"{entry['error']:.2f}", f'**{ours:.2f}**' if ours else '-', beaten(name, known),
-            f'{4 * sum(t.numel() for t in model.state_dict().values()) / 1e6:.0f} MB', f"`{entry['sha1'][:12]}`"])
-    header = ['weights', 'test error, %, as published', 'ours', 'more accurate', 'file', 'sha1']
+            file_size(name), f"`{entry['sha1'][:12]}`"])
+    header = ['weights', 'published test error, %', 'ours', 'more accurate', 'file', 'sha1']
     return table(header, rows)
 
 
+def caltech_results(folder: Path) -> list[dict[str, Any]]:
+    """What a released folder has measured on Caltech 101 with 30 random training images per class."""
+    return [r for r in read_transfer(folder) if (r['dataset'], r['protocol']) == ('caltech101', 'random30')]
+
+
 def transfer_table() -> str:
-    """What each released folder's `transfer.json` says of other data sets."""
-    ways = ('kNN', 'linear probe', 'head', 'gradual', 'all', 'from scratch')
+    """The results on Caltech 101 in the `transfer.json` of each released folder."""
+    ways = list(METHODS)
     rows = []
     for folder, *_ in weights_folders():
-        results = read_transfer(folder)
+        results = caltech_results(folder)
         for result in sorted(results, key=lambda r: (ways.index(r['way']), r.get('stem', ''), r['input_size'])):
             several = result['seeds'] > 1
             scores = (f"{s['mean']:.1f}" + (f" ± {s['std']:.1f}" if several else '')
                       for s in (result['mean_per_class'], result['top1']))
             rows.append([
-                f'`{folder.name}`', result['way'] + (f", {result['stem']} stem" if result.get('stem') else ''),
-                str(result['input_size']), str(result.get('epochs', '-')),
-                f"{result['dataset']}, {result['protocol']}", str(result['seeds']), *scores,
+                f'`{folder.name}`', METHODS[result['way']] + (f", {result['stem']} stem" if result.get('stem') else ''),
+                str(result['input_size']), str(result.get('epochs', '-')), str(result['seeds']), *scores,
                 f"{result['seconds'] / 60 / result['seeds']:.1f}"])
-    header = ['weights', 'way', 'px', 'epochs', 'data, protocol', 'seeds', 'mean of the classes, %', 'all files, %',
-              'minutes a seed']
+    header = ['weights', 'method', 'px', 'epochs', 'seeds', 'mean per-class accuracy, %', 'accuracy, %',
+              'minutes per seed']
     return table(header, rows)
 
 
 def compared(sections: list[str], first: Callable[[dict[str, Any]], str], cell: Callable[[dict[str, Any]], str]) -> str:
-    """Measurements of `benchmark.py`: a column a case, a row a contestant, the first of which the others are over."""
+    """Measurements of `benchmark.py`: one column per case, one row per contestant, each relative to the first row."""
     cases = [c for s in sections for c in read(BENCHMARKS / f'{s}.json')['sections'][s]]
     names = list(dict.fromkeys(row['name'] for case in cases for row in case['rows']))
     rows = []
@@ -139,7 +180,7 @@ def compared(sections: list[str], first: Callable[[dict[str, Any]], str], cell: 
         found = [next((r for r in case['rows'] if r['name'] == name and 'ratio' in r), None) for case in cases]
         show = first if name == names[0] else cell
         rows.append([name, *(show(row) if row else '-' for row in found)])
-    return table(['times as fast as the first', *(case['name'] for case in cases)], rows)
+    return table(['speed relative to the first row', *(case['name'] for case in cases)], rows)
 
 
 def inference_table() -> str:
@@ -155,7 +196,7 @@ def training_table() -> str:
 
 
 def trainers_table() -> str:
-    """Accuracy that each library's trainer reaches from the same weights, as `compare_trainers.py` measured it."""
+    """Accuracy of each library's trainer from the same weights, as measured by `compare_trainers.py`."""
     found = [read(file) for file in sorted(BENCHMARKS.glob('trainers_*.json'), reverse=True)]
     rows = []
     for i, row in enumerate(found[0]['rows']):
@@ -176,12 +217,84 @@ def released() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    'models': models_table, 'weights': weights_table, 'published': published_table, 'transfer': transfer_table,
-    'inference': inference_table, 'training': training_table, 'trainers': trainers_table}
+    'models': models_table, 'overview': overview_table, 'weights': weights_table, 'published': published_table,
+    'transfer': transfer_table, 'inference': inference_table, 'training': training_table, 'trainers': trainers_table}
+
+
+INK = '#7d858f'  # readable on GitHub's light and dark pages alike
+COLORS = ('#9aa7b5', '#4c8dff', '#f0803c', '#2da44e', '#a475f9', '#d4a72c')
+
+
+def minutes_data() -> dict[str, list[Any]]:
+    """Training minutes, test accuracy in % and data set of each of our weights."""
+    return {folder.name: [round(training_minutes(folder), 1), metrics['top1'], metrics['dataset']]
+            for folder, metrics, *_ in weights_folders()}
+
+
+def draw_minutes(axes: Axes, data: dict[str, list[Any]]) -> None:
+    """Test accuracy against training time, one point per weights and one colour per data set."""
+    sets = sorted({dataset for *_, dataset in data.values()})
+    for name, (minutes, accuracy, dataset) in data.items():
+        axes.plot(minutes, accuracy, 'o', markersize=9, color=COLORS[1 + sets.index(dataset)])
+        axes.annotate(f'{name}, {accuracy:.1f} %', (minutes, accuracy), xytext=(8, 0), textcoords='offset points',
+                      va='center', color=INK)
+    axes.set(xlabel='training time in minutes, on the hardware named in the table', ylabel='test accuracy, %',
+             xlim=(0, 1.5 * max(minutes for minutes, *_ in data.values())), ylim=(60, 100))
+
+
+def transfer_data() -> dict[str, dict[str, list[float | None]]]:
+    """Mean per-class accuracy on Caltech 101 at 32 px and its standard deviation, by weights and method."""
+    found = {}
+    for folder, *_ in weights_folders():
+        scores = {METHODS[r['way']]: r for r in caltech_results(folder) if r['input_size'] == 32 and not r.get('stem')}
+        found[folder.name] = {
+            method: [r['mean_per_class']['mean'], r['mean_per_class']['std'] if r['seeds'] > 1 else None]
+            for method, r in sorted(scores.items(), key=lambda item: list(METHODS.values()).index(item[0]))}
+    return {name: scores for name, scores in found.items() if scores}
+
+
+def draw_transfer(axes: Axes, data: dict[str, dict[str, list[float | None]]]) -> None:
+    """One group of bars per method, one colour per weights; the whiskers are standard deviations over the seeds."""
+    methods = [m for m in METHODS.values() if any(m in scores for scores in data.values())]
+    width = 0.84 / len(data)
+    for i, (name, scores) in enumerate(data.items()):
+        at = [methods.index(m) + (i - (len(data) - 1) / 2) * width for m in scores]
+        heights, spread = zip(*scores.values(), strict=True)
+        whiskers = [math.nan if s is None else s for s in spread]
+        bars = axes.bar(at, heights, 0.9 * width, yerr=whiskers, label=name, color=COLORS[i],
+                        error_kw={'ecolor': INK, 'capsize': 3})
+        axes.bar_label(bars, fmt='%.0f', padding=2, color=INK, fontsize=9)
+    axes.set(xticks=range(len(methods)), xticklabels=methods, ylabel='mean per-class accuracy, %', ylim=(0, 90))
+    axes.legend(frameon=False, labelcolor=INK, loc='upper left')
+
+
+CHARTS: dict[str, tuple[Callable[[], Any], Callable[[Axes, Any], None]]] = {
+    'accuracy_by_minutes.png': (minutes_data, draw_minutes), 'caltech101.png': (transfer_data, draw_transfer)}
+
+
+def chart_is_current(path: Path, data: Any) -> bool:
+    """Whether a chart shows this data, which is kept in the file; its pixels depend on fonts and versions."""
+    if not path.is_file():
+        return False
+    with Image.open(path) as image:
+        return image.text.get('Description') == json.dumps(data)
+
+
+def write_chart(path: Path, data: Any, draw: Callable[[Axes, Any], None]) -> None:
+    """Draw a chart on a transparent background."""
+    figure = Figure(figsize=(8, 3.6), layout='constrained', facecolor='none')
+    axes = figure.add_subplot(facecolor='none')
+    axes.tick_params(colors=INK)
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.spines[['left', 'bottom']].set_color(INK)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    draw(axes, data)
+    figure.savefig(path, dpi=150, metadata={'Description': json.dumps(data), 'Software': None})
 
 
 def rewritten(text: str) -> str:
-    """The text with every generated table made anew."""
+    """The text with every generated table brought up to date."""
     for name, make in TABLES.items():
         pattern = rf'(<!-- {name}: scripts/tables\.py -->\n).*?(\n<!-- /{name} -->)'
         if re.search(pattern, text, flags=re.S):
@@ -191,17 +304,20 @@ def rewritten(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--check', action='store_true')
+    parser.add_argument('--check', action='store_true', help='write nothing; exit 1 if anything is out of date')
     args = parser.parse_args(argv)
-    stale = 0
-    made = {path: rewritten(path.read_text(encoding='utf-8'))
-            for path in (ROOT / 'README.md', ROOT / 'weights' / 'README.md')}
-    for path, new in {**made, ROOT / 'wrn_timm' / 'released.json': released()}.items():
-        if path.read_text(encoding='utf-8') != new:
-            stale += 1
-            print(f'{path.name} of {path.parent.name}/ {"is out of date" if args.check else "written"}')
-            if not args.check:
-                path.write_text(new, encoding='utf-8')
+    texts = {path: rewritten(path.read_text(encoding='utf-8')) for path in READMES}
+    texts[ROOT / 'wrn_timm' / 'released.json'] = released()
+    stale = {path: lambda path=path, new=new: path.write_text(new, encoding='utf-8')
+             for path, new in texts.items() if path.read_text(encoding='utf-8') != new}
+    for name, (collect, draw) in CHARTS.items():
+        path, data = ROOT / '.github' / name, collect()
+        if not chart_is_current(path, data):
+            stale[path] = lambda path=path, data=data, draw=draw: write_chart(path, data, draw)
+    for path, write in stale.items():
+        print(f'{path.relative_to(ROOT)} {"is out of date" if args.check else "written"}')
+        if not args.check:
+            write()
     return 1 if args.check and stale else 0
 
 

@@ -337,7 +337,7 @@ def test_the_tables_mark_the_default_and_the_more_accurate():
     assert list(rows) == list(published())
     for name, row in rows.items():
         assert f"| {published()[name]['error']:.2f} |" in row and published()[name]['sha1'][:12] in row
-        assert (', default' in row) == (timm.get_pretrained_cfg(name.partition('.')[0]).tag == name.partition('.')[2])
+        assert (' (default)' in row) == (timm.get_pretrained_cfg(name.partition('.')[0]).tag == name.partition('.')[2])
     known = {f'wrn28_10.{tag}': error for tag, error in (
         ('cifar10', 4.), ('cifar100', 17.), ('pcv_cifar10', 2.39), ('pcv_cifar100', 18.))}
     assert tables_script.beaten('wrn28_10.cifar10', known) == '`wrn28_10.pcv_cifar10`, 2.39'

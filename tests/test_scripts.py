@@ -1,4 +1,4 @@
-"""Generated tables, what the package imports, and README's first code."""
+"""Generated tables and charts, what the package imports, and the code and commands of the READMEs."""
 import importlib
 import json
 import os
@@ -7,13 +7,20 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import tables as tables_script
 from conftest import ROOT, SAMPLE
 
 import wrn_timm  # noqa: F401
+
+READMES = [ROOT / folder / 'README.md' for folder in ('', 'scripts', 'scripts/benchmarks', 'weights', 'wrn_timm')]
+
+
+def section(readme, heading, language):
+    """The code blocks of a language below a heading of a README."""
+    text = re.search(rf'^## {heading}\n(.*?)(?:^## |\Z)', (ROOT / readme).read_text(), flags=re.S | re.M)[1]
+    return re.findall(rf'```{language}\n(.*?)```', text, flags=re.S)
 
 
 def test_generated_tables_are_up_to_date():
@@ -35,16 +42,14 @@ def test_importing_the_package_loads_no_training_dependency():
 
 def test_readme_code_runs(tmp_path):
     shutil.copy(next((SAMPLE / 'airplanes').iterdir()), tmp_path / 'photo.jpg')
-    use = re.search(r'## Use\n(.*?)\n## ', (ROOT / 'README.md').read_text(), flags=re.S)[1]
-    code = '\n'.join(re.findall(r'```python\n(.*?)```', use, flags=re.S))
+    code = '\n'.join(section('README.md', 'Load a model', 'python'))
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 'torch.Size([1, 64, 16, 16])' in done.stdout and done.stdout.splitlines()[-1] == 'airplane'
 
 
 def test_fine_tune_predict_and_export_as_readme_shows(tmp_path):
-    photographs = re.search(r'## Your own photographs\n(.*?)\n### ', (ROOT / 'README.md').read_text(), flags=re.S)[1]
-    code, = re.findall(r'```python\n(.*?)```', photographs, flags=re.S)
+    code, = section('README.md', 'Fine-tune on your own photographs', 'python')
     assert len([line for line in code.splitlines() if line]) <= 10
     for name in ('ketch', 'pizza'):
         (tmp_path / 'DIR' / name).mkdir(parents=True)
@@ -74,16 +79,51 @@ except ImportError as e:
     assert done.stdout.startswith('wrn_timm.predict needs torchmetrics') and '[train]' in done.stdout, done.stderr
 
 
-def waiting_commands():
-    block = re.search(r'```bash\n(.*?)```', (ROOT / 'weights' / 'README.md').read_text(), flags=re.S)[1]
-    return [line for line in block.replace('\\\n', '').splitlines() if line.startswith('python ')]
+COMMAND = re.compile(r'^.*?(?:python|torchrun --nproc-per-node \d+) scripts/(\w+)\.py([^|>#\n]*)', flags=re.M)
 
 
-@pytest.mark.parametrize('command', waiting_commands())
-def test_commands_that_wait_for_a_gpu_lack_their_data_alone(command, tmp_path, capsys):
-    for name, here in (('DIR', 'nowhere'), ('wrn28_10.cifar100', 'wrn16_1.cifar10'),
-                       ('RUN/best', str(ROOT / 'weights' / 'wrn16_1.cifar10')), ('--out ', f'--out {tmp_path}/')):
-        command = command.replace(name, here)
-    script, *args = shlex.split(command)[1:]
-    assert importlib.import_module(Path(script).stem).main([*args, '--device', 'cpu']) == 1
-    assert 'nowhere' in capsys.readouterr().err
+def commands():
+    """(script, options) of every command in the READMEs that names data, weights or a run."""
+    blocks = [block for readme in READMES for block in re.findall(r'```bash\n(.*?)```', readme.read_text(), flags=re.S)]
+    found = COMMAND.findall('\n'.join(blocks).replace('\\\n', ' '))
+    return list(dict.fromkeys((script, ' '.join(options.split())) for script, options in found if options.strip()))
+
+
+@pytest.mark.parametrize(('script', 'options'), commands())
+def test_commands_of_the_readmes_lack_their_files_alone(script, options, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, here in (('DIR|DATA', 'nowhere'), ('RUN', 'missing'), ('photo.jpg|FOLDER', 'missing.jpg'),
+                       ('wrn28_10.cifar100|wrn50_2.racm_in1k', 'wrn16_1.cifar10'), ('--download', '')):
+        options = re.sub(name, here, options)
+    if script == 'validate' and '--write' in options:  # asks for a weights folder first
+        shutil.copytree(ROOT / 'weights' / 'wrn16_1.cifar10', 'missing/weights')
+    if script == 'export':  # needs no files, and is run in test_export.py
+        options = options.replace('wrn16_1.cifar10', 'missing')
+    assert importlib.import_module(script).main(shlex.split(options)) == 1
+    assert re.search('nowhere|missing', capsys.readouterr().err)
+
+
+def test_the_readmes_link_to_what_is_there():
+    for readme in READMES:
+        for link in re.findall(r'\]\((?!https?:)(.*?)\)', readme.read_text()):
+            path, _, anchor = link.partition('#')
+            target = (ROOT / path[1:] if path.startswith('/') else readme.parent / path) if path else readme
+            assert target.exists(), f'{readme} links to {link}'
+            if anchor:
+                headings = re.findall(r'^#+ (.*)$', target.read_text(), flags=re.M)
+                anchors = [re.sub(r'[^\w -]', '', h).lower().replace(' ', '-') for h in headings]
+                assert anchor in anchors, f'{readme} links to {link}'
+
+
+def test_charts_keep_their_data_and_are_drawn_anew_for_other_data(tmp_path):
+    collect, draw = tables_script.CHARTS['caltech101.png']
+    data = collect()
+    measured = json.loads((ROOT / 'weights' / 'wrn16_2.cifar100' / 'transfer.json').read_text())
+    best = next(r['mean_per_class'] for r in measured if r['way'] == 'all' and r['input_size'] == 32)
+    assert data['wrn16_2.cifar100']['all layers'] == [best['mean'], best['std']]
+    assert data['wrn16_2.cifar10']['from scratch'][1] is None  # one seed
+    tables_script.write_chart(tmp_path / 'chart.png', data, draw)
+    assert tables_script.chart_is_current(tmp_path / 'chart.png', data)
+    data['wrn16_2.cifar100']['all layers'][0] += 1
+    assert not tables_script.chart_is_current(tmp_path / 'chart.png', data)
+    assert not tables_script.chart_is_current(tmp_path / 'none.png', data)
