@@ -107,15 +107,15 @@ def as_it_is(data):
 
 
 @pytest.mark.parametrize(('prepare', 'argv', 'message'), [
-    (class_of_the_test_part_alone, (), 'classes in test and not in train: watch; add images of them to train'),
+    (class_of_the_test_part_alone, (), 'classes in test but not in train: watch; add images of them to train'),
     (one_image_in_a_class, (), 'classes with a single image cannot be split: watch'),
     (one_class, (), 'holds one class only (pizza); at least two are needed'),
     (no_images, (), 'classes without images in'),
-    (csv_of_missing_files, (), 'gone0.jpg is not there'),
+    (csv_of_missing_files, (), 'gone0.jpg does not exist'),
     (csv_without_labels, (), 'has no column label; its first line must name'),
     (nothing_there, (), 'no folder at'),
     (no_caltech, (), 'no 101_ObjectCategories with the class folders'),
-    (as_it_is, ('--split', 'random30'), '30 files of each class to train on, and one at least to test on, need 31'),
+    (as_it_is, ('--split', 'random30'), '30 training files per class and at least one for testing need 31'),
     (as_it_is, ('--split', 'half'), "split 'half' is unknown; choose first30 or random30"),
     (as_it_is, ('--split', 'gone.csv'), 'gone.csv'),
     (as_it_is, ('--epochs', '0'), 'epochs is 0; it must be at least 1'),
@@ -142,7 +142,7 @@ def as_it_is(data):
     (empty_folder, (), 'holds no class folders'),
     (a_folder_of_loose_images, (), 'put the images of each class into a folder of its own, or list them in a CSV'),
     (no_csv, (), 'no file at'),
-    (csv_with_another_class_to_test_on, (), 'classes in test and not in train: watch'),
+    (csv_with_another_class_to_test_on, (), 'classes in test but not in train: watch'),
     (as_it_is, ('--resume',), 'holds no run to resume'),
     (as_it_is, ('--lr', '1e30', '--epochs', '2'), 'try a smaller --lr than 1e+30'),
 ])
@@ -181,7 +181,7 @@ def a_line(data):
 
 def looping_link(data):
     (data / 'pizza' / 'up').symlink_to(data, target_is_directory=True)
-    return 'links to a folder that holds it'
+    return 'links to a folder that contains it'
 
 
 def link_to_itself(data):
@@ -265,12 +265,12 @@ def test_files_removed_while_training_runs(data, weights, tmp_path, on_bad):
 
     config = FinetuneConfig(model=weights, input_size=32, epochs=4, batch_size=4)
     if on_bad == 'fail':
-        with pytest.raises(ValueError, match='is not there'):
+        with pytest.raises(ValueError, match='does not exist'):
             finetune(config, data, tmp_path / 'run', image_memory=0, on_bad=on_bad, on_epoch=remove)
         assert list((tmp_path / 'run' / 'checkpoints').glob('epoch-*.pt'))
     else:
         metrics = finetune(config, data, tmp_path / 'run', image_memory=0, on_bad=on_bad, on_epoch=remove)
-        assert metrics['skipped'] == [f'{path} is not there' for _, path in removed] and metrics['images'] == 3
+        assert metrics['skipped'] == [f'{path} does not exist' for _, path in removed] and metrics['images'] == 3
 
 
 def test_what_a_run_needs_is_checked_before_the_data_is_read(weights, tmp_path, capsys):
@@ -299,8 +299,8 @@ def test_a_download_that_fails_says_how_to_do_without(weights, tmp_path, capsys,
 
 
 @pytest.mark.parametrize(('text', 'message'), [
-    ('{', 'scan.json is damaged: Expecting'), ('[]', 'it holds no JSON object'), ('\xff', 'scan.json is damaged: '),
-    ('{"bad": "x"}', "its bad is 'x'; it must be a list of texts"), ('{"summary": [1]}', 'its summary is [1]'),
+    ('{', 'scan.json is damaged: Expecting'), ('[]', 'it is not a JSON object'), ('\xff', 'scan.json is damaged: '),
+    ('{"bad": "x"}', "its bad is 'x'; it must be a list of strings"), ('{"summary": [1]}', 'its summary is [1]'),
     ('{"leaks": [["a"]]}', "its leaks is [['a']]; it must be a list of pairs of paths"),
 ])
 def test_a_run_whose_scan_is_damaged(data, weights, tmp_path, capsys, text, message):

@@ -112,7 +112,7 @@ def test_boxes_stay_in_float32_where_features_are_in_bfloat16():
 
 
 def test_backbone_errors():
-    with pytest.raises(ValueError, match="^resnet18 is none of this package's networks"):
+    with pytest.raises(ValueError, match="^resnet18 is not a network of this package"):
         fpn_backbone('resnet18')
     with pytest.raises(ValueError, match=r'out_indices \(0, 3\) of wrn16_1: its levels are 0 to 2'):
         fpn_backbone('wrn16_1', out_indices=(0, 3))
@@ -148,17 +148,17 @@ def voc(folder, boxes, name='cat', size=(40, 30)):
 def test_bad_boxes_and_files_are_named(tmp_path):
     good, cases = (1, 2, 40, 30), {
         (5, 5, 5, 9): 'box 5, 5, 5, 9 has no area', (9, 5, 5, 9): 'has no area', ('nan', 1, 5, 9): 'has no area',
-        (-1, 0, 5, 5): 'box -1, 0, 5, 5 is not within the image of 40 x 30', (0, 0, 41, 5): 'is not within the image',
+        (-1, 0, 5, 5): 'box -1, 0, 5, 5 exceeds the image of 40 x 30', (0, 0, 41, 5): 'exceeds the image',
         (1, 2, 3): 'the name or a coordinate is missing', (1, 2, 'x', 4): 'the name or a coordinate is missing'}
     images, bad = read_voc(voc(tmp_path / 'boxes', [good, *cases]), 'train')
     assert images.boxes[0].tolist() == [list(good)]
     assert all(expected in reason for expected, reason in zip(cases.values(), bad, strict=True))
-    with pytest.raises(ValueError, match="class 'cat' is none of dog"):
+    with pytest.raises(ValueError, match="class 'cat' is not one of dog"):
         read_voc(tmp_path / 'boxes', 'train', classes=('dog',))
     with pytest.raises(FileNotFoundError, match='no list of images at .*val.txt'):
         read_voc(tmp_path / 'boxes', 'val')
     (tmp_path / 'boxes/JPEGImages/a.jpg').write_text('no')
-    with pytest.raises(ValueError, match='lists 1 images, none with a good box: .*a.jpg is not an image'):
+    with pytest.raises(ValueError, match='lists 1 images, none with a valid box: .*a.jpg is not an image'):
         read_voc(tmp_path / 'boxes', 'train')
     broken = voc(tmp_path / 'broken', [good])
     (broken / 'Annotations/a.xml').write_text('<annotation>')
@@ -170,7 +170,7 @@ def test_bad_boxes_and_files_are_named(tmp_path):
         with pytest.raises(ValueError, match=f'a.xml: {message}'):
             read_voc(broken, 'train', on_bad='fail')
     (broken / 'Annotations/a.xml').unlink()
-    with pytest.raises(ValueError, match='a.xml is not there'):
+    with pytest.raises(ValueError, match='a.xml does not exist'):
         read_voc(broken, 'train', on_bad='fail')
 
 
@@ -185,14 +185,14 @@ def test_names_that_are_not_utf8(tmp_path):
 
 
 @pytest.mark.parametrize(('text', 'message'), [
-    ('{', 'detector.json is damaged: Expecting'), ('[]', 'it holds no JSON object'), ('[' * 50_000, 'is damaged'),
+    ('{', 'detector.json is damaged: Expecting'), ('[]', 'it is not a JSON object'), ('[' * 50_000, 'is damaged'),
     ('{"classes": ["a"]}', 'its detect is missing; it must be an object'),
     ('{"detect": 1, "classes": ["a"]}', 'its detect is 1; it must be an object'),
-    ('{"detect": {}, "classes": []}', 'its classes is []; it must be a list of the names of the classes'),
+    ('{"detect": {}, "classes": []}', 'its classes is []; it must be a list of class names'),
     ('{"detect": {}, "classes": [1]}', 'its classes is [1]'),
     ('{"detect": {"later": 1}, "classes": ["a"]}', "does not make a detector: .*unexpected keyword argument 'later'"),
     ('{"detect": {"out_channels": "x"}, "classes": ["a"]}', 'does not make a detector: '),
-    ('{"detect": {"model": "resnet18"}, "classes": ["a"]}', "resnet18 is none of this package's networks"),
+    ('{"detect": {"model": "resnet18"}, "classes": ["a"]}', "resnet18 is not a network of this package"),
     ('{"detect": {"detector": "yolo"}, "classes": ["a"]}', "detector 'yolo' is unknown"),
     ('{"detect": {}, "classes": ["a"], "sha256": 1}', 'its sha256 is 1; it must be 64 hexadecimal digits'),
 ])
@@ -363,7 +363,7 @@ def test_script_errors(run, tmp_path, capsys):
             (['--data', f'voc:{tmp_path}', *new], 'no list of images at'),
             ([*sample, '--out', str(run), *SMALL], 'already holds a run'),
             ([*sample, *new, '--on-bad', 'fail'], 'has no area'),
-            ([*sample, *new, '--model', 'resnet50'], "is none of this package's networks"),
+            ([*sample, *new, '--model', 'resnet50'], "is not a network of this package"),
     ):
         assert detect_script.main(args) == 1
         assert expected in capsys.readouterr().err

@@ -298,7 +298,7 @@ def test_predict_in_python_says_what_the_command_says(run, capsys):
     for photo, row in zip(found[:2], expected, strict=False):
         assert [{'label': label, 'probability': p} for label, p in photo.top] == row['top'] and not photo.error
         assert (photo.label, photo.probability) == photo.top[0]
-    assert (found[2].label, found[2].probability, found[2].error) == (None, None, 'gone.jpg is not there')
+    assert (found[2].label, found[2].probability, found[2].error) == (None, None, 'gone.jpg does not exist')
     one, = wrn_timm.predict(run, str(images[0]), top_k=1, device='cpu')
     assert one.top == found[0].top[:1]
     with pytest.raises(ValueError, match='top_k is 0; it must be at least 1'):
@@ -314,7 +314,7 @@ def test_predict_csv_with_several_answers_and_without_a_model(run, capsys):
     for row in rows[:2]:
         assert {row['label'], row['label_2']} < set(CLASSES) and not row['error']
         assert float(row['probability']) >= float(row['probability_2'])
-    assert rows[2]['error'] == 'gone.jpg is not there' and not rows[2]['label_2']
+    assert rows[2]['error'] == 'gone.jpg does not exist' and not rows[2]['label_2']
     assert predict_script.main([*options, images[0]]) == 0
     answer = capsys.readouterr()
     assert 'no --model is given: wrn16_1.cifar10 answers, which knows airplane, ' in answer.err
@@ -338,7 +338,7 @@ def test_predict_files_folders_and_lists(run, capsys, tmp_path, monkeypatch):
     results = json.loads(capsys.readouterr().out)
     assert [os.path.basename(r['image']) for r in results] == [
         'image_0020.jpg', 'a, "b" é.jpg', '0.jpg', '1.jpg', '2.jpg', '3.jpg', '4.jpg', 'gone.jpg']
-    assert results[1]['error'].endswith('é.jpg is not an image') and results[-1]['error'] == 'gone.jpg is not there'
+    assert results[1]['error'].endswith('é.jpg is not an image') and results[-1]['error'] == 'gone.jpg does not exist'
     for result in results[2:-1]:
         assert sum(r['probability'] for r in result['top']) == pytest.approx(1, abs=1e-4)
     monkeypatch.setattr('sys.stdin', io.StringIO(''.join(r['image'] + '\n' for r in results)))

@@ -173,23 +173,25 @@ LIMIT = 2_000_000
 # What the server does with the pickle, and what is said of it.
 FAULTS = {
     'another file beside it': (
-        lambda h, file: h.send(zipped({FILE: file, 'README': b''})), f'refused: it holds 2 files .* and not {FILE}'),
+        lambda h, file: h.send(zipped({FILE: file, 'README': b''})), f'refused: it holds 2 files .* instead of {FILE}'),
     'another file': (
         lambda h, file: h.send(zipped({f'../{FILE}': file})), rf"refused: it holds 1 files \('\.\./{FILE}'\)"),
     'no file': (lambda h, file: h.send(zipped({})), 'refused: it holds 0 files'),
-    'no zip': (lambda h, file: h.send(b'<html>'), 'refused: it is no sound zip archive'),
-    'damaged zip': (lambda h, file: h.send(spoilt(zipped({FILE: file}))), 'refused: it is no sound zip archive'),
+    'no zip': (lambda h, file: h.send(b'<html>'), 'refused: it is not a valid zip archive'),
+    'damaged zip': (lambda h, file: h.send(spoilt(zipped({FILE: file}))), 'refused: it is not a valid zip archive'),
     'too large': (lambda h, file: h.send(bytes(LIMIT + 1)), 'refused: it has 2,000,001 bytes .* limit is 2,000,000'),
     'too large without a word': (
-        lambda h, file: without_length(bytes(2 * LIMIT))(h), r'refused: it has 2,0\d\d,\d\d\d bytes or more'),
+        lambda h, file: without_length(bytes(2 * LIMIT))(h), r'refused: it has at least 2,0\d\d,\d\d\d bytes'),
     'too large inside': (
         lambda h, file: h.send(zipped({FILE: bytes(LIMIT + 1)})), 'refused: the file in it has 2,000,001 bytes'),
     'wrong sha1': (lambda h, file: h.send(zipped({FILE: file[:-1]})), 'refused: the file in it has sha1 .* names'),
-    'gone': (lambda h, file: h.fail(404), 'The server says 404 Not Found. Its publisher has moved it'),
-    'busy': (lambda h, file: h.fail(503), 'The server says 503 Service Unavailable. Run it again later'),
+    'gone': (lambda h, file: h.fail(404), 'The server answered 404 Not Found. The publisher has moved'),
+    'busy': (lambda h, file: h.fail(503), 'The server answered 503 Service Unavailable. Try again later'),
     'cut off': (
-        lambda h, file: h.send(zipped({FILE: file}), cut=70_000), '70,000 of .* came. The transfer was cut off'),
-    'cut off at once': (lambda h, file: setattr(h, 'close_connection', True), 'The transfer was cut off: run it again'),
+        lambda h, file: h.send(zipped({FILE: file}), cut=70_000),
+        '70,000 of .* were received. The transfer was interrupted'),
+    'cut off at once': (
+        lambda h, file: setattr(h, 'close_connection', True), 'The transfer was interrupted: try again'),
 }
 
 
@@ -210,10 +212,10 @@ def test_no_network_and_no_proxy(server, monkeypatch):
     address = published()[NAME]['url'].replace(f':{server.server_port}/', ':9/')  # where nobody listens
     monkeypatch.setitem(published()[NAME], 'url', address)
     monkeypatch.setattr(timm.models._registry._model_pretrained_cfgs[NAME], 'url', address)
-    with pytest.raises(RuntimeError, match='Connection refused.*Connect to the network. Or fetch it elsewhere'):
+    with pytest.raises(RuntimeError, match='Connection refused.*Check the network connection. Or fetch it elsewhere'):
         timm.create_model(NAME, pretrained=True)
     monkeypatch.setenv('http_proxy', 'http://127.0.0.1:9')
-    with pytest.raises(RuntimeError, match=r'The way there is by a proxy: correct \$HTTPS_PROXY'):
+    with pytest.raises(RuntimeError, match=r'Requests go through a proxy: correct \$HTTPS_PROXY'):
         timm.create_model(NAME, pretrained=True)
 
 
@@ -229,7 +231,7 @@ def test_a_cache_that_is_damaged_or_cannot_be_written(server, networks, monkeypa
     assert_same(timm.create_model(NAME, pretrained=True), networks['cifar10'])
     (tmp_path / 'file').touch()
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'file'))
-    with pytest.raises(RuntimeError, match=r'cannot be written \(.*\). Make room, or choose another folder by \$TORCH'):
+    with pytest.raises(RuntimeError, match=r'cannot be written \(.*\). Free some space, or choose another .* \$TORCH'):
         timm.create_model(NAME, pretrained=True)
 
 

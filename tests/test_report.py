@@ -111,7 +111,7 @@ def test_the_report_names_val_the_command_the_date_and_whole_paths(weights, tmp_
     page = html.unescape((tmp_path / 'run' / 'report.html').read_text())
     metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
     assert f"<h1>my data: {metrics['top1']:.1f} % of 12 files of valid/</h1>" in page and 'test files' not in page
-    assert 'valid/, tested on as there is no test part: 12 files' in page
+    assert 'valid/, used as the test part: 12 files' in page
     assert f"--batch-size 4 --lr 1e-06 --data '{tmp_path / 'my data'}' --out {tmp_path / 'run'}</pre>" in page
     assert re.search(rf"<dt>date</dt><dd>{time.strftime('%Y-%m-')}\d\d \d\d:\d\d</dd>", page)
     assert re.search(r'<dt>time in all</dt><dd>\d+ seconds?</dd>', page)

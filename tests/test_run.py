@@ -118,7 +118,7 @@ def test_recipes_of_other_versions(run):
 @pytest.mark.parametrize(('text', 'message'), [
     ('{"finetune": ', 'is damaged: Expecting value'),
     ('[' * 5000, 'is damaged: '),
-    ('[1]', 'is damaged: it holds no JSON object'),
+    ('[1]', 'is damaged: it is not a JSON object'),
     ('{"finetune": 3}', 'is damaged: '),
     ('{"finetune": {"epochs": "many"}}', 'is damaged: '),
     ('{"finetune": {"epochs": 0}}', 'is damaged: epochs is 0'),

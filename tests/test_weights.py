@@ -114,8 +114,8 @@ def test_missing_weights_say_where_was_looked_and_what_to_set(no_weights):
 
 def test_no_network_is_said(no_weights, offline):
     offline()
-    with pytest.raises(RuntimeError, match=r'No weights for wrn50_2\.racm_in1k: .*the Hub could not give '
-                                           r'timm/wide_resnet50_2\.racm_in1k.*unset it to download.*WRN_TIMM_WEIGHTS'):
+    with pytest.raises(RuntimeError, match=r'No weights for wrn50_2\.racm_in1k: .*timm/wide_resnet50_2\.racm_in1k '
+                                           r'could not be downloaded from .*unset it to download.*WRN_TIMM_WEIGHTS'):
         timm.create_model('wrn50_2', pretrained=True, cache_dir=no_weights)
 
 

@@ -1,7 +1,8 @@
-"""Foreign checkpoint layouts to ours: one pure function a layout, chosen by a key that only that layout has.
+"""Convert checkpoints of other implementations: one pure function per layout, chosen by a key that only it has.
 
-Ours, for the 6N + 4 family: `conv1`, `layer{1,2,3}.{j}.{bn1,conv1,bn2,conv2,shortcut}`, `bn`, `fc`. For the ImageNet
-networks: timm's and torchvision's ResNet, `conv1`, `bn1`, `layer{1..4}.{j}.{conv,bn}{1..3}`, `downsample.{0,1}`, `fc`.
+Our layout for the 6N + 4 family: `conv1`, `layer{1,2,3}.{j}.{bn1,conv1,bn2,conv2,shortcut}`, `bn`, `fc`. For the
+ImageNet networks, that of ResNet in timm and torchvision: `conv1`, `bn1`, `layer{1..4}.{j}.{conv,bn}{1..3}`,
+`downsample.{0,1}`, `fc`.
 """
 from __future__ import annotations
 
@@ -80,8 +81,8 @@ def from_pytorchcv_cifar(state_dict: StateDict) -> StateDict:
 def from_biased_resnet(state_dict: StateDict) -> StateDict:
     """The tutorial WRN-50-2 and pytorchcv's: `features.stage1.unit1.body.conv1.conv.weight`, convolutions with biases.
 
-    The tutorial's bias is followed at once by a BatchNorm, into whose running mean it folds: BN(y + b) with mean m is
-    BN(y) with mean m - b. pytorchcv's has no BatchNorm left: one that adds b and does nothing else is put there.
+    The bias of the tutorial's is folded into the running mean of the BatchNorm after it: BN(y + b) with mean m is BN(y)
+    with mean m - b. pytorchcv's has no BatchNorm left, so one is inserted that only adds b.
     """
     out = dict(state_dict)
     for key in [k for k in state_dict if k.endswith('.conv.bias')]:
@@ -103,7 +104,7 @@ def from_biased_resnet(state_dict: StateDict) -> StateDict:
     ]))
 
 
-# (key that only this layout has, its name, its converter); the native layouts come out of no converter.
+# (key that only this layout has, its name, its converter); native layouts need no converter.
 LAYOUTS: tuple[tuple[str, str, Callable[[StateDict], StateDict]], ...] = (
     (r'^group0\.block0\.conv0$', "the WRN authors' functional layout", from_authors),
     (r'^block1\.layer\.0\.conv1\.weight$', 'the xternalz layout', from_xternalz),
@@ -123,7 +124,7 @@ def _layout(state_dict: StateDict) -> tuple[str, Callable[[StateDict], StateDict
         return 'a network with BatchNorm in a shortcut fed by the raw input, which is not the paper\'s', None
     first = state_dict.get('layer1.0.conv1.weight')
     if first is None or first.ndim != 4:
-        return 'of no layout known here', None
+        return 'in an unknown layout', None
     if 'layer1.0.bn1.weight' in state_dict and 'bn.weight' in state_dict:
         blocks = sum(bool(re.fullmatch(r'layer1\.\d+\.conv1\.weight', k)) for k in state_dict)
         width = first.shape[0] / 16
@@ -131,14 +132,14 @@ def _layout(state_dict: StateDict) -> tuple[str, Callable[[StateDict], StateDict
     if 'layer4.0.conv1.weight' in state_dict and 'bn1.weight' in state_dict:
         blocks = [sum(bool(re.fullmatch(rf'layer{i}\.\d+\.conv1\.weight', k)) for k in state_dict) for i in range(1, 5)]
         return f'{NATIVE[1]}{"-".join(map(str, blocks))} blocks, the first {first.shape[0]} channels wide inside', None
-    return 'of no layout known here', None
+    return 'in an unknown layout', None
 
 
 def convert_state_dict(state_dict: StateDict) -> StateDict:
-    """Rename (and fold) a state dict of any known layout into ours; a dict in our layout comes back as it is.
+    """Convert a state dict of any known layout to ours; one in our layout is returned unchanged.
 
-    A wrapper (`state_dict`, `params`, `model`...; averaged weights first, as timm does) is opened, and the prefixes of
-    DataParallel and `torch.compile` are dropped.
+    Wrappers (`state_dict`, `params`, `model`...; averaged weights first, as in timm) are opened, and the prefixes of
+    DataParallel and `torch.compile` are removed.
     """
     for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'params', 'model', 'net'):
         if isinstance(state_dict.get(wrapper), dict):
@@ -152,13 +153,13 @@ def convert_state_dict(state_dict: StateDict) -> StateDict:
 
 
 def convert_checkpoint(path: str | Path) -> StateDict:
-    """Read a checkpoint of any known layout, safetensors or pickle, and return a state dict in ours.
+    """Read a checkpoint of any known layout, safetensors or pickle, and return a state dict in our layout.
 
-    A pickle is read with `weights_only=True`: nothing in it is run.
+    A pickle is read with `weights_only=True`, so no code in it is run.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or holds no network of a known layout; says what it is.
+        ValueError: The file is damaged or has no known layout. The message says what it is.
     """
     path = Path(path)
     if not path.is_file():
@@ -169,7 +170,7 @@ def convert_checkpoint(path: str | Path) -> StateDict:
         else:
             state_dict = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # what a refused pickle, a damaged zip and a damaged safetensors raise has no common base
-        raise ValueError(f'{path} cannot be read as weights alone: {str(e).partition(". ")[0]}') from e
+        raise ValueError(f'{path} cannot be read as weights: {str(e).partition(". ")[0]}') from e
     if not isinstance(state_dict, dict):
         raise ValueError(f'{path} holds a {type(state_dict).__name__}, not a dictionary of tensors')
     state_dict = convert_state_dict(state_dict)
@@ -180,13 +181,13 @@ def convert_checkpoint(path: str | Path) -> StateDict:
 
 
 def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Convert a state dict and make sure that it is `model`'s (timm's `pretrained_filter_fn`).
+    """Convert a state dict and check that it fits `model` (timm's `pretrained_filter_fn`).
 
-    The classifier may be of another size and the stem of another number of input channels: timm adapts these. A stem
-    that is not its family's (`stem=`) keeps its fresh weights, with a warning.
+    The classifier may have another size and the stem another number of input channels, which timm adapts. A stem chosen
+    with `stem=` keeps its random weights if the checkpoint has the other stem, with a warning.
 
     Raises:
-        RuntimeError: The weights are of another architecture; says of which, and the first keys that do not fit.
+        RuntimeError: The weights belong to another architecture, which is named with the first keys that do not fit.
     """
     state_dict = convert_state_dict(state_dict)
     own = model.state_dict()

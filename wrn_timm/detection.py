@@ -35,30 +35,30 @@ def fpn_backbone(
         extra_blocks: ExtraFPNBlock | None = None,
         **model_kwargs: Any,
 ) -> BackboneWithFPN:
-    """A network's stages joined by a feature pyramid, as torchvision's detectors take it.
+    """A network's stages with a feature pyramid: a backbone for torchvision's detectors.
 
     Args:
         name: timm name of a WRN.
-        out_indices: Levels of its `feature_info` to take; None for the stages, `layer1` to the last.
+        out_indices: Levels of its `feature_info`; None for all stages from `layer1` on.
         out_channels: Channels of every level of the pyramid.
         pretrained: Start from the tag's weights.
-        frozen_norm: Make BatchNorm a `FrozenBatchNorm2d`, as small batches want it; None does so if pretrained.
-        frozen_stages: Neither the stem nor the first n stages are trained; 0 trains all.
-        extra_blocks: What adds levels after the last; None adds one by max pooling.
-        model_kwargs: Of `timm.create_model`. The 6N + 4 family gets `stem='imagenet'` unless told otherwise: at stride
-            1 a photograph of 640 pixels costs 16 times as much.
+        frozen_norm: Replace BatchNorm with `FrozenBatchNorm2d`, for small batches; None does so if `pretrained`.
+        frozen_stages: Freeze the stem and the first n stages; 0 freezes nothing.
+        extra_blocks: Adds levels after the last one; None adds one by max pooling.
+        model_kwargs: Passed to `timm.create_model`. The 6N + 4 family gets `stem='imagenet'` by default, because at
+            stride 1 a photograph of 640 pixels costs 16 times as much.
 
     Returns:
-        The backbone; images (B, 3, H, W) give a dict of levels (B, out_channels, H/stride, W/stride), keys '0', '1'...
-        Beside torchvision's attributes it has `strides`, of the levels taken from the network, and `data_config`, the
-        preprocessing of its weights.
+        The backbone. It maps images (B, 3, H, W) to a dict of levels (B, out_channels, H/stride, W/stride) with keys
+        '0', '1'... In addition to torchvision's attributes it has `strides`, those of the levels taken from the
+        network, and `data_config`, the preprocessing of its weights.
 
     Raises:
-        ValueError: The network is no WRN, has no such levels, or fewer stages than are to be frozen.
+        ValueError: The network is not a WRN, has no such levels, or has fewer than `frozen_stages` stages.
     """
     cls = timm.models.model_entrypoint(name.partition('.')[0]) if timm.is_model(name) else None
     if cls is None or not cls.__module__.startswith('wrn_timm'):
-        raise ValueError(f"{name} is none of this package's networks; timm.list_models('wrn*') lists them")
+        raise ValueError(f"{name} is not a network of this package; timm.list_models('wrn*') lists them")
     if cls.__module__ == WideResNet.__module__:
         model_kwargs.setdefault('stem', 'imagenet')
     model = timm.create_model(name, pretrained=pretrained, **model_kwargs)
@@ -87,7 +87,7 @@ def _normalisation(backbone: BackboneWithFPN) -> dict[str, list[float]]:
 
 
 def anchor_generator(strides: Sequence[int], scale: float, octave: int = 1) -> AnchorGenerator:
-    """Anchors of three shapes in `octave` sizes a level: `scale` strides of it, and up to twice as large."""
+    """Anchors of three shapes, in `octave` sizes per level from `scale` strides up to twice that."""
     sizes = tuple(tuple(int(scale * s * 2 ** (i / octave)) for i in range(octave)) for s in strides)
     return AnchorGenerator(sizes, (_RATIOS,) * len(strides))
 
@@ -103,13 +103,13 @@ def faster_rcnn(
 
     Args:
         name: timm name of a WRN.
-        num_classes: Kinds of objects; the background is not counted. Labels of targets are 1 to `num_classes`.
-        anchor_scale: Side of a level's anchors, in strides of the level (torchvision's: 8).
-        detector_kwargs: Of `FasterRCNN`: `min_size`, `box_score_thresh`...
-        backbone_kwargs: Of `fpn_backbone`.
+        num_classes: Number of classes without the background. Labels of targets run from 1 to `num_classes`.
+        anchor_scale: Side of the anchors, in strides of their level (8 in torchvision).
+        detector_kwargs: Passed to `FasterRCNN`: `min_size`, `box_score_thresh`...
+        backbone_kwargs: Passed to `fpn_backbone`.
 
     Raises:
-        ValueError: As `fpn_backbone`.
+        ValueError: As for `fpn_backbone`.
     """
     backbone = fpn_backbone(name, extra_blocks=LastLevelMaxPool(), **backbone_kwargs)
     strides = [*backbone.strides, 2 * backbone.strides[-1]]
@@ -131,8 +131,8 @@ def retinanet(
 ) -> RetinaNet:
     """torchvision's RetinaNet (arXiv:1708.02002) on a WRN.
 
-    Two levels are added by convolution; a level has anchors of `anchor_scale` strides, and 2^(1/3) and 2^(2/3) times
-    as large. Arguments and errors are those of `faster_rcnn`; `out_indices` None takes the last three levels.
+    Two levels are added by convolution. Each level has anchors of `anchor_scale` strides, and of 2^(1/3) and 2^(2/3)
+    times that size. Arguments and errors are those of `faster_rcnn`; `out_indices` None takes the last three levels.
     """
     backbone = fpn_backbone(
         name, (-3, -2, -1) if out_indices is None else out_indices, out_channels,

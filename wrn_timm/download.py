@@ -1,4 +1,4 @@
-"""Files from the Hugging Face Hub or from a pinned address, and what to say when they cannot be had."""
+"""Download files from the Hugging Face Hub or from a pinned URL, and explain failures."""
 from __future__ import annotations
 
 import re
@@ -19,16 +19,15 @@ from .files import atomic_write, digest
 
 __all__ = ['hub_fault', 'kept_at', 'snapshot', 'unpacked']
 
-LIMIT = 200_000_000  # bytes of an archive, and of the file in it; the largest that is pinned has 147 million
+LIMIT = 200_000_000  # bytes of an archive and of the file in it; the largest pinned one has 147 million
 _TIMEOUT = 30  # seconds without a byte
 _PROXY = 'correct $HTTPS_PROXY and $HTTP_PROXY, or unset them'
 
 
 def snapshot(hub_id: str, files: tuple[str, ...], cache_dir: str | Path | None = None) -> Path:
-    """The folder of the Hub client's cache that holds `files` of one commit.
+    """The folder in the Hub client's cache that holds `files` of one commit.
 
-    What is in the cache is taken without a call to the network; what is not is downloaded, and a download that was cut
-    off goes on.
+    Cached files are used without a network request. Others are downloaded; an interrupted download is continued.
 
     Args:
         hub_id: `<account>/<name>`, or `<account>/<name>@<branch, tag or commit>`.
@@ -36,7 +35,7 @@ def snapshot(hub_id: str, files: tuple[str, ...], cache_dir: str | Path | None =
         cache_dir: None for the client's own ($HF_HUB_CACHE, $HF_HOME).
 
     Raises:
-        RuntimeError: The files cannot be had; says why, and what to do.
+        RuntimeError: The files cannot be downloaded. The message says why, and what to do.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import LocalEntryNotFoundError
@@ -50,21 +49,21 @@ def snapshot(hub_id: str, files: tuple[str, ...], cache_dir: str | Path | None =
             return Path(path).parent
         except LocalEntryNotFoundError as e:
             if not cached:
-                raise RuntimeError(f'the Hub could not give {hub_id}. {hub_fault(e, hub_id)}') from e
-        except Exception as e:  # the client's errors have no base of their own, nor have those of its HTTP libraries
-            raise RuntimeError(f'the Hub could not give {hub_id}. {hub_fault(e, hub_id)}') from e
+                raise RuntimeError(f'{hub_id} could not be downloaded from the Hub. {hub_fault(e, hub_id)}') from e
+        except Exception as e:  # the errors of the client and of its HTTP libraries have no common base
+            raise RuntimeError(f'{hub_id} could not be downloaded from the Hub. {hub_fault(e, hub_id)}') from e
 
 
 def hub_fault(error: BaseException, hub_id: str, endpoint: str | None = None) -> str:
-    """A fault of the Hub's client in a sentence, and what to do about it in another.
+    """An error of the Hub's client in one sentence, and what to do about it in another.
 
-    The classes change with the client's HTTP library (requests, httpx, httpx2), so a fault is known by its HTTP status
-    or, where the Hub has not answered, by the name of its class.
+    The classes change with the client's HTTP library (requests, httpx, httpx2), so an error is recognised by its HTTP
+    status or, if the Hub has not answered, by the name of its class.
 
     Args:
-        error: The fault.
-        hub_id: The repository that was asked for.
-        endpoint: URL of the Hub that was asked; None for the client's own.
+        error: The error.
+        hub_id: The requested repository.
+        endpoint: URL of the Hub; None for the client's own.
     """
     from huggingface_hub import constants
     from huggingface_hub.utils import LocalEntryNotFoundError
@@ -72,7 +71,7 @@ def hub_fault(error: BaseException, hub_id: str, endpoint: str | None = None) ->
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
-    wrappers = (LocalEntryNotFoundError, RuntimeError)  # that the client puts around what went wrong
+    wrappers = (LocalEntryNotFoundError, RuntimeError)  # that the client wraps around the cause
     first = next((e for e in chain if not isinstance(e, wrappers)), error)
     said = next((line.strip() for line in str(first).splitlines() if line.strip()), 'no reason given')
     names = ' '.join(type(e).__name__ for e in chain)
@@ -82,39 +81,39 @@ def hub_fault(error: BaseException, hub_id: str, endpoint: str | None = None) ->
     elif constants.HF_HUB_OFFLINE:
         advice = 'HF_HUB_OFFLINE is set and the file is not in the cache: unset it to download'
     elif re.search('Consistency|Protocol|Incomplete|ReadError|ReadTimeout|ChunkedEncoding', f'{said} {names}'):
-        advice = 'The transfer was cut off: run it again'
+        advice = 'The transfer was interrupted: try again'
     elif 'FileMetadataError' in names:
-        advice = f'What answers at {host} is no Hub: correct {named_by}'
+        advice = f'The server at {host} is not a Hub: correct {named_by}'
     elif 'Validation' in names:
-        advice = 'A repository is named <account>/<architecture>.<tag>'
+        advice = 'Repository names have the form <account>/<architecture>.<tag>'
     elif 'ProxyError' in names or getproxies().keys() & {'http', 'https', 'all'}:
-        advice = f'The way to {host} is by a proxy: {_PROXY}'
+        advice = f'Requests to {host} go through a proxy: {_PROXY}'
     else:
-        advice = f'Connect to the network; the Hub is looked for at {host} ({named_by})'
+        advice = f'Check the network connection; the address of the Hub is {host} ({named_by})'
     return f'{type(first).__name__}: {said.rstrip(".")}. {advice}.'
 
 
 def _of_answer(status: int, headers: dict[str, str], hub_id: str) -> str:
-    """What to do about an answer of the Hub that is none of success."""
+    """What to do about an error status from the Hub."""
     repo_id, _, revision = hub_id.partition('@')
     code = headers.get('X-Error-Code')
     if code == 'RevisionNotFound':
-        return f'{repo_id} has no revision {revision or "main"}: take one that it lists, or none for the newest'
+        return f'{repo_id} has no revision {revision or "main"}: use one that it lists, or none for the newest'
     if code == 'EntryNotFound':
-        return f'{repo_id} holds no such file, so it is no weights folder: correct the name'
+        return f'{repo_id} does not have this file, so it is not a weights folder: correct the name'
     if status in (401, 403, 404):
-        return (f'There is no repository {repo_id}, or it is not open to you: correct the name, or log in with a token '
-                f'that has the right to it (`hf auth login`, $HF_TOKEN)')
+        return (f'There is no repository {repo_id}, or you have no access to it: correct the name, or log in with a '
+                f'token that has access (`hf auth login`, $HF_TOKEN)')
     if status == 407:
-        return f'The proxy does not let you through: {_PROXY}'
+        return f'The proxy refuses access: {_PROXY}'
     if status == 429:
         limit, after = headers.get('RateLimit', ''), headers.get('Retry-After', '')
         said = re.search(r'\bt=(\d+)', limit) or re.fullmatch(r'(\d+)', after)
-        wait = f'{said[1]} seconds' if said else 'some minutes'
-        return f'The Hub asks for fewer requests: wait {wait} and run it again'
+        wait = f'{said[1]} seconds' if said else 'a few minutes'
+        return f'The Hub has received too many requests: wait {wait} and try again'
     if status >= 500:
-        return 'The Hub has a fault of its own: run it again later'
-    return 'Read what the Hub says, and correct the request'
+        return 'The Hub has an internal error: try again later'
+    return 'Read the message of the Hub, and correct the request'
 
 
 def kept_at(url: str, cache_dir: str | Path | None = None) -> Path:
@@ -124,24 +123,24 @@ def kept_at(url: str, cache_dir: str | Path | None = None) -> Path:
 
 
 def unpacked(url: str, sha1: str, cache_dir: str | Path | None = None) -> Path:
-    """The one file in the zip archive at a pinned address, downloaded once; it has the archive's name less `.zip`.
+    """The single file in the zip archive at a pinned URL, downloaded once and named as the archive without `.zip`.
 
-    A download that was cut off leaves nothing and is begun again.
+    An interrupted download leaves nothing behind and starts again.
 
     Args:
-        url: Address.
-        sha1: What the file must have.
+        url: URL of the archive.
+        sha1: Expected sha1 of the file.
         cache_dir: None for torch hub's cache ($TORCH_HOME).
 
     Raises:
-        RuntimeError: The archive cannot be had, is too large, holds anything else, or the file has another sha1; says
-            which, and what to do.
+        RuntimeError: The archive cannot be downloaded, is too large or holds anything else, or the file has another
+            sha1. The message says which, and what to do.
     """
     file = kept_at(url, cache_dir)
     if file.is_file():
         if (found := digest(file, 'sha1')) != sha1:
             raise RuntimeError(f'{file} is damaged or is another file: sha1 {found}, but wrn_timm/published.json names '
-                               f'{sha1}. Delete it and load again, which downloads it anew.')
+                               f'{sha1}. Delete it and load again to download it.')
         return file
 
     def fetch(part: Path) -> None:
@@ -157,13 +156,13 @@ def unpacked(url: str, sha1: str, cache_dir: str | Path | None = None) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, fetch)
     except OSError as e:
-        raise RuntimeError(f'{file} cannot be written ({e}). Make room, or choose another folder by $TORCH_HOME or '
-                           f'cache_dir=.') from e
+        raise RuntimeError(f'{file} cannot be written ({e}). Free some space, or choose another folder with '
+                           f'$TORCH_HOME or cache_dir=.') from e
     return file
 
 
 def _received(url: str) -> Iterator[bytes]:
-    """What an address holds, in blocks, with a progress bar."""
+    """Download a URL in blocks, with a progress bar."""
     from huggingface_hub.utils import tqdm  # which $HF_HUB_DISABLE_PROGRESS_BARS silences
     try:
         with urlopen(Request(url, headers={'User-Agent': 'wrn_timm'}), timeout=_TIMEOUT) as answer:
@@ -175,46 +174,46 @@ def _received(url: str) -> Iterator[bytes]:
                     bar.update(len(block))
             if max(size, done) > LIMIT:
                 raise RuntimeError(
-                    f'{url} is refused: it has {max(size, done):,} bytes or more, the limit is {LIMIT:,}.')
+                    f'{url} is refused: it has at least {max(size, done):,} bytes; the limit is {LIMIT:,}.')
             if done < size:
-                raise ConnectionError(f'{done:,} of {size:,} bytes came')
+                raise ConnectionError(f'{done:,} of {size:,} bytes were received')
     except (OSError, HTTPException) as e:
         raise RuntimeError(f'{url} could not be downloaded. {_url_fault(e)}') from e
 
 
 def _unpack(archive: BinaryIO, to: Path, url: str) -> None:
-    """Write the one file that the archive from `url` may hold."""
+    """Extract the single file that the archive from `url` may hold."""
     try:
         with zipfile.ZipFile(archive) as opened:
             members, name = opened.infolist(), kept_at(url).name
             if [m.filename for m in members] != [name]:
                 names = ', '.join(repr(m.filename) for m in members[:3])
-                raise RuntimeError(f'{url} is refused: it holds {len(members)} files ({names}) and not {name} alone.')
+                raise RuntimeError(f'{url} is refused: it holds {len(members)} files ({names}) instead of {name} only.')
             if members[0].file_size > LIMIT:
-                raise RuntimeError(f'{url} is refused: the file in it has {members[0].file_size:,} bytes, the limit is '
+                raise RuntimeError(f'{url} is refused: the file in it has {members[0].file_size:,} bytes; the limit is '
                                    f'{LIMIT:,}.')
             with opened.open(name) as source, open(to, 'wb') as out:
                 shutil.copyfileobj(source, out, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as e:
-        raise RuntimeError(f'{url} is refused: it is no sound zip archive ({e}).') from e
+        raise RuntimeError(f'{url} is refused: it is not a valid zip archive ({e}).') from e
 
 
 def _url_fault(error: BaseException) -> str:
-    """Why an address gave nothing, in a sentence, and what to do about it in another."""
+    """Why a download failed, in one sentence, and what to do about it in another."""
     if isinstance(error, HTTPError):
-        said = f'The server says {error.code} {error.reason}'
+        said = f'The server answered {error.code} {error.reason}'
         if error.code in (404, 410):
-            advice = 'Its publisher has moved it or taken it away: see whether a newer wrn_timm knows another place'
+            advice = 'The publisher has moved or removed it: see whether a newer wrn_timm has another address'
         elif error.code == 407:
-            advice = f'The proxy does not let you through: {_PROXY}'
+            advice = f'The proxy refuses access: {_PROXY}'
         else:
-            advice = 'Run it again later'
+            advice = 'Try again later'
     else:
         said = f'{type(error).__name__}: {error}'
         if not isinstance(error, URLError):
-            advice = 'The transfer was cut off: run it again'
+            advice = 'The transfer was interrupted: try again'
         elif getproxies().keys() & {'http', 'https', 'all'}:
-            advice = f'The way there is by a proxy: {_PROXY}'
+            advice = f'Requests go through a proxy: {_PROXY}'
         else:
-            advice = 'Connect to the network'
+            advice = 'Check the network connection'
     return f'{said}. {advice}.'

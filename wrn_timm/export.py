@@ -1,6 +1,6 @@
-"""Fast inference and export: BatchNorm folded, the fastest form measured; ONNX, `torch.export` and TorchScript files.
+"""Fast inference (BatchNorm folded, the fastest form measured), and ONNX, `torch.export` and TorchScript files.
 
-    fast = optimize(model, images)             # images: a batch of the size that will be fed
+    fast = optimize(model, images)             # images: a batch of the size that you will use
     to_onnx(model, 'wrn.onnx')                 # any batch, any image size
 """
 from __future__ import annotations
@@ -34,11 +34,11 @@ _logger = logging.getLogger(__name__)
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, each BatchNorm folded into the convolution before it and replaced by `nn.Identity`.
+    """A copy in evaluation mode, with BatchNorm folded into the convolution before it and replaced by `nn.Identity`.
 
-    Folded is what nothing else reads: in the 6N + 4 family `bn2` of every block, and `bn1` of the first where its
-    shortcut is a convolution (CIFAR stem); in the ImageNet family every one. The copy is still the model's class, with
-    `forward_features`, `pretrained_cfg` and the rest.
+    A BatchNorm is folded if nothing else reads the output of that convolution. In the 6N + 4 family this is `bn2` of
+    every block, and `bn1` of the first block if its shortcut is a convolution (CIFAR stem); in the ImageNet family, it
+    is every BatchNorm. The copy keeps the class of the model, with `forward_features`, `pretrained_cfg` and the rest.
 
     Raises:
         ValueError: `torch.fx` cannot trace the model; its reason is given.
@@ -46,14 +46,14 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model).eval()
     try:
         graph = torch.fx.Tracer().trace(model)
-    except Exception as e:  # tracing runs the model's own code, which raises what it likes on proxies
+    except Exception as e:  # tracing runs the model's own code, which can raise anything on proxies
         raise ValueError(f'torch.fx cannot trace {type(model).__name__}: {e}') from e
     modules = dict(model.named_modules())
     calls = [node for node in graph.nodes if node.op == 'call_module']
     called = [node.target for node in calls]
 
     def only_input(node: torch.fx.Node) -> torch.fx.Node | None:
-        """The module call whose output this one alone reads, whatever does nothing in between left out."""
+        """The module call whose output only this node reads, skipping identities in between."""
         source = node.args[0]
         if source.op != 'call_module' or len(source.users) > 1 or called.count(source.target) > 1:
             return None
@@ -76,7 +76,7 @@ def alternate(
         rounds: int,
         device: str | torch.device,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, a round each; the candidates take turns, so that a busy machine slows each alike."""
+    """Seconds of each candidate in each round; they take turns, so that a busy machine slows all of them alike."""
     sync = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
     times = {name: [] for name in candidates}
     for i in range(rounds + 1):
@@ -91,11 +91,11 @@ def alternate(
 
 
 class OptimizedModel(nn.Module):
-    """A network in the form that was measured fastest; made by `optimize`. For inference only: no gradients.
+    """A network in its fastest measured form, made by `optimize`. For inference only: it has no gradients.
 
     Attributes:
         form: The form chosen, a key of `images_per_second`.
-        images_per_second: What each form reached on the batch given to `optimize`; 'plain' is the model as it came.
+        images_per_second: Speed of each form on the batch given to `optimize`; 'plain' is the model as given.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format):
@@ -105,7 +105,7 @@ class OptimizedModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> Any:
-        """Images (B, C, H, W) of any type and layout to what the network gives, in the type of the images."""
+        """Run the network on images (B, C, H, W) of any type and layout; the output has the type of the images."""
         out = self.model(x.to(dtype=self.dtype, memory_format=self.memory_format))
         return tree_map(lambda o: o.to(x.dtype), out)
 
@@ -117,11 +117,11 @@ def inference_forms(
         compile: bool = True,
         onnx: bool = False,
 ) -> dict[str, OptimizedModel]:
-    """The forms that `optimize` chooses from, by name, each run once; see there."""
+    """The forms that `optimize` chooses from, by name; arguments and errors are those of `optimize`."""
     if unknown := set(dtypes) - {torch.float32, torch.bfloat16, torch.float16}:
-        raise ValueError(f'dtypes has {unknown.pop()}; choose of torch.float32, torch.bfloat16 and torch.float16')
+        raise ValueError(f'dtypes has {unknown.pop()}; choose from torch.float32, torch.bfloat16 and torch.float16')
     if onnx and images.device.type != 'cpu':
-        raise ValueError(f'onnx is run on the CPU, and the images are on {images.device}; move them or leave it off')
+        raise ValueError(f'onnx runs on the CPU, but the images are on {images.device}; move them or leave onnx out')
     forms = {'plain': OptimizedModel(copy.deepcopy(model).eval(), images.dtype, torch.preserve_format)}
     folded = fold_batchnorm(model).requires_grad_(False)
     for dtype in dtypes:
@@ -134,8 +134,8 @@ def inference_forms(
             torch.compile(network, dynamic=False, options={'freezing': True}), dtype, torch.channels_last)
         try:
             compiled(images)
-        except Exception as e:  # the compiler's errors are of no one type
-            _logger.warning('torch.compile failed (%s); going on without', ' '.join(str(e).split()[:40]))
+        except Exception as e:  # the compiler's errors have no common type
+            _logger.warning('torch.compile failed (%s); continuing without it', ' '.join(str(e).split()[:40]))
             compile = False
         else:
             forms[f'{name} compiled'] = compiled
@@ -155,26 +155,26 @@ def optimize(
         onnx: bool = False,
         rounds: int = 7,
 ) -> OptimizedModel:
-    """The network in the form that runs fastest here, by measurement on `images`; it is not changed itself.
+    """A copy of the network in the form that runs fastest on this machine, measured on `images`.
 
-    The forms are the model as it is and, with BatchNorm folded and in channels_last, for each of `dtypes`, run eagerly
-    and compiled with frozen weights. As the model as it is takes part, the result is never slower.
+    The forms are the unchanged model and, for each of `dtypes`, the model with BatchNorm folded in channels_last, run
+    eagerly and compiled with frozen weights. As the unchanged model takes part, the result is never slower.
 
-    Logits of the float32 forms are those of the model within 1e-5 of the largest; bfloat16 keeps 8 bits, within 3e-2.
+    Logits of the float32 forms equal those of the model within 1e-5 of the largest; those of bfloat16 within 3e-2.
 
     Args:
         model: Any network that `torch.fx` can trace, classifier or `features_only`.
-        images: A batch (B, C, H, W) on the model's device, as large as those to come: another size gives the same
-            logits, but is compiled anew.
-        dtypes: Types to compute in that you accept; add `torch.bfloat16` where its rounding does no harm.
-        compile: Try `torch.compile` (seconds, once). Where it fails (it needs a C++ compiler) a warning says so.
-        onnx: Try onnxruntime too (seconds, once), in float32 on the CPU; it needs the extra `export`.
+        images: A batch (B, C, H, W) on the model's device, of the size that you will use. Other sizes give the same
+            logits, but are compiled again.
+        dtypes: Types that may be used for computing; add `torch.bfloat16` if its rounding is acceptable.
+        compile: Try `torch.compile`, which takes some seconds; a warning says if it fails (it needs a C++ compiler).
+        onnx: Try onnxruntime too, in float32 on the CPU, which takes some seconds. It needs the extra `export`.
         rounds: Measurements of each form.
 
     Raises:
-        ImportError: `onnx`, and the extra is not installed.
-        ValueError: `torch.fx` cannot trace the model, a type is none of float32, bfloat16 and float16, or `onnx` with
-            images that are not on the CPU.
+        ImportError: `onnx` is set and the extra is not installed.
+        ValueError: `torch.fx` cannot trace the model, a type is not float32, bfloat16 or float16, or `onnx` is set and
+            the images are not on the CPU.
     """
     forms = inference_forms(model, images, dtypes, compile, onnx)
     calls = {name: lambda form=form: form(images) for name, form in forms.items()}
@@ -190,19 +190,19 @@ _DYNAMIC = {0: 'batch', 2: 'height', 3: 'width'}
 
 
 def _prepared(model: nn.Module) -> tuple[nn.Module, torch.Tensor, str]:
-    """The model folded, on the CPU, with a batch to trace it by and its preprocessing and class names as JSON."""
+    """The folded model on the CPU, a batch to trace it with, and its preprocessing and class names as JSON."""
     model = fold_batchnorm(model).cpu().float().requires_grad_(False)
     config = resolve_model_data_config(model)
     config['label_names'] = getattr(model, 'pretrained_cfg', {}).get('label_names')
-    # sides that differ, and not of the configuration, so that a tracer takes none of them for a constant
+    # different sides, and not those of the configuration, so that a tracer does not take them for constants
     _, height, width = config['input_size']
     return model, torch.randn(2, getattr(model, 'in_chans', 3), height + 16, width + 32), json.dumps(config)
 
 
 def to_onnx(model: nn.Module, path: str | Path) -> None:
-    """Write an ONNX file of one input `images` (batch, C, height, width) and one output `logits`, all sizes dynamic.
+    """Write an ONNX file with input `images` (batch, C, height, width) and output `logits`, all sizes dynamic.
 
-    A `features_only` model has an output a feature map, called as its module (`layer1`...).
+    A `features_only` model has one output per feature map, named after its module (`layer1`...).
 
     BatchNorm is folded. The preprocessing and class names are JSON in the file's metadata, under `config`.
 
@@ -237,10 +237,11 @@ def to_onnx(model: nn.Module, path: str | Path) -> None:
 
 
 def to_exported_program(model: nn.Module, path: str | Path) -> None:
-    """Write what `torch.export.load(path).module()` runs: any batch, any image from twice the last reduction a side.
+    """Write a `torch.export` file, run by `torch.export.load(path).module()`, for any batch size.
 
-    That is 8 pixels in the 6N + 4 family, 64 in the ImageNet family: maps of one pixel would be another program.
-    BatchNorm is folded. The preprocessing and class names are JSON in the file's extra `config.json`.
+    The sides of the images must be at least twice the last reduction: 8 pixels in the 6N + 4 family and 64 in the
+    ImageNet family. Feature maps of a single pixel would be another program. BatchNorm is folded.
+    The preprocessing and class names are JSON in the file's extra `config.json`.
 
     Raises:
         RuntimeError: torch 2.6 cannot export the max pool of an ImageNet stem for every size.
@@ -254,7 +255,7 @@ def to_exported_program(model: nn.Module, path: str | Path) -> None:
 
 
 def to_torchscript(model: nn.Module, path: str | Path) -> None:
-    """Write what `torch.jit.load(path)` runs, without this package too: any batch, any image size.
+    """Write a TorchScript file, run by `torch.jit.load(path)` without this package, for any batch and image size.
 
     BatchNorm is folded. The preprocessing and class names are JSON in the file's extra `config.json`.
 
@@ -270,10 +271,10 @@ EXPORTERS = {'onnx': to_onnx, 'pt2': to_exported_program, 'ts': to_torchscript}
 
 
 class OnnxModel(nn.Module):
-    """A file of `to_onnx` run by onnxruntime on the CPU, on as many threads as torch has when it is opened.
+    """A file written by `to_onnx`, run by onnxruntime on the CPU with the number of threads that torch has now.
 
     Args:
-        file: Read at once, and needed no more.
+        file: The file; it is read once and can then be deleted.
 
     Raises:
         ImportError: onnxruntime is not installed.
@@ -296,10 +297,10 @@ class OnnxModel(nn.Module):
 
 
 def run_exported(path: str | Path, images: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-    """What an exported file gives for images (B, C, H, W): `.onnx` (by onnxruntime), `.pt2` or `.ts`.
+    """Output of an exported file for images (B, C, H, W): `.onnx` (run by onnxruntime), `.pt2` or `.ts`.
 
     Raises:
-        ValueError: The file's name ends otherwise.
+        ValueError: The file has another suffix.
     """
     path = Path(path)
     if path.suffix == '.onnx':
@@ -308,4 +309,4 @@ def run_exported(path: str | Path, images: torch.Tensor) -> torch.Tensor | list[
         return torch.export.load(path).module()(images)
     if path.suffix == '.ts':
         return torch.jit.load(path)(images)
-    raise ValueError(f'{path} is not a file of this kind; its name ends in .{", .".join(EXPORTERS)}')
+    raise ValueError(f'the suffix of {path} is not one of .{", .".join(EXPORTERS)}')

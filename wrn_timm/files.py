@@ -1,4 +1,4 @@
-"""Files that are whole or not there, after a power cut too, and folders that one process writes to."""
+"""Files that are complete or absent, even after a power cut, and folders that only one process writes to."""
 from __future__ import annotations
 
 import contextlib
@@ -23,16 +23,16 @@ LOCK_FILE = '.lock'
 
 
 def atomic_write(path: Path, content: str | Callable[[Path], None]) -> None:
-    """Write beside `path` and rename, so that a reader sees the old file or the new one and never half of it.
+    """Write a temporary file and rename it, so that a reader sees the old file or the new one and never half of it.
 
-    The file is on the disk when this returns.
+    The data is on the disk when this returns.
 
     Args:
-        path: File, in a folder that is there.
-        content: Text, or what writes the file that it is given.
+        path: File, in an existing folder.
+        content: Text, or a function that writes the file at the path it is given.
 
     Raises:
-        OSError: It cannot be written; names the file and the room that is left.
+        OSError: The file cannot be written. The message names it and the free space.
     """
     beside = path.with_name(f'.{path.name}.part{os.getpid()}{path.suffix}')
     try:
@@ -49,14 +49,14 @@ def atomic_write(path: Path, content: str | Callable[[Path], None]) -> None:
 
 
 def atomic_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """The same of a folder: filled beside, then put in the place of the one that is there.
+    """Fill a temporary folder beside `path`, then put it in the place of the existing one.
 
     Args:
-        path: Folder; the ones above it are made.
+        path: Folder; its parents are created.
         fill: Writes files and folders into the empty folder that it is given.
 
     Raises:
-        OSError: It cannot be written; names the folder and the room that is left.
+        OSError: The folder cannot be written. The message names it and the free space.
     """
     beside, old = (path.with_name(f'.{path.name}.{kind}') for kind in ('part', 'old'))
     shutil.rmtree(beside, ignore_errors=True)
@@ -67,7 +67,7 @@ def atomic_folder(path: Path, fill: Callable[[Path], None]) -> None:
             fill(beside)
             for inside in (*beside.rglob('*'), beside):
                 _sync(inside)
-            if path.exists():  # a folder can be renamed only to where there is none
+            if path.exists():  # a folder cannot be renamed to an existing one
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(path, old)
             os.replace(beside, path)
@@ -78,7 +78,7 @@ def atomic_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, and put their names on the disk."""
+    """Create a folder and its parents, and sync their names to the disk."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -86,7 +86,7 @@ def make_folder(path: Path) -> None:
 
 
 def discard_partial(folder: Path) -> None:
-    """Remove what `atomic_write` left in a folder where it was killed."""
+    """Remove the temporary files that a killed `atomic_write` left in a folder."""
     for beside in folder.glob('.*.part[0-9]*'):
         beside.unlink(missing_ok=True)
 
@@ -103,7 +103,7 @@ def digest(path: Path, algorithm: str = 'sha256') -> str:
 def _sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     folder = path.is_dir()
-    with contextlib.suppress(OSError) if folder else contextlib.nullcontext():  # not every system can for folders
+    with contextlib.suppress(OSError) if folder else contextlib.nullcontext():  # not every system can sync folders
         file = os.open(path, os.O_RDWR if os.name == 'nt' else os.O_RDONLY)
         try:
             os.fsync(file)
@@ -113,7 +113,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name the file or folder in errors of what writes it: that of a full disk names none."""
+    """Add the name of the file or folder to errors: that of a full disk has none."""
     try:
         yield
     except (OSError, SafetensorError) as e:
@@ -123,16 +123,16 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class FolderLock:
-    """Keeps other processes from a folder for as long as this object and its process live, however they end.
+    """Keeps other processes from writing to a folder until this object or its process ends, however it ends.
 
-    It is a lock of the operating system on a file, LOCK_FILE, which stays behind and means nothing by itself. Processes
-    that are forked do not inherit it. Where the file system has no locks nothing is kept.
+    It is a lock of the operating system on a file, LOCK_FILE, which stays behind and means nothing by itself. Forked
+    processes do not inherit it. File systems without locks give no protection.
 
     Args:
-        folder: It is there.
+        folder: An existing folder.
 
     Raises:
-        BlockingIOError: Another process has it; it is named.
+        BlockingIOError: Another process holds the lock; it is named.
     """
 
     def __init__(self, folder: Path):
@@ -143,8 +143,8 @@ class FolderLock:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as e:
             holder = os.read(self._file, 20).decode(errors='replace')
-            raise BlockingIOError(f'another run (process {holder}) is writing to {folder}; wait for its end, stop it, '
-                                  f'or choose another --out') from e
+            raise BlockingIOError(f'another run (process {holder}) is writing to {folder}; wait until it ends, stop '
+                                  f'it, or choose another --out') from e
         except OSError:  # no locks here
             return
         os.ftruncate(self._file, 0)

@@ -1,4 +1,4 @@
-"""Names of files and classes, which can be nearly any bytes, where they are shown: on a terminal, in a table."""
+"""Show names of files and classes, which can be almost any bytes, safely on a terminal or in a table."""
 from __future__ import annotations
 
 import logging
@@ -6,24 +6,24 @@ import re
 
 __all__ = ['as_cell', 'from_cell', 'is_utf8', 'printable', 'terminal_handler']
 
-# What a terminal obeys, turns the direction of a line or breaks it, and the bytes of a name that are not UTF-8.
+# Control characters, line breaks, changes of direction, and the bytes of a name that are not UTF-8.
 _UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
 _FORMULA = ('=', '+', '-', '@', '\t', '\r')
 
 
 def printable(text: object, lines: bool = False) -> str:
-    """A text with what must not be printed as Python writes it: `\\x1b`, `\\n`, `\\udce9`.
+    """A text with unprintable characters escaped as in Python: `\\x1b`, `\\n`, `\\udce9`.
 
     Args:
-        text: Anything, as `str` gives it.
-        lines: Leave newlines and tabs: a message of several lines.
+        text: Any object; its `str` is taken.
+        lines: Keep newlines and tabs, for messages of several lines.
     """
     return _UNPRINTABLE.sub(
         lambda found: found[0] if lines and found[0] in '\n\t' else ascii(found[0])[1:-1], str(text))
 
 
 def is_utf8(path: object) -> bool:
-    """Whether a path is UTF-8; safetensors opens no other."""
+    """Whether a path is valid UTF-8; safetensors cannot open others."""
     return re.search('[\ud800-\udfff]', str(path)) is None
 
 
@@ -33,22 +33,22 @@ class _PrintableLines(logging.Formatter):
 
 
 def terminal_handler() -> logging.Handler:
-    """A handler that prints log messages, alone and printable, on standard error."""
+    """A handler that prints log messages to standard error, without prefix and escaped as by `printable`."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_PrintableLines())  # no handler of its own kind: tqdm puts another in its place
+    handler.setFormatter(_PrintableLines())  # and no subclass, which tqdm would replace
     return handler
 
 
 def as_cell(name: str) -> str:
-    """A name as a cell of a CSV file: one that a spreadsheet would take for a formula has an apostrophe before it.
+    """A name as a cell of a CSV file, with an apostrophe in front if a spreadsheet would take it for a formula.
 
-    Numbers are none. `from_cell` is the way back.
+    Numbers are kept as they are. `from_cell` is the inverse.
     """
     return f"'{name}" if _is_formula(name) else name
 
 
 def from_cell(cell: str) -> str:
-    """The name that `as_cell` made a cell of."""
+    """The name from a cell written by `as_cell`."""
     return cell[1:] if cell.startswith("'") and _is_formula(cell) else cell
 
 

@@ -1,4 +1,4 @@
-"""What the JSON files that are read must hold: one check for each kind of file."""
+"""Checks of the JSON files that this package reads, one for each kind of file."""
 from __future__ import annotations
 
 import dataclasses
@@ -14,13 +14,13 @@ __all__ = ['check_config', 'check_detector', 'check_metrics', 'check_scan', 'rea
 
 @dataclasses.dataclass(frozen=True)
 class _Field:
-    """What a value must be.
+    """What a field may hold.
 
     Attributes:
-        fits: Whether it is.
-        words: What it must be, in words.
-        missing: Whether the field may be left out.
-        null: Whether it may be null.
+        fits: Whether a value is allowed.
+        words: What is allowed, in words.
+        missing: Whether the field may be missing.
+        null: Whether the value may be null.
     """
     fits: Callable[[Any], bool]
     words: str
@@ -28,7 +28,7 @@ class _Field:
     null: bool = True
 
     def but(self, **changes: bool) -> _Field:
-        """The same with other attributes."""
+        """A copy with some attributes changed."""
         return dataclasses.replace(self, **changes)
 
 
@@ -36,20 +36,20 @@ _Schema = Mapping[str, _Field]
 
 
 def read_json(file: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """The object in a JSON file.
 
     Args:
         file: The file.
-        check: That of its kind.
+        check: Raises ValueError if the object is not valid for its kind of file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file holds no JSON, no object, or a field that does not fit; the file and the fault are named.
+        ValueError: The file is not valid JSON, not an object, or has an invalid field. The message names both.
     """
     try:
         found = json.loads(file.read_text(encoding='utf-8'))
         if not isinstance(found, dict):
-            raise ValueError('it holds no JSON object')
+            raise ValueError('it is not a JSON object')
         check(found)
     except (ValueError, RecursionError) as e:
         raise ValueError(f'{file} is damaged: {e}') from e
@@ -57,7 +57,7 @@ def read_json(file: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, 
 
 
 def _check_fields(found: dict[str, Any], schema: _Schema, above: str = '') -> None:
-    """Refuse an object with a field that does not fit; fields that the schema does not name may be anything."""
+    """Refuse an object with an invalid field; fields that are not in the schema are ignored."""
     for name, field in schema.items():
         value = found.get(name)
         if name not in found:
@@ -80,8 +80,8 @@ def _list(field: _Field, words: str) -> _Field:
     return _Field(lambda v: isinstance(v, list) and all(map(field.fits, v)), words)
 
 
-_TEXT = _Field(lambda v: isinstance(v, str), 'a text')
-_TEXTS = _list(_TEXT, 'a list of texts')
+_TEXT = _Field(lambda v: isinstance(v, str), 'a string')
+_TEXTS = _list(_TEXT, 'a list of strings')
 _NAMES = _Field(lambda v: _TEXT.fits(v) or _TEXTS.fits(v), 'a name or a list of names')
 _LEFT_OUT = _Field(lambda v: False, 'left out')
 _OBJECT = _Field(lambda v: isinstance(v, dict), 'an object')
@@ -91,7 +91,7 @@ _SIDE = _number(1, 4096, whole=True)
 _SIZE = _Field(lambda v: isinstance(v, list) and len(v) == 3 and all(map(_SIDE.fits, v)),
               'channels, height and width, whole numbers from 1 to 4096')
 
-# Of `pretrained_cfg` in the `config.json` of a weights folder, what timm and this package read.
+# The fields of `pretrained_cfg` in the `config.json` of a weights folder that timm and this package read.
 _PRETRAINED_CFG: _Schema = {
     'tag': _TEXT, 'license': _TEXT, 'num_classes': _CLASSES, 'label_names': _TEXTS,
     'input_size': _SIZE.but(null=False), 'test_input_size': _SIZE, 'min_input_size': _SIZE,
@@ -116,7 +116,7 @@ _CONFIG: _Schema = {
 }
 _DETECTOR: _Schema = {
     'detect': _OBJECT.but(missing=False, null=False), 'sha256': _SHA256,
-    'classes': _Field(lambda v: _TEXTS.fits(v) and len(v) > 0, 'a list of the names of the classes', False, False),
+    'classes': _Field(lambda v: _TEXTS.fits(v) and len(v) > 0, 'a list of class names', False, False),
 }
 _SCAN: _Schema = {
     'split': _TEXT, 'bad': _TEXTS, 'summary': _TEXTS, 'tested_on': _TEXT,
@@ -126,15 +126,15 @@ _METRICS: _Schema = {'top1': _number(0, 100)}
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Refuse a `config.json` of a weights folder whose parts do not fit or do not agree.
+    """Refuse a `config.json` of a weights folder with invalid or contradictory fields.
 
     Raises:
-        ValueError: A field does not fit (named, with what it must be), or there are not as many names as classes, or
-            means as channels. So do the other checks.
+        ValueError: A field is invalid (the message says what it must be), or the number of names differs from that of
+            the classes, or the number of means from that of the channels.
     """
     _check_fields(config, _CONFIG)
     _check_fields(config.get('model_args', {}), _MODEL_ARGS, 'model_args.')
-    cfg = config.get('pretrained_cfg', config)  # older ones have all at the top
+    cfg = config.get('pretrained_cfg', config)  # older files have everything at the top level
     _check_fields(cfg, _PRETRAINED_CFG, 'pretrained_cfg.' * ('pretrained_cfg' in config))
     classes = config.get('num_classes', cfg.get('num_classes'))
     names = config.get('label_names', cfg.get('label_names'))
@@ -147,15 +147,15 @@ def check_config(config: dict[str, Any]) -> None:
 
 
 def check_detector(found: dict[str, Any]) -> None:
-    """Refuse a `detector.json` that is none of a finished detector."""
+    """Refuse an invalid `detector.json` of a finished detector."""
     _check_fields(found, _DETECTOR)
 
 
 def check_scan(found: dict[str, Any]) -> None:
-    """Refuse a `scan.json` that is none of a fine-tuning run."""
+    """Refuse an invalid `scan.json` of a fine-tuning run."""
     _check_fields(found, _SCAN)
 
 
 def check_metrics(found: dict[str, Any]) -> None:
-    """Refuse a `metrics.json` whose accuracy is none."""
+    """Refuse a `metrics.json` with an invalid accuracy."""
     _check_fields(found, _METRICS)

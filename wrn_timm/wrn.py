@@ -2,9 +2,13 @@
 
 Paper: `Wide Residual Networks` - https://arxiv.org/abs/1605.07146 (table 1, figure 1 d)
 
-A network of depth 6N + 4 has a 3x3 stem of 16 channels and three stages of N basic blocks with 16k, 32k and 64k
-channels, k being the width. The first block of a stage projects its shortcut by a bare 1x1 convolution of the
-pre-activated input; for k = 1 the first stage keeps its 16 channels and the identity.
+WRN-depth-k has a 3x3 stem with 16 channels and three stages of N basic blocks with 16k, 32k and 64k channels, where k
+is the width. The first block of a stage has a bare 1x1 convolution of the pre-activated input as its shortcut, except
+for k = 1, where the first stage keeps the 16 channels of the stem and the identity.
+
+The depth is 6N + 4: two 3x3 convolutions in each of the 3N blocks, the stem, and three 1x1 shortcuts (counted for k = 1
+too). WRN-28-10 has N = 4 and k = 10, WRN-16-1 has N = 2 and k = 1. Some tutorials write n for the depth, others for N;
+one takes the 10 of "WRN-28-10" for N and builds a WRN-64-4.
 """
 
 from typing import Any
@@ -177,7 +181,7 @@ class WideResNet(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Kaiming-normal convolutions over the fan out, as the authors' Lua code; zero classifier bias."""
+        """Kaiming-normal convolutions by fan-out, as in the authors' Lua code; zeros for the bias of the classifier."""
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
@@ -186,7 +190,7 @@ class WideResNet(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names never decayed: none, the paper decays every parameter."""
+        """Names of parameters without weight decay: none, as the paper decays every parameter."""
         return set()
 
     @torch.jit.ignore
@@ -211,7 +215,7 @@ class WideResNet(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one of `num_classes` (0: none); `global_pool` None keeps the pooling."""
+        """Replace the classifier with one of `num_classes` (0 for none); `global_pool` None keeps the pooling."""
         if global_pool is None:
             global_pool = self.global_pool.pool_type
         reference = self.conv1.weight
@@ -235,9 +239,9 @@ class WideResNet(nn.Module):
 
         Args:
             x: (B, in_chans, H, W).
-            indices: Last n stages if int, all if None, else the stages of these indices.
-            norm: Apply the last BN-ReLU to the last stage's output (raw otherwise, as the other stages).
-            stop_early: Skip the stages after the last one asked for.
+            indices: The last n stages if an int, all stages if None, else the stages at these indices.
+            norm: Apply the last BN-ReLU to the last stage's output, which is raw otherwise, as the other stages' are.
+            stop_early: Skip the stages after the last requested one.
             output_fmt: 'NCHW'.
             intermediates_only: Return the list alone.
 
@@ -268,7 +272,7 @@ class WideResNet(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        """Remove what is not needed for the stages of `indices`, and return these as a list."""
+        """Remove what the stages at `indices` do not need, and return the indices as a list."""
         take_indices, max_index = feature_take_indices(len(STAGES), indices)
         prune_end = max_index < len(STAGES) - 1
         for name in STAGES[max_index + 1:]:
@@ -293,7 +297,7 @@ class WideResNet(nn.Module):
         return self.act(self.bn(x))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Pool, drop out and classify; `pre_logits` stops before the classifier."""
+        """Pool, apply dropout and classify; `pre_logits` stops before the classifier."""
         x = self.global_pool(x)
         if self.drop_rate > 0.:
             x = F.dropout(x, p=self.drop_rate, training=self.training)
@@ -304,7 +308,7 @@ class WideResNet(nn.Module):
 
 
 def _layout(depth: int, width: float) -> tuple[int, tuple[int, int, int]]:
-    """Blocks a stage and channels of the three stages."""
+    """Blocks per stage, and the channels of the three stages."""
     if depth < 10 or (depth - 4) % 6:
         n = max(1, (depth - 4) // 6)
         nearest = f'{6 * n + 4}' if depth < 10 else f'{6 * n + 4}, {6 * n + 10}'
@@ -341,7 +345,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-# Tags of every network of the family: the data set that its weights were trained on.
+# Tags of every network in the family: the data set that the weights were trained on.
 TAGS = {
     'cifar10': _cfg(label_names=CIFAR10_LABELS),
     'cifar100': _cfg(
@@ -351,7 +355,7 @@ TAGS = {
 
 
 def _pytorchcv_cfg(**kwargs: Any) -> dict[str, Any]:
-    """Of pytorchcv's weights: one mean and deviation for all three data sets (its `cifar10_cls_dataset.py`)."""
+    """Configuration of pytorchcv's weights: one mean and std for all data sets (its `cifar10_cls_dataset.py`)."""
     return _cfg(
         std=(0.2023, 0.1994, 0.2010), license='mit', origin_url='https://github.com/osmr/imgclsmob', **kwargs)
 
@@ -369,7 +373,7 @@ default_cfgs = {}
 def _create_wrn(variant: str, pretrained: bool = False, **kwargs: Any) -> WideResNet:
     cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None) or {}
     if cfg is None and (not pretrained or any(overlay.get(k) for k in SOURCES)):
-        cfg = 'cifar10'  # random weights, or the caller's own: not to be saved with the licence of the default's
+        cfg = 'cifar10'  # random or own weights must not be saved with the licence of the default tag
     source = locate(variant, pretrained, cfg, overlay, kwargs.get('cache_dir'))
     return build_model_with_cfg(
         WideResNet, variant, pretrained,
@@ -381,12 +385,12 @@ def _create_wrn(variant: str, pretrained: bool = False, **kwargs: Any) -> WideRe
 
 
 def register_wrn(depth: int, width: float) -> str:
-    """Make WRN-depth-width known to timm, and return its name for `timm.create_model`.
+    """Register WRN-depth-width with timm, and return its name for `timm.create_model`.
 
-    A network that is known already is left as it is.
+    A network that is already registered is left unchanged.
 
     Raises:
-        ValueError: Depth is not 6N + 4, width gives fractional channels, or the name is another network's.
+        ValueError: Depth is not 6N + 4, width gives fractional channels, or the name belongs to another network.
     """
     _layout(depth, width)
     name = f'wrn{depth}_{width:g}'.replace('.', '_')
@@ -394,14 +398,14 @@ def register_wrn(depth: int, width: float) -> str:
         return name
     if is_model(name):
         raise ValueError(
-            f'{name} is the name of another network (ImageNet); build this one by '
+            f'{name} is the name of another network (ImageNet); build this one with '
             f'wrn_timm.WideResNet(depth={depth}, width={width:g})')
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> WideResNet:
         return _create_wrn(name, pretrained, **{'depth': depth, 'width': width, **kwargs})
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__doc__ = f'WRN-{depth}-{width:g}: {(depth - 4) // 6} blocks a stage, {width:g} times as wide.'
+    entrypoint.__doc__ = f'WRN-{depth}-{width:g}: {(depth - 4) // 6} blocks per stage, {width:g} times as wide.'
     globals()[name] = entrypoint
     cfgs = TAGS | {tag: cfg for tag, cfg in PYTORCHCV_TAGS.items() if f'{name}.{tag}' in published()}
     cfgs = {tag: {**cfg, **sources(f'{name}.{tag}')} for tag, cfg in cfgs.items()}  # `file` makes timm list it
@@ -413,7 +417,7 @@ def register_wrn(depth: int, width: float) -> str:
     return name
 
 
-# (depth, width) of the paper (tables 2 to 6) and of the networks that others measured since.
+# (depth, width) of the paper (tables 2 to 6) and of networks that others have measured since.
 VARIANTS = (
     (16, 1), (16, 2), (16, 4), (16, 8), (16, 10),
     (22, 2), (22, 8), (22, 10),

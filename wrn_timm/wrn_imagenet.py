@@ -2,10 +2,10 @@
 
 Paper: `Wide Residual Networks` - https://arxiv.org/abs/1605.07146 (section 3.4, tables 7 and 8)
 
-Post-activation, the 7x7 stem of 64 channels as it is. Bottleneck networks widen the inner 3x3 convolution; basic
-networks widen both convolutions, and so the channels of every stage.
+Post-activation blocks and the usual 7x7 stem with 64 channels. Bottleneck networks widen the inner 3x3 convolution;
+basic networks widen both convolutions, and with them the channels of every stage.
 
-Every network takes `stem='cifar'`: a 3x3 stem of stride 1 without pooling, for images of some 32 pixels.
+With `stem='cifar'`, a network has a 3x3 stem of stride 1 without pooling, for images of about 32 pixels.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def _hosted_by_timm(arch: str, timm_arch: str) -> dict[str, PretrainedCfg]:
-    """timm's configurations of the same network, each pointed at timm's repository by its full name."""
+    """timm's configurations of the same network, each with the full name of timm's repository."""
     return {
         f'{arch}.{cfg.tag}': dataclasses.replace(
             cfg, architecture=None, tag=None, url=None, hf_hub_id=f'timm/{name}',
@@ -66,7 +66,7 @@ def _resnet(stem: str = 'imagenet', in_chans: int = 3, output_stride: int | None
     """
     if stem not in ('cifar', 'imagenet'):
         raise ValueError(f"stem {stem!r} is unknown; choose 'cifar' or 'imagenet'")
-    strides = {8 // (4 if stem == 'cifar' else 1) * 2 ** i: 8 * 2 ** i for i in range(3)}  # timm knows its own stem's
+    strides = {8 // (4 if stem == 'cifar' else 1) * 2 ** i: 8 * 2 ** i for i in range(3)}  # ours: timm's
     if output_stride not in (None, *strides):
         raise ValueError(f'output_stride is {output_stride}; with the {stem!r} stem it can be '
                          f'{", ".join(map(str, strides))}')

@@ -1,4 +1,4 @@
-"""TrivialAugment, RandAugment and AutoAugment, each image its own operations, as arithmetic on a batch on its device.
+"""TrivialAugment, RandAugment and AutoAugment for a batch on its device, with other operations for each image.
 
 Operations, ranges and policies are torchvision's. Every operation is computed for every image and one is selected: at
 32x32 pixels that costs less than the host round trips of gathering the images of each operation.
@@ -56,7 +56,7 @@ def apply_operations(images: torch.Tensor, operation: torch.Tensor, value: torch
 
 
 class _Policy(torch.nn.Module):
-    """Values of each operation at `bins` strengths, as buffers, so that they lie on the device of the images."""
+    """Values of each operation at `bins` strengths, as buffers, so that they move to the device of the images."""
 
     def __init__(self, bins: int, shear: float, translate: float, rotate: float, factor: float, bits: int):
         super().__init__()
@@ -77,19 +77,19 @@ class _Policy(torch.nn.Module):
             level: torch.Tensor,
             up: torch.Tensor,
     ) -> torch.Tensor:
-        """Each image's operation at its level, upwards or downwards for those that go both ways."""
+        """Apply each image's operation at its level; those with two directions go up or down."""
         value = self.values[operation, level]
         return apply_operations(images, operation, torch.where(self.signed[operation] & (up == 0), -value, value))
 
 
 class TrivialAugment(_Policy):
-    """One operation an image at a uniform strength, over wide ranges (arXiv:2103.10158)."""
+    """One random operation per image at a random strength, over wide ranges (arXiv:2103.10158)."""
 
     def __init__(self):
         super().__init__(31, shear=0.99, translate=32, rotate=135, factor=0.99, bits=6)
 
     def forward(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """(B, 3, H, W) of 0..255 to the same, with the random numbers of `draw`."""
+        """Augment images (B, 3, H, W) with values 0..255, with random numbers from `draw`."""
         return self.at_level(images, draw(14), draw(31), draw(2))
 
 
@@ -99,7 +99,7 @@ class _StandardPolicy(_Policy):
 
 
 class RandAugment(_StandardPolicy):
-    """A few random operations an image, all at one strength (arXiv:1909.13719).
+    """A few random operations per image, all at the same strength (arXiv:1909.13719).
 
     Args:
         operations: How many, one after the other.
@@ -112,7 +112,7 @@ class RandAugment(_StandardPolicy):
         self.operations, self.magnitude = operations, magnitude
 
     def forward(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """(B, 3, H, W) of 0..255 to the same, with the random numbers of `draw`."""
+        """Augment images (B, 3, H, W) with values 0..255, with random numbers from `draw`."""
         for _ in range(self.operations):
             operation = draw(14)
             images = self.at_level(images, operation, torch.full_like(operation, self.magnitude), draw(2))
@@ -120,7 +120,7 @@ class RandAugment(_StandardPolicy):
 
 
 class AutoAugment(_StandardPolicy):
-    """One of the learnt pairs of operations an image, each with its probability (arXiv:1805.09501).
+    """One of the learned pairs of operations per image, each with its probability (arXiv:1805.09501).
 
     Args:
         policy: 'cifar10' (for CIFAR-100 too, as in the paper), 'svhn' or 'imagenet'.
@@ -136,7 +136,7 @@ class AutoAugment(_StandardPolicy):
         self.register_buffer('pairs', torch.tensor(pairs))  # (pairs, 2, [operation, tenths of probability, level])
 
     def forward(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
-        """(B, 3, H, W) of 0..255 to the same, with the random numbers of `draw`."""
+        """Augment images (B, 3, H, W) with values 0..255, with random numbers from `draw`."""
         for operation, tenths, level in self.pairs[draw(len(self.pairs))].permute(1, 2, 0):
             operation = torch.where(draw(10) < tenths, operation, OPERATIONS.index('identity'))
             images = self.at_level(images, operation, level, draw(2))
@@ -144,7 +144,7 @@ class AutoAugment(_StandardPolicy):
 
 
 def _moved(x: torch.Tensor, operation: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Shears, translations and rotations as one nearest-pixel affine map an image; black comes in from outside."""
+    """Shears, translations and rotations as one nearest-pixel affine map per image; the outside is black."""
     h, w = x.shape[2:]
 
     def of(name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Photographs with boxes, in the folders of Pascal VOC: scanned before training, no bad box let through unnamed."""
+"""Photographs with boxes in the format of Pascal VOC, checked before training; every bad box is reported."""
 from __future__ import annotations
 
 import dataclasses
@@ -19,12 +19,12 @@ __all__ = ['BoxedImages', 'read_voc']
 
 @dataclasses.dataclass(frozen=True)
 class BoxedImages:
-    """Image files and the objects on them.
+    """Image files and the objects in them.
 
     Attributes:
         paths: Files.
-        boxes: float32 (objects, 4) of each, as xmin, ymin, xmax, ymax in pixels.
-        labels: int64 (objects,) of each: 1 + the index into `classes`, 0 being a detector's background.
+        boxes: float32 (objects, 4) for each file, as xmin, ymin, xmax, ymax in pixels.
+        labels: int64 (objects,) for each file: 1 + the index into `classes`; 0 is the background of a detector.
         classes: Names, sorted.
     """
     paths: tuple[str, ...]
@@ -61,23 +61,23 @@ def read_voc(
 ) -> tuple[BoxedImages, tuple[str, ...]]:
     """Read the images that `root/ImageSets/Main/<split>.txt` lists, with the boxes of `root/Annotations`.
 
-    Boxes are taken as they are written; their image's own size is what they must lie in, whatever the annotation says
-    of it. Objects marked difficult count as others do.
+    Boxes must lie within the image itself; the size in the annotation is ignored. Objects marked as difficult count
+    like any other.
 
     Args:
         root: Folder that holds `Annotations`, `ImageSets` and `JPEGImages`.
         split: 'train', 'val', 'trainval', 'test' or any other list.
-        classes: Names to expect, those of the training split; None takes what is found.
-        on_bad: What to do with a box without area or not within its image, and with an image or annotation that
-            cannot be read: 'skip' leaves it out, 'fail' raises.
+        classes: Expected names, those of the training split; None takes the names that are found.
+        on_bad: What to do with boxes that have no area or exceed their image, and with unreadable images and
+            annotations: 'skip' leaves them out, 'fail' raises.
 
     Returns:
-        The images, and why each thing was left out.
+        The images, and the reason for everything that was left out.
 
     Raises:
         FileNotFoundError: There is no such list.
-        ValueError: The list is empty, no box is left, a class is not one of `classes`, or, with 'fail', something is
-            bad; each is named.
+        ValueError: The list is empty, no box is left, a class is not in `classes`, or, with 'fail', something is bad.
+            The message names it.
     """
     if on_bad not in ('skip', 'fail'):
         raise ValueError(f"on_bad is {on_bad!r}; choose 'skip' or 'fail'")
@@ -85,7 +85,7 @@ def read_voc(
     listed = root / 'ImageSets' / 'Main' / f'{split}.txt'
     if not listed.is_file():
         raise FileNotFoundError(f'no list of images at {listed}')
-    # a line of a class's own list has a flag after the name
+    # in the list of a single class, a flag follows the name
     names = [line.split()[0] for line in listed.read_text(
         encoding='utf-8', errors='surrogateescape').splitlines() if line.strip()]
     with ThreadPoolExecutor() as pool:
@@ -96,10 +96,10 @@ def read_voc(
     good = [(path, objects) for path, objects, _ in read if path]
     found = sorted({label for _, objects in good for label, _ in objects})
     if not found:
-        raise ValueError(f'{listed} lists {len(names)} images, none with a good box' + (f': {bad[0]}' if bad else ''))
+        raise ValueError(f'{listed} lists {len(names)} images, none with a valid box' + (f': {bad[0]}' if bad else ''))
     classes = tuple(classes or found)
     if unknown := set(found) - set(classes):
-        raise ValueError(f'{listed}: class {min(unknown)!r} is none of {", ".join(classes)}')
+        raise ValueError(f'{listed}: class {min(unknown)!r} is not one of {", ".join(classes)}')
     return BoxedImages(
         tuple(path for path, _ in good),
         tuple(torch.tensor([box for _, box in objects], dtype=torch.float32).reshape(-1, 4) for _, objects in good),
@@ -118,8 +118,8 @@ def _read_one(root: Path, name: str) -> tuple[str | None, list[tuple[str, list[f
     try:
         elements = ET.parse(annotation).getroot().findall('object')
     except FileNotFoundError:
-        return None, [], [f'{annotation} is not there']
-    except (LookupError, ValueError, OSError, ET.ParseError) as e:  # the first of an encoding that Python has not
+        return None, [], [f'{annotation} does not exist']
+    except (LookupError, ValueError, OSError, ET.ParseError) as e:  # LookupError: an encoding unknown to Python
         return None, [], [f'{annotation}: {e}']
     objects, bad = [], []
     for i, element in enumerate(elements, start=1):
@@ -134,7 +134,7 @@ def _read_one(root: Path, name: str) -> tuple[str | None, list[tuple[str, list[f
         elif not (box[0] < box[2] and box[1] < box[3]):
             bad.append(f'{what}: box {_numbers(box)} has no area')
         elif min(box) < 0 or box[2] > width or box[3] > height:
-            bad.append(f'{what}: box {_numbers(box)} is not within the image of {width} x {height}')
+            bad.append(f'{what}: box {_numbers(box)} exceeds the image of {width} x {height}')
         else:
             objects.append((label, box))
     return str(path), objects, bad

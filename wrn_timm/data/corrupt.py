@@ -1,6 +1,6 @@
-"""A few common corruptions of small images, to see what a network does with worse pictures than it learnt from.
+"""A few common corruptions of small images, to measure the robustness of a network.
 
-They are this package's own, and not CIFAR-10-C: other operations, other strengths, other numbers.
+They are this package's own and not comparable with CIFAR-10-C, whose operations and strengths differ.
 """
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torchvision.transforms.v2.functional import gaussian_blur, pil_to_tensor, t
 __all__ = ['CORRUPTIONS', 'corrupt']
 
 CORRUPTIONS = {'noise': (8, 16, 32), 'blur': (0.5, 1., 1.5), 'jpeg': (75, 50, 25)}
-"""Standard deviation in grey levels of Gaussian noise, in pixels of a Gaussian blur, and quality of a JPEG file."""
+"""Standard deviation of Gaussian noise in grey levels and of Gaussian blur in pixels, and quality of a JPEG file."""
 
 
 def corrupt(images: torch.Tensor, kind: str, strength: float, seed: int = 0) -> torch.Tensor:
     """Corrupted copies of uint8 images (N, 3, H, W).
 
     Args:
-        images: What to corrupt.
+        images: The images.
         kind: One of `CORRUPTIONS`.
-        strength: In the unit of its kind.
-        seed: Of the noise.
+        strength: In the unit of the kind.
+        seed: Seed of the noise.
 
     Raises:
         ValueError: The kind is unknown.

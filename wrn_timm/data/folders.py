@@ -1,4 +1,4 @@
-"""Photographs in files: listed from folders or a CSV, examined before training, read as RGB."""
+"""Photographs in files: list them from folders or a CSV, examine them before training, read them as RGB."""
 from __future__ import annotations
 
 import contextlib
@@ -27,52 +27,52 @@ __all__ = [
 
 _PARTS = {'train': ('train', 'training'), 'test': ('test',), 'val': ('val', 'valid', 'validation')}
 
-# What photographs come in, by Pillow's names. Its other decoders are seldom used, and that of EPS runs Ghostscript.
+# Formats of photographs, by Pillow's names. Its other decoders are rarely used, and that of EPS runs Ghostscript.
 FORMATS = ('AVIF', 'BMP', 'GIF', 'HEIF', 'JPEG', 'JPEG2000', 'MPO', 'PNG', 'PPM', 'TIFF', 'WEBP')
-_MOST_OBLONG = 100  # longer side over shorter: resized by its shorter side, a line of a file takes gigabytes
+_MOST_OBLONG = 100  # longer side over shorter: a very thin image, resized by its shorter side, takes gigabytes
 
-# Decoding a photograph takes a core about a millisecond: more files than this are not examined beforehand.
+# Decoding a photograph takes about a millisecond per core, so more files than this are not examined beforehand.
 EXAMINED_AT_MOST = 50_000
-_BLOCK = 2 ** 25  # bytes of decoded images in one tensor: processes share each by a file of its own
+_BLOCK = 2 ** 25  # bytes of decoded images per tensor: processes share each tensor through one file
 
 
 @functools.cache
 def _decoders() -> tuple[str, ...]:
-    """Those of `FORMATS` that Pillow reads here."""
+    """Those of `FORMATS` that the installed Pillow reads."""
     Image.init()
     return tuple(f for f in FORMATS if f in Image.OPEN)
 
 
 def looks_like_image(path: str | Path) -> bool:
-    """Whether a file is called as an image of one of `FORMATS` is."""
+    """Whether the suffix of a file is one of `FORMATS`."""
     return Image.registered_extensions().get(Path(path).suffix.lower()) in FORMATS
 
 
 def check_shape(size: tuple[int, int]) -> None:
-    """Refuse an image that is a line, before it is decoded or resized.
+    """Refuse a very thin image before it is decoded or resized.
 
     Raises:
         ValueError: One side is more than 100 times as long as the other.
     """
     if max(size) > _MOST_OBLONG * min(size):
-        raise ValueError(f'it is {size[0]:,} x {size[1]:,} pixels, and one side may be {_MOST_OBLONG} times as long as '
-                         f'the other at most')
+        raise ValueError(f'it is {size[0]:,} x {size[1]:,} pixels; one side may be at most {_MOST_OBLONG} times as '
+                         f'long as the other')
 
 
 def read_rgb(path: str | Path | io.BytesIO, least: int = 0, name: str = '') -> Image.Image:
-    """Read an image file of one of `FORMATS` as RGB, turned as its EXIF says.
+    """Read an image file in one of `FORMATS` as RGB, rotated as its EXIF says.
 
-    Grey (8 and 16 bits), palette and CMYK are converted; transparency is laid on white.
+    Grey (8 and 16 bits), palette and CMYK images are converted; transparency is put on white.
 
     Args:
-        path: The file, or what is in it.
-        least: Pixels that both sides keep where a larger JPEG is decoded at a half, a quarter or an eighth of its size,
-            which is quicker; 0 decodes it whole.
-        name: What errors call it; '' for the path.
+        path: The file, or its content.
+        least: A larger JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is faster, as long as both sides keep
+            this many pixels; 0 decodes it at full size.
+        name: Name of the file in errors; '' for the path.
 
     Raises:
-        ValueError: The file is no image, is cut off, or is too large or too oblong to decode safely; it and the
-            reason are named.
+        ValueError: The file is not an image, is truncated, or is too large or too thin to decode safely. The message
+            names the file and the reason.
     """
     try:
         with Image.open(path, formats=_decoders()) as image:
@@ -80,7 +80,7 @@ def read_rgb(path: str | Path | io.BytesIO, least: int = 0, name: str = '') -> I
             if least:
                 image.draft(None, (least, least))
             return _as_rgb(image)
-    except Exception as e:  # the decoders of damaged files raise nearly anything
+    except Exception as e:  # decoders raise almost anything for damaged files
         raise ValueError(_reason(name or str(path), e)) from e
 
 
@@ -97,11 +97,11 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 def _reason(name: str, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
-        return f'{name} is not there'
+        return f'{name} does not exist'
     if not isinstance(error, Image.UnidentifiedImageError):
         return f'{name} cannot be read: {error}'
     other = Path(name).suffix.lower() in Image.registered_extensions() and not looks_like_image(name)
-    return f'{name} is not an image' + (f' of a format that is read here ({", ".join(_decoders())})' if other else '')
+    return f'{name} is not an image' + (f' in a supported format ({", ".join(_decoders())})' if other else '')
 
 
 def _from_deep_grey(pixels: np.ndarray) -> Image.Image:
@@ -112,7 +112,7 @@ def _from_deep_grey(pixels: np.ndarray) -> Image.Image:
 
 
 class _PathTable(Sequence):
-    """Paths end to end in one array: a third of the memory of as many strings, and processes that read can share it."""
+    """Paths end to end in one array: a third of the memory of strings, and shared between the reading processes."""
 
     def __init__(self, paths: Iterable[str]):
         text, ends = bytearray(), [0]
@@ -142,8 +142,8 @@ class ImageFiles:
     """Image files and their labels.
 
     Attributes:
-        paths: Files; held in one array, whatever sequence they are given in.
-        labels: Index into `classes`, one a file.
+        paths: Files; any sequence, kept in one array.
+        labels: Index into `classes`, one per file.
         classes: Names of the classes, sorted.
     """
     paths: Sequence[str]
@@ -158,7 +158,7 @@ class ImageFiles:
 
     @classmethod
     def of(cls, named: Sequence[tuple[str, str]], classes: Sequence[str] | None = None) -> ImageFiles:
-        """From pairs of path and name of the class; `classes` are those that are named, sorted, if not given."""
+        """From pairs of path and class name; `classes` defaults to the sorted names."""
         classes = tuple(classes or sorted({name for _, name in named}))
         number = {name: i for i, name in enumerate(classes)}
         return cls((path for path, _ in named), [number[name] for _, name in named], classes)
@@ -171,20 +171,20 @@ class ImageFiles:
         return ImageFiles((self.paths[i] for i in index), [self.labels[i] for i in index], self.classes)
 
     def name(self, i: int) -> str:
-        """What an image is called: its path."""
+        """Name of an image: its path."""
         return self.paths[i]
 
     def read(self, i: int) -> Image.Image:
-        """An image, as `read_rgb` gives it."""
+        """An image, read by `read_rgb`."""
         return read_rgb(self.paths[i])
 
     def as_dataset(self, transform: Any, least: int = 0, memory: float = 0) -> Dataset:
         """A data set of (transform(RGB image), label).
 
         Args:
-            transform: What is done to each image when it is asked for.
+            transform: Applied to each image when it is requested.
             least: As in `read_rgb`.
-            memory: Bytes that images may take which are decoded once, now, and kept; the others are decoded each time.
+            memory: Bytes for images that are decoded now and kept; the others are decoded at each request.
         """
         return _FileDataset(self, transform, least, memory)
 
@@ -205,7 +205,7 @@ class _FileDataset(Dataset):
 
 
 class _Decoded:
-    """The first images of a list that fit into so many bytes, in a few tensors, which processes that read can share."""
+    """The first images of a list that fit into `memory` bytes, in a few tensors shared by the reading processes."""
 
     def __init__(self, paths: Sequence[str], least: int, memory: float):
         self._blocks: list[torch.Tensor] = []
@@ -230,7 +230,7 @@ class _Decoded:
         self._places = np.array(places, np.int64).reshape(-1, 4)  # block, start in it, height, width
 
     def get(self, i: int) -> Image.Image | None:
-        """An image; None where it did not fit, or could not be read."""
+        """An image; None if it did not fit or could not be read."""
         if i >= len(self._places):
             return None
         block, start, height, width = self._places[i].tolist()
@@ -239,7 +239,7 @@ class _Decoded:
 
 
 def _in_turn(pool: ThreadPoolExecutor, function: Callable[[str], Any], items: Sequence[str]) -> Iterator[Any]:
-    """As `pool.map`, but no more than a few results are made before they are taken."""
+    """Like `pool.map`, but only a few results are computed ahead."""
     waiting: deque[Future] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -250,18 +250,18 @@ def _in_turn(pool: ThreadPoolExecutor, function: Callable[[str], Any], items: Se
 
 
 def _pixels(path: str, least: int) -> np.ndarray:
-    """uint8 (height, width, 3); empty where the file cannot be read."""
+    """uint8 (height, width, 3); empty if the file cannot be read."""
     try:
         return np.asarray(read_rgb(path, least))
-    except ValueError:  # whoever asks for it is told
+    except ValueError:  # reported when it is requested
         return np.empty((0, 0, 3), np.uint8)
 
 
 class ReadableOnly(Dataset):
-    """A data set whose unreadable images are named, not raised; wants `collate_readable`.
+    """A data set that returns the error of an unreadable image instead of raising it; use it with `collate_readable`.
 
     Args:
-        dataset: Raises ValueError for an image that cannot be read.
+        dataset: A data set that raises ValueError for unreadable images.
     """
 
     def __init__(self, dataset: Dataset):
@@ -278,8 +278,7 @@ class ReadableOnly(Dataset):
 
 
 def collate_readable(batch: list[tuple[torch.Tensor, int, int] | str]) -> tuple:
-    """Images, labels and indices of those that could be read (None for all three if none), and why the rest could not.
-    """
+    """Images, labels and indices of the readable images (each None if there are none), and the errors of the others."""
     readable = [item for item in batch if not isinstance(item, str)]
     reasons = [item for item in batch if isinstance(item, str)]
     return *(default_collate(readable) if readable else (None, None, None)), reasons
@@ -287,18 +286,18 @@ def collate_readable(batch: list[tuple[torch.Tensor, int, int] | str]) -> tuple:
 
 @dataclasses.dataclass(frozen=True)
 class FolderScan:
-    """What a folder or a CSV holds.
+    """What a folder or a CSV contains.
 
     Attributes:
-        train: All files, or those of the training part where it is split already.
-        test: Those of `test/`, or of `val/` where there is no `test/`; None where it is not split.
-        val: Those of `val/` beside a `test/`; None where there is none.
+        train: All files, or those of the training part if the data is already split.
+        test: Those of `test/`, or of `val/` if there is no `test/`; None if the data is not split.
+        val: Those of `val/` if there is also a `test/`, else None.
         bad: Why each unreadable file or looping link was left out.
         twins: Groups of files with the same content.
-        sizes: Width and height in pixels, and how many files have them.
-        examined: Whether the files were read, or listed only.
+        sizes: Number of files by width and height in pixels.
+        examined: Whether the files were read, not only listed.
         notes: What else was left out, and why.
-        tested: What the data calls the part to test on, where it is not `test`: `val/`.
+        tested: Name of the test part in the data if it is not `test`: `val/`.
     """
     train: ImageFiles
     test: ImageFiles | None = None
@@ -311,26 +310,26 @@ class FolderScan:
     tested: str = ''
 
     def parts(self) -> dict[str, ImageFiles]:
-        """The parts there are, by name."""
+        """The existing parts by name."""
         return {n: p for n in ('train', 'val', 'test') if (p := getattr(self, n)) is not None}
 
     def summary(self) -> list[str]:
-        """What there is to know before an epoch is spent, a line a fact."""
+        """What is worth knowing before training, one fact per line."""
         lines = list(self.notes)
         for name, part in self.parts().items():
             counts = Counter(part.labels)
             few, many = min(counts, key=counts.get), max(counts, key=counts.get)
-            each = f'{counts[few]} a class' if counts[few] == counts[many] else (
-                f'{counts[few]} ({part.classes[few]}) to {counts[many]} ({part.classes[many]}) a class, '
+            each = f'{counts[few]} per class' if counts[few] == counts[many] else (
+                f'{counts[few]} ({part.classes[few]}) to {counts[many]} ({part.classes[many]}) per class, '
                 f'median {statistics.median(counts.values()):g}')
             if name == 'test' and self.tested:
-                name = f'{self.tested}, tested on as there is no test part'
+                name = f'{self.tested}, used as the test part'
             lines.append(f'{name if self.test else "found"}: {len(part):,} files of {len(counts)} classes; {each}')
         if self.test and (absent := set(self.train.labels) - set(self.test.labels)):
             lines.append(f'not in the test part: {some(sorted(self.train.classes[i] for i in absent))}')
         if not self.examined:
-            lines.append(f'more than {EXAMINED_AT_MOST:,} files: they were not examined, and duplicates were not '
-                         f'looked for')
+            lines.append(f'more than {EXAMINED_AT_MOST:,} files: they were not checked for damage and '
+                         f'duplicates')
         elif self.sizes:
             width, height = (sorted(Counter(self._sides(axis)).items()) for axis in (0, 1))
             lines.append(f'sizes: {width[0][0]} to {width[-1][0]} pixels wide, {height[0][0]} to {height[-1][0]} high')
@@ -347,7 +346,7 @@ class FolderScan:
 
 
 def some(names: Sequence[str], separator: str = ', ') -> str:
-    """The first five names, and how many more there are."""
+    """The first five names, and the number of further ones."""
     more = f'{separator if separator == "; " else " "}and {len(names) - 5} more' if len(names) > 5 else ''
     return separator.join(names[:5]) + more
 
@@ -356,14 +355,14 @@ def list_folder(root: str | Path, nested: bool = False) -> FolderScan:
     """List `root/<class>/**`, or `root/train/<class>/**` and `root/test/<class>/**` (and `val/`), reading no file.
 
     Args:
-        root: Folder of class folders. Hidden files and folders are passed by, and noted, beside `train/`, folders
-            without images; links are followed but where they loop.
+        root: Folder of class folders. Hidden files and folders are ignored. Folders without images beside `train/` are
+            ignored with a note. Links are followed unless they loop.
         nested: Every folder that holds files is a class, named by its path ('animals/cat').
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ValueError: No class folders, one class only, a class without files, or a class that is tested and not trained;
-            each is named.
+        ValueError: There are no class folders, only one class, a class without files, or a test class without training
+            files. The message names it.
     """
     root = Path(root)
     if not root.is_dir():
@@ -373,14 +372,14 @@ def list_folder(root: str | Path, nested: bool = False) -> FolderScan:
     test_name = 'test' if given['test'] else 'val'
     others = sorted(set(children) - set(itertools.chain(*_PARTS.values())))
     strays = [n for n in others if not _holds_images(children[n])] if given['train'] else []
-    notes = (f'no images in {some(strays)}, beside {given["train"].name}: left out',) if strays else ()
+    notes = (f'no images in {some(strays)} beside {given["train"].name}/: left out',) if strays else ()
     bad: list[str] = []
     if not (given['train'] and given[test_name]):
         whole = root if len(children) - len(strays) > 1 else given['train'] or root
         return FolderScan(_list_part(whole, nested, bad), bad=tuple(bad), notes=notes if whole != root else ())
     if images := [n for n in others if n not in strays]:
-        raise ValueError(f'{root} holds {given["train"].name}/ and {given[test_name].name}/, and beside them '
-                         f'{some(images)}, with images; move these elsewhere')
+        raise ValueError(f'{root} holds {given["train"].name}/ and {given[test_name].name}/, but also '
+                         f'{some(images)} with images; move these elsewhere')
     parts = {'train': given['train'], 'test': given[test_name]}
     if test_name == 'test' and given['val']:
         parts['val'] = given['val']
@@ -394,14 +393,14 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _same_classes(parts: dict[str, ImageFiles], where: str) -> dict[str, ImageFiles]:
-    """The parts with the labels of the training part."""
+    """The parts, with labels numbered as in the training part."""
     classes = parts['train'].classes
     number = {c: i for i, c in enumerate(classes)}
     out = {}
     for name, part in parts.items():
         if unknown := sorted(set(part.classes) - set(classes)):
-            raise ValueError(f'{where}: classes in {name} and not in train: {some(unknown)}; '
-                             f'add images of them to train or take them out of {name}')
+            raise ValueError(f'{where}: classes in {name} but not in train: {some(unknown)}; '
+                             f'add images of them to train or remove them from {name}')
         out[name] = ImageFiles(part.paths, [number[part.classes[i]] for i in part.labels], classes)
     return out
 
@@ -411,13 +410,13 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _walk(top: str, bad: list[str], above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, str]]:
-    """(folder, path) of every file below, in the order of names; a link to a folder above it is named and passed."""
+    """(folder, path) of every file below, in the order of names; links to a folder above are reported and skipped."""
     stack = [(top, above)]
     while stack:
         folder, ancestors = stack.pop()
         key = _inode(folder)
         if key in ancestors:
-            bad.append(f'{folder} links to a folder that holds it')
+            bad.append(f'{folder} links to a folder that contains it')
             continue
         below = []
         with os.scandir(folder) as entries:
@@ -431,7 +430,7 @@ def _walk(top: str, bad: list[str], above: frozenset[tuple[int, int]] = frozense
 
 
 def walk_files(folder: str | Path) -> Iterator[str]:
-    """Every file of a folder and below, in the order of names; hidden ones and links that loop are passed by."""
+    """Every file in a folder and below, in the order of names, without hidden ones and links that loop."""
     return (path for _, path in _walk(str(folder), []))
 
 
@@ -473,51 +472,51 @@ def _list_part(root: Path, nested: bool, bad: list[str]) -> ImageFiles:
 
 
 def _checked(files: ImageFiles, where: str | Path, bad: Sequence[str] = ()) -> ImageFiles:
-    """The files, once there are two classes at least and each has a file."""
+    """The files, if there are at least two classes and each has a file."""
     if not files.classes:
         raise ValueError(f'{where} holds no class folders; put the images of each class into a folder of its own, or '
-                         f'list them in a CSV file of path and label')
+                         f'list them in a CSV file with the columns path and label')
     if len(files.classes) == 1:
         raise ValueError(f'{where} holds one class only ({files.classes[0]}); at least two are needed')
     filled = set(files.labels)
     if empty := [c for i, c in enumerate(files.classes) if i not in filled]:
-        unreadable = f' ({len(bad)} files are not whole images: {some(bad, "; ")})' if bad else ''
+        unreadable = f' ({len(bad)} files cannot be read: {some(bad, "; ")})' if bad else ''
         raise ValueError(
             f'classes without images in {where}: {some(empty)}; remove the folders or fill them{unreadable}')
     return files
 
 
 def found_in(row: dict[str | None, Any]) -> str:
-    """A row of a CSV file in words; what is beyond its columns has no name."""
+    """A row of a CSV file in words; values beyond its columns have no name."""
     return ', '.join(f'{k}={v!r}' if k else f'and {v!r}' for k, v in row.items())
 
 
 @contextlib.contextmanager
 def open_csv(file: str | Path) -> Iterator[csv.DictReader]:
-    """The rows of a CSV file in UTF-8 by the names in its first line; bytes that are not UTF-8 are kept as they are.
+    """Rows of a UTF-8 CSV file by the names in its first line; bytes that are not UTF-8 are kept.
 
     Raises:
-        ValueError: It is no CSV file; the line is named.
+        ValueError: The file is not valid CSV; the line is named.
     """
     with open(file, newline='', encoding='utf-8-sig', errors='surrogateescape') as f:
         reader = csv.DictReader(f)
         try:
             yield reader
         except csv.Error as e:
-            raise ValueError(f'{file}, line {reader.line_num + 1}: {e}; look there, and in the lines above, for a '
-                             f'quotation mark that is not closed') from e
+            raise ValueError(f'{file}, line {reader.line_num + 1}: {e}; look there and in the lines above for an '
+                             f'unclosed quotation mark') from e
 
 
 def list_csv(file: str | Path) -> FolderScan:
     """List the files that a CSV names.
 
     Args:
-        file: UTF-8, with a header of `path` and `label`, and `split` ('train', 'val', 'test') where it is split
-            already. Paths are relative to the CSV's folder.
+        file: UTF-8, with the columns `path` and `label`, and `split` ('train', 'val', 'test') if it is
+            already split. Paths are relative to the CSV's folder.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A column or a value is missing, or what `list_folder` raises; the line is named.
+        ValueError: A column or a value is missing (the line is named), or as for `list_folder`.
     """
     file = Path(file)
     if not file.is_file():
@@ -531,14 +530,14 @@ def list_csv(file: str | Path) -> FolderScan:
         for row in reader:
             part = next((p for p, names in _PARTS.items() if row['split'] in names), None) if split else 'train'
             if not (row['path'] and row['label'] and part) or any(row.get(None, ())):
-                raise ValueError(f'{file}, line {reader.line_num}: path, label and split (train, val or test) are '
-                                 f'wanted; found {found_in(row)}')
+                raise ValueError(f'{file}, line {reader.line_num}: expected path, label and split (train, val or '
+                                 f'test); found {found_in(row)}')
             rows[part].append((os.path.join(file.parent, row['path']), row['label']))
     tested = 'val' if split and 'test' not in rows and 'val' in rows else ''
     if tested:
         rows['test'] = rows.pop('val')
     if 'train' not in rows or (split and 'test' not in rows):
-        raise ValueError(f'{file} names no files{" to train on, or none to test on" if split else ""}')
+        raise ValueError(f'{file} names no {"training files or no test " if split else ""}files')
     listed = {part: ImageFiles.of(pairs) for part, pairs in rows.items()}
     _checked(listed['train'], file)
     return FolderScan(**_same_classes(listed, str(file)), tested=tested)
@@ -552,12 +551,12 @@ class _Examined:
 
 
 def _examine_file(path: str) -> _Examined:
-    """Decode a file whole."""
+    """Decode a whole file."""
     try:
         content = Path(path).read_bytes()
         with Image.open(io.BytesIO(content), formats=_decoders()) as image:
             check_shape(size := image.size)
-            image.draft(None, (1, 1))  # what is cut off or damaged is found at an eighth of the size too
+            image.draft(None, (1, 1))  # truncated and damaged files are found at an eighth of the size too
             _as_rgb(image)
     except Exception as e:  # as in `read_rgb`
         return _Examined(_reason(path, e))
@@ -570,16 +569,16 @@ def examine(
         at_most: int | None = None,
         only: str = '',
 ) -> FolderScan:
-    """Read every listed file once: find those that are no whole images, and those that have the same content.
+    """Read every listed file once, to find unreadable files and files with the same content.
 
     Args:
         scan: From `list_folder` or `list_csv`.
         on_bad: 'skip' leaves unreadable files out, 'fail' raises.
-        at_most: Where there are more files, none is read.
-        only: The one part to read; '' reads all.
+        at_most: With more files than this, none is read.
+        only: The only part to read; '' reads all.
 
     Raises:
-        ValueError: A class without readable images, or, with 'fail', unreadable files; each is named.
+        ValueError: A class has no readable images, or, with 'fail', files are unreadable. The message names them.
     """
     if on_bad not in ('skip', 'fail'):
         raise ValueError(f"on_bad is {on_bad!r}; choose 'skip' or 'fail'")
@@ -595,7 +594,7 @@ def examine(
         unread = [r.reason for r in results if r.reason]
         bad += unread
         if unread and on_bad == 'fail':
-            raise ValueError(f'{len(bad)} files are not whole images: {some(bad, "; ")}')
+            raise ValueError(f'{len(bad)} files cannot be read: {some(bad, "; ")}')
         for path, result in zip(files.paths, results, strict=True):
             if not result.reason:
                 sizes[result.size] += 1

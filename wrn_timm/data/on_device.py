@@ -1,4 +1,4 @@
-"""A data set of small images held on the training device as uint8, and augmented there a batch at a time."""
+"""A data set of small images, kept on the training device as uint8 and augmented there one batch at a time."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ def _reflected(index: torch.Tensor, size: int) -> torch.Tensor:
 class DeviceLoader:
     """Shuffled, augmented, normalised batches without a host round trip.
 
-    Every random draw is keyed by (seed, epoch, step), so that a run resumed at any step sees the same batches.
+    Random numbers depend only on (seed, epoch, step), so that a run resumed at any step sees the same batches.
 
     Args:
         data: The training images.
-        batch_size: Images a batch; the last, smaller batch of an epoch is dropped.
-        device: Where the images live and are augmented.
-        pad: Reflected border, in pixels, of which a random window is cut (paper, section 3); 0 for none.
+        batch_size: Images per batch; the last, smaller batch of an epoch is dropped.
+        device: Where the images are kept and augmented.
+        pad: Reflected border in pixels, from which a random window is cropped (paper, section 3); 0 for none.
         flip: Mirror each image with probability 1/2.
         alternate_flip: Mirror each image in every second epoch instead, a random half of them in the first
             (arXiv:2404.00498).
@@ -36,7 +36,7 @@ class DeviceLoader:
         world_size: Processes that share a batch. The batches do not depend on it.
 
     Raises:
-        ValueError: The set is smaller than one batch, or a batch does not divide among the processes.
+        ValueError: The set is smaller than one batch, or a batch cannot be divided among the processes.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class DeviceLoader:
         if len(data) < batch_size:
             raise ValueError(f'batch size {batch_size} is larger than the {len(data)} training images')
         if batch_size % world_size:
-            raise ValueError(f'batch size {batch_size} does not divide among {world_size} processes')
+            raise ValueError(f'batch size {batch_size} cannot be divided among {world_size} processes')
         self.device = torch.device(device)
         self.rank, self.world_size = rank, world_size
         self.augment = augment and augment.to(self.device)
@@ -71,7 +71,7 @@ class DeviceLoader:
         self._flipped_first = torch.randint(2, (len(data),), generator=self._seeded(0, -2), device=self.device)
 
     def __len__(self) -> int:
-        """Steps an epoch."""
+        """Steps per epoch."""
         return len(self.labels) // self.batch_size
 
     def epoch(
@@ -80,8 +80,8 @@ class DeviceLoader:
         """Batches of an epoch.
 
         Args:
-            epoch: Which one, from 0.
-            first_step: Where to begin within it.
+            epoch: Number of the epoch, from 0.
+            first_step: Step to begin with.
             size: Side of the images, in pixels, to which they are scaled after augmentation; None for their own.
 
         Yields:
@@ -103,7 +103,7 @@ class DeviceLoader:
         h, w = self.size
 
         def draw(high: int) -> torch.Tensor:
-            """One number an image; drawn for the whole batch, so that it is the same for any number of processes."""
+            """One number per image; drawn for the whole batch, so that it is the same for any number of processes."""
             return torch.randint(high, (self.batch_size, 1), generator=g, device=self.device)[mine]
 
         mine = slice(self.rank, None, self.world_size)

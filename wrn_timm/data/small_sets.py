@@ -76,7 +76,7 @@ def load(name: str, root: str | Path, train: bool, download: bool = False) -> Im
     """Read a split of a named data set.
 
     Args:
-        name: 'cifar10', 'cifar100', 'svhn' or 'synthetic' (random images, for rehearsals; `root` is not read).
+        name: 'cifar10', 'cifar100', 'svhn' or 'synthetic' (random images for tests; `root` is ignored).
         root: Folder that holds the official files (or that receives them).
         train: The training split, else the test split.
         download: Fetch missing files by torchvision's downloader.
@@ -103,14 +103,14 @@ def load(name: str, root: str | Path, train: bool, download: bool = False) -> Im
             mean, std = TAGS[name]['mean'], TAGS[name]['std']
     except RuntimeError as e:
         raise FileNotFoundError(
-            f'{name}: the official files are not whole under {Path(root).resolve()} ({e}); '
+            f'{name}: the official files under {Path(root).resolve()} are incomplete ({e}); '
             f'give the folder that holds them, or add --download') from e
     return ImageArrays(
         torch.from_numpy(np.ascontiguousarray(images)), torch.as_tensor(labels, dtype=torch.int64), classes, mean, std)
 
 
 def _synthetic(train: bool) -> ImageArrays:
-    """Ten classes that differ by colour under noise: learnt in an epoch, so that a rehearsal shows that it learns."""
+    """Ten classes of different colours with noise, which a network learns in one epoch."""
     g = torch.Generator().manual_seed(0 if train else 1)
     n = 512 if train else 256
     labels = torch.arange(n) % 10

@@ -1,4 +1,4 @@
-"""Where photographs come from, which of them are trained on and which tested on, kept by file name."""
+"""Sources of photographs, and how they are split into training, held-out and test files."""
 from __future__ import annotations
 
 import csv
@@ -18,7 +18,7 @@ __all__ = ['Split', 'check_protocol', 'data_name', 'list_source', 'make_split', 
            'split_files', 'write_split']
 
 CALTECH101 = 'caltech101:'
-CALTECH101_BACKGROUND = 'BACKGROUND_Google'  # what others leave out too: 101 classes, 8,677 files
+CALTECH101_BACKGROUND = 'BACKGROUND_Google'  # usually left out: 101 classes, 8,677 files
 _CALTECH101_ARCHIVE = 'https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip'
 _CALTECH101_FILES = 8677
 _COLUMNS = ['part', 'label', 'path']
@@ -26,7 +26,7 @@ _PROTOCOL = re.compile(r'(?P<which>first|random)(?P<count>[1-9]\d*)|(?P<train>\d
 
 
 def data_name(source: str) -> str:
-    """What a source is called: 'caltech101', or the name of the folder or CSV file, printable."""
+    """Name of a source: 'caltech101', or the printable name of the folder or CSV file."""
     if source.startswith(CALTECH101):
         return CALTECH101.rstrip(':')
     path = Path(source).resolve()
@@ -34,10 +34,10 @@ def data_name(source: str) -> str:
 
 
 def source_root(source: str, download: bool = False) -> Path:
-    """The folder that the paths of a source stand in.
+    """The folder that the paths of a source are relative to.
 
     Raises:
-        FileNotFoundError: `caltech101:DIR` and it is not there, or could not be fetched.
+        FileNotFoundError: Caltech 101 is not in `caltech101:DIR`, or could not be downloaded.
     """
     if not source.startswith(CALTECH101):
         return Path(source).parent if Path(source).suffix.lower() == '.csv' else Path(source)
@@ -50,7 +50,7 @@ def source_root(source: str, download: bool = False) -> Path:
             Caltech101(str(root), download=True)
         except (OSError, RuntimeError, ValueError, ImportError) as e:
             raise FileNotFoundError(
-                f'caltech101: the download into {root} failed: {e}; without a network, fetch {_CALTECH101_ARCHIVE} '
+                f'caltech101: the download into {root} failed: {e}; without a network, get {_CALTECH101_ARCHIVE} '
                 f'elsewhere, unpack it and the 101_ObjectCategories.tar.gz in it, and give the folder that holds {name}'
             ) from e
         return places[-1]
@@ -81,10 +81,10 @@ def list_source(source: str, nested: bool = False, download: bool = False) -> Fo
     kept = [i for i, label in enumerate(files.labels) if label in number]
     notes = []
     if len(classes) < len(files.classes):
-        notes.append(f'{CALTECH101_BACKGROUND} is left out ({len(files) - len(kept)} files): it is no object category')
+        notes.append(f'{CALTECH101_BACKGROUND} is left out ({len(files) - len(kept)} files): it is not an object')
     if (len(kept), len(classes)) != (_CALTECH101_FILES, 101):
-        notes.append(f'Caltech 101 has {_CALTECH101_FILES:,} files of 101 classes, here are {len(kept):,} of '
-                     f'{len(classes)}: figures are not comparable')
+        notes.append(f'Caltech 101 has {_CALTECH101_FILES:,} files in 101 classes, but this folder has {len(kept):,} '
+                     f'in {len(classes)}: results are not comparable with published ones')
     return dataclasses.replace(scan, notes=tuple(notes), train=ImageFiles(
         (files.paths[i] for i in kept), [number[files.labels[i]] for i in kept], classes))
 
@@ -94,16 +94,16 @@ class Split:
     """The files of each part.
 
     Attributes:
-        train: Trained on.
-        holdout: Taken from the training files to choose by (the epoch, the penalty); None where all are trained on.
-        test: Measured on once, at the end.
+        train: Training files.
+        holdout: Files kept out of training to choose the epoch or the penalty; None if there are none.
+        test: Test files, measured once at the end.
     """
     train: ImageFiles
     holdout: ImageFiles | None
     test: ImageFiles
 
     def leaks(self, twins: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
-        """Pairs of files of the same content, the first trained on or chosen by, the second tested on."""
+        """Pairs of files with the same content, one in the training or held-out part and one in the test part."""
         test = set(self.test.paths) if twins else set()
         known = {*self.train.paths, *(self.holdout.paths if self.holdout else ())} if twins else set()
         return [(next(p for p in group if p in known), path)
@@ -111,31 +111,31 @@ class Split:
 
 
 def check_protocol(protocol: str) -> None:
-    """Refuse what `make_split` does not know.
+    """Refuse a protocol that `make_split` does not know.
 
     Raises:
-        ValueError: It is none of the protocols.
+        ValueError: The protocol is unknown.
     """
     found = _PROTOCOL.fullmatch(protocol)
     shares = [int(found[part]) for part in ('train', 'test')] if found and found['train'] else [1, 99]
     if not found or min(shares) < 1 or sum(shares) != 100:
-        raise ValueError(f'split {protocol!r} is unknown; choose first30 or random30 (30 or another number of files a '
-                         f'class to train on, the rest to test on), 80-20 (per cent of each class), or the split.csv '
-                         f'of another run')
+        raise ValueError(f'split {protocol!r} is unknown; choose first30 or random30 (30, or another number, training '
+                         f'files per class and the rest for testing), 80-20 (per cent of each class), or the '
+                         f'split.csv of another run')
 
 
 def make_split(scan: FolderScan, protocol: str = '70-30', holdout: float = 0., seed: int = 0) -> Split:
-    """Split by a protocol where the files are not split already.
+    """Split by a protocol, unless the files are already split.
 
     Args:
-        scan: The files; with a test part, `protocol` is not used, and with a validation part, nor is `holdout`.
-        protocol: `first30`: the first 30 of each class, by name, to train on and the rest to test on; `random30`:
-            30 of each class at random; `80-20`: per cent of each class, at random.
-        holdout: Share of the training files of each class to choose by. A class of one or two files keeps them.
-        seed: Of the random ones.
+        scan: The files. `protocol` is ignored if they have a test part, and `holdout` if they have a validation part.
+        protocol: `first30`: the first 30 files of each class by name for training, the rest for testing; `random30`:
+            30 random files of each class; `80-20`: random files, in per cent of each class.
+        holdout: Share of the training files of each class to hold out. A class with one or two files keeps them.
+        seed: Seed of the random protocols.
 
     Raises:
-        ValueError: The protocol is unknown, or a class has too few files for it; these are named.
+        ValueError: The protocol is unknown, or classes have too few files for it; these are named.
     """
     train, test = scan.train, scan.test
     if not test:
@@ -170,8 +170,8 @@ def _divided(files: ImageFiles, second: set[int]) -> tuple[ImageFiles, ImageFile
 def _split_by_count(files: ImageFiles, count: int, at_random: bool, seed: int) -> tuple[ImageFiles, ImageFiles]:
     members = _members(files)
     if short := [f'{files.classes[label]} ({len(i)})' for label, i in members.items() if len(i) <= count]:
-        raise ValueError(f'{count} files of each class to train on, and one at least to test on, need {count + 1}; '
-                         f'fewer are in {some(short)}')
+        raise ValueError(f'{count} training files per class and at least one for testing need {count + 1}; '
+                         f'these classes have fewer: {some(short)}')
     rng = random.Random(seed)
     train = {i for index in members.values() for i in (
         rng.sample(index, count) if at_random else sorted(index, key=files.name)[:count])}
@@ -179,10 +179,10 @@ def _split_by_count(files: ImageFiles, count: int, at_random: bool, seed: int) -
 
 
 def split_files(files: ImageFiles, test_fraction: float, seed: int) -> tuple[ImageFiles, ImageFiles]:
-    """Split at random within each class, at least one image of each on either side.
+    """Split at random within each class, with at least one image of each class on either side.
 
     Raises:
-        ValueError: A class has one image only; it is named.
+        ValueError: A class has only one image; it is named.
     """
     members = _members(files)
     if lonely := [files.classes[label] for label, index in members.items() if len(index) < 2]:
@@ -196,7 +196,7 @@ def split_files(files: ImageFiles, test_fraction: float, seed: int) -> tuple[Ima
 
 
 def write_split(split: Split, root: Path) -> str:
-    """The text of a `split.csv`: part, label and path, below `root` where it is, of every file."""
+    """The text of a `split.csv`: part, label and path of every file, relative to `root` if it is below it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(_COLUMNS)
@@ -210,11 +210,11 @@ def write_split(split: Split, root: Path) -> str:
 
 
 def read_split(file: str | Path, root: Path) -> Split:
-    """The split that a `split.csv` keeps, of the files below `root`.
+    """The split in a `split.csv`, of the files below `root`.
 
     Raises:
-        FileNotFoundError: The first of its files is not there.
-        ValueError: It is no such file, or a line of it has an unknown part or is not whole; the line is named.
+        FileNotFoundError: The first of its files does not exist.
+        ValueError: It is not a `split.csv`, or a line is incomplete or has an unknown part; the line is named.
     """
     rows, parts = defaultdict(list), [field.name for field in dataclasses.fields(Split)]
     with open_csv(file) as reader:
@@ -223,15 +223,15 @@ def read_split(file: str | Path, root: Path) -> Split:
         for row in reader:
             part, label, path = (row[column] for column in _COLUMNS)
             if part not in parts or not (label and path) or any(row.get(None, ())):
-                raise ValueError(f'{file}, line {reader.line_num}: part ({", ".join(parts)}), label and path are '
-                                 f'wanted; found {found_in(row)}')
+                raise ValueError(f'{file}, line {reader.line_num}: expected part ({", ".join(parts)}), label and '
+                                 f'path; found {found_in(row)}')
             rows[part].append((os.path.join(root, from_cell(path)), from_cell(label)))
     if missing := {'train', 'test'} - set(rows):
         raise ValueError(f'{file} names no files of the part {" nor ".join(sorted(missing))}')
     if not os.path.exists(first := rows['train'][0][0]):
-        raise FileNotFoundError(f'{file} names {first}, which is not there; give the --data that it was made of')
+        raise FileNotFoundError(f'{file} names {first}, which does not exist; give the --data that it was made from')
     classes = sorted({label for _, label in rows['train']})
     if unknown := {label for pairs in rows.values() for _, label in pairs} - set(classes):
-        raise ValueError(f'{file} names no files to train on of {some(sorted(unknown))}')
+        raise ValueError(f'{file} names no training files of {some(sorted(unknown))}')
     return Split(**{part: ImageFiles.of(rows[part], classes) if rows[part] else None
                     for part in parts})

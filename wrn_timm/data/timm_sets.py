@@ -1,4 +1,4 @@
-"""Data sets that timm knows by name (`hfds/...`, `wds/...`): for what is on the Hub, or does not fit one disk."""
+"""Data sets that timm reads by name (`hfds/...`, `wds/...`), from the Hub or too large for one disk."""
 from __future__ import annotations
 
 import io
@@ -22,22 +22,22 @@ _PREFIXES = ('hfds/', 'hfids/', 'tfds/', 'wds/', 'torch/')
 
 
 def is_named(source: str) -> bool:
-    """Whether timm reads this source by its name."""
+    """Whether this source is the name of one of timm's data sets."""
     return source.startswith(_PREFIXES) and not Path(source).exists()
 
 
 class NamedImages:
-    """A split of such a data set; it stands where `ImageFiles` stands, but its files have no paths.
+    """A split of a data set of timm, used in place of `ImageFiles`; its images have no paths.
 
     Args:
         source: timm's name, with `:DIR` where the data set wants a folder: `hfds/user/name`, `wds/name:DIR`.
         split: The data set's own name of the split.
-        training: Whether one that is streamed is shuffled.
-        download: Fetch it if it is missing, where the data set can.
+        training: Shuffle the data set if it is streamed.
+        download: Download it if it is missing and the data set supports that.
         classes: Names of the classes; None asks the data set.
 
     Raises:
-        ValueError: The classes are not known, or there is no such split.
+        ValueError: The classes are unknown, or there is no such split.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class NamedImages:
             raise ValueError(
                 f'{source}: timm cannot open the split {split!r}: {type(e).__name__}: {e}{remedy}') from e
         if isinstance(self.dataset, ImageDataset):
-            self.dataset.load_bytes = True  # decoded here, as files are; timm would put the next image for a bad one
+            self.dataset.load_bytes = True  # decoded here, like files; timm would replace a bad image with the next one
         elif isinstance(self.dataset, DatasetFolder):
             self.dataset.loader = read_rgb
         self.source, self.split = source, split
@@ -70,7 +70,7 @@ class NamedImages:
         return len(self.dataset)
 
     def name(self, i: int) -> str:
-        """What an image is called."""
+        """Name of an image."""
         return f'{self.source} {self.split} {i}'
 
     def read(self, i: int) -> Image.Image:
@@ -80,11 +80,11 @@ class NamedImages:
             ValueError: It cannot be read, or the data set is a stream.
         """
         if self.streamed:
-            raise ValueError(f'{self.source} is a stream; its images cannot be taken singly')
+            raise ValueError(f'{self.source} is a stream; its images cannot be read individually')
         return _read(self, i)[0]
 
     def as_dataset(self, transform: Any) -> Dataset:
-        """A data set of (transform(RGB image), label), and the place too where it is a stream."""
+        """A data set of (transform(RGB image), label), and also the index if it is a stream."""
         return _Stream(self, transform) if self.streamed else _Indexed(self, transform)
 
 
@@ -119,7 +119,7 @@ class _Stream(IterableDataset):
         return len(self.images)
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle anew."""
+        """Shuffle again."""
         self.images.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
