@@ -15,7 +15,7 @@ def printable(text: object, lines: bool = False) -> str:
     """A text with unprintable characters escaped as in Python: `\\x1b`, `\\n`, `\\udce9`.
 
     Args:
-        text: Any object; its `str` is taken.
+        text: Any object; converted by `str`.
         lines: Keep newlines and tabs, for messages of several lines.
     """
     return _UNPRINTABLE.sub(

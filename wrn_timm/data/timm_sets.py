@@ -30,7 +30,7 @@ class NamedImages:
     """A split of a data set of timm, used in place of `ImageFiles`; its images have no paths.
 
     Args:
-        source: timm's name, with `:DIR` where the data set wants a folder: `hfds/user/name`, `wds/name:DIR`.
+        source: timm's name, with `:DIR` if the data set needs a folder: `hfds/user/name`, `wds/name:DIR`.
         split: The data set's own name of the split.
         training: Shuffle the data set if it is streamed.
         download: Download it if it is missing and the data set supports that.
@@ -94,7 +94,7 @@ def _read(images: NamedImages, i: int) -> tuple[Image.Image, int]:
         if not isinstance(image, bytes):
             check_shape(image.size)
             return image.convert('RGB'), int(label)
-    except Exception as e:  # whatever its reader raises
+    except Exception as e:  # its reader can raise anything
         raise ValueError(f'{images.name(i)} cannot be read: {e}') from e
     return read_rgb(io.BytesIO(image), name=images.name(i)), int(label)
 
