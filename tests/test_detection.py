@@ -283,7 +283,7 @@ def test_sigterm_leaves_a_run_that_resumes_to_the_same_detector(whole_epochs, tm
         time.sleep(0.01)
     process.terminate()
     errors = process.communicate()[1]
-    assert process.returncode == 0 and 'stopped by SIGTERM' in errors
+    assert process.returncode == 130 and 'stopped by SIGTERM' in errors
     checkpoint, = (out / 'checkpoints').iterdir()
     assert checkpoint.name in ('epoch-0000-step-000001.pt', 'epoch-0000-step-000002.pt')
     assert detect_script.main([*IN_STEPS, '--out', str(out), '--resume']) == 0

@@ -11,7 +11,7 @@ import torch
 from conftest import SAMPLE
 from matplotlib.figure import Figure
 
-from wrn_timm.train.finetune_loop import Predictions
+from wrn_timm.train.measure import Predictions
 from wrn_timm.train.report import draw_confusion
 from wrn_timm.train.run import plot_history
 

@@ -25,17 +25,22 @@ from safetensors.torch import load_file
 from timm.optim.muon import _COEFFICIENTS, resolve_ns_coefficients, zeropower_via_newtonschulz
 from torchvision.transforms.functional import gaussian_blur, resize
 
+from wrn_timm.card import check_golden, model_card
 from wrn_timm.data.on_device import DeviceLoader
 from wrn_timm.data.small_sets import load
-from wrn_timm.hub import check_golden, model_card
+from wrn_timm.recipes import RECIPES, get_recipe
+from wrn_timm.train import scratch
 from wrn_timm.train.machine import resolve_precision
-from wrn_timm.train.measure import classification_metrics
+from wrn_timm.train.measure import classification_metrics, evaluate, validate
 from wrn_timm.train.optimizers import Muon, create_optimizer
-from wrn_timm.train.recipes import RECIPES, get_recipe
 from wrn_timm.train.run import RunDir
-from wrn_timm.train.scratch import Learner, _climb, _schedule, evaluate, train
-from wrn_timm.train.validate import open_model, validate
-from wrn_timm.weights import sha256_of
+from wrn_timm.train.scratch import Learner, ScratchMachine, _climb, _schedule
+from wrn_timm.weights import open_model, sha256_of
+
+
+def train(recipe, data, out, half=False, **machine):
+    return scratch.train(recipe, data, out, half=half, machine=ScratchMachine(**machine))
+
 
 SMOKE = RECIPES['smoke']
 KILLED = dataclasses.replace(SMOKE, batch_size=8, holdout=0)
@@ -99,7 +104,7 @@ def test_another_run_is_not_written_over(run, tmp_path, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     recipe = dataclasses.replace(SMOKE, lr=1e30)
-    with pytest.raises(FloatingPointError, match='the loss is not finite at epoch 1'):
+    with pytest.raises(FloatingPointError, match='the loss is nan in epoch 1'):
         train(recipe, '', tmp_path / 'run')
     assert not list((tmp_path / 'run').glob('checkpoints/*'))
 
@@ -193,7 +198,7 @@ def test_validate_takes_a_smaller_batch_where_memory_is_short(run, monkeypatch, 
             tried.append(n)
             raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.')
 
-    monkeypatch.setattr('wrn_timm.train.validate.open_model', hungry)
+    monkeypatch.setattr('wrn_timm.train.measure.open_model', hungry)
     if most:
         assert validate(str(run), f'synthetic:{run}', batch_size=50) == expected and tried == [50, 25, 12, 6]
     else:
@@ -312,7 +317,7 @@ def test_signals_leave_a_run_that_resumes_to_the_same_weights(run, tmp_path, num
     process.send_signal(number)
     errors = process.communicate()[1]
     if number != signal.SIGKILL:
-        assert process.returncode == 0 and f'stopped by {signal.Signals(number).name}' in errors
+        assert process.returncode == 130 and f'stopped by {signal.Signals(number).name}' in errors
     done = subprocess.run(script(out, '--resume'), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert final_weights(out) == final_weights(run)

@@ -1,10 +1,10 @@
-"""Names of files and classes, which can be nearly any bytes, where they are shown: on a terminal, in a table."""
+"""What people are shown: names of files and classes, which can be nearly any bytes, and durations."""
 from __future__ import annotations
 
 import logging
 import re
 
-__all__ = ['as_cell', 'from_cell', 'is_utf8', 'printable', 'terminal_handler']
+__all__ = ['as_cell', 'duration', 'from_cell', 'is_utf8', 'printable', 'terminal_handler']
 
 # What a terminal obeys, turns the direction of a line or breaks it, and the bytes of a name that are not UTF-8.
 _UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
@@ -59,3 +59,11 @@ def _is_formula(text: str) -> bool:
         return False
     except ValueError:
         return text.startswith(_FORMULA)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as people say them."""
+    for limit, unit, name in ((90, 1, 'seconds'), (90 * 60, 60, 'minutes')):
+        if seconds < limit:
+            return '1 second' if round(seconds) == 1 else f'{seconds / unit:.0f} {name}'
+    return f'{seconds / 3600:.1f} hours'

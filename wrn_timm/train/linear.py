@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from .finetune_loop import Features
+from .measure import Features
 
 __all__ = ['LinearFit', 'Loss', 'fit_linear']
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ..data.folders import looks_like_image, read_rgb, walk_files
-from .machine import Precision, autocast, resolve_precision
-from .validate import eval_transform, open_model
+from ..recipes import Precision
+from ..weights import eval_transform, open_model
+from .machine import autocast, resolve_precision
 
 __all__ = ['Prediction', 'find_images', 'predict', 'predict_files']
 

@@ -22,10 +22,9 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from ..data.folders import ImageFiles
 from ..data.timm_sets import NamedImages
 from ..files import atomic_write
-from ..names import printable
-from .finetune_loop import Predictions
-from .recipes import finetune_command
-from .run import duration
+from ..names import duration, printable
+from ..recipes import finetune_command
+from .measure import Predictions
 
 __all__ = ['draw_confusion', 'draw_predictions', 'draw_wrong', 'grad_cam', 'write_report']
 

@@ -10,11 +10,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..data.splits import check_protocol
-from .machine import Precision
+from .data.splits import check_protocol
 
 __all__ = [
-    'RECIPES', 'FinetuneConfig', 'Recipe', 'check_numbers', 'finetune_command', 'get_recipe', 'settings_flags']
+    'RECIPES', 'FinetuneConfig', 'Precision', 'Recipe', 'check_numbers', 'finetune_command', 'get_recipe',
+    'settings_flags']
+
+Precision = Literal['auto', 'no', 'fp16', 'bf16']
 
 
 def check_numbers(settings: Mapping[str, Any], most: float = sys.float_info.max) -> None:
