@@ -137,7 +137,7 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_exported(tmp_path, mon
     monkeypatch.setattr(torch.optim.SGD, 'step', breaking)
     half = (len(load('synthetic', '', train=True)) - holdout) // 2
     recipe = dataclasses.replace(SMOKE, epochs=2, batch_size=half, holdout=holdout, ema_decay=0.)
-    with pytest.raises(FloatingPointError, match='finite after epoch 2.* are from before'):
+    with pytest.raises(FloatingPointError, match='epoch 2.* are from before'):
         train(recipe, '', tmp_path / 'run', checkpoint_every=0.)
     assert not (tmp_path / 'run' / 'weights').exists()
     monkeypatch.undo()
@@ -560,11 +560,11 @@ def test_sam_takes_batchnorm_statistics_once_a_step():
         torch.testing.assert_close(buffer, buffers[1][name], rtol=0, atol=0)
 
 
-def torchrun(*argv):
+def torchrun(*argv, stops=False):
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *map(str, argv)]
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode != 0) == stops, done.stderr[-3000:]
     return done
 
 
@@ -578,7 +578,7 @@ def test_torchrun_trains_stops_and_resumes(tmp_path):
     whole, out = tmp_path / 'whole', tmp_path / 'run'
     options = '--conv-drop-rate', '0.1', '--batch-size', '16'  # 24 steps an epoch, of which it stops after 20
     torchrun(*script(whole, *options)[1:])
-    stopped = torchrun(*script(out, *options, '--time-budget', '0', '--tracker', 'tensorboard')[1:])
+    stopped = torchrun(*script(out, *options, '--time-budget', '0', '--tracker', 'tensorboard')[1:], stops=True)
     assert 'stopped by the time budget after epoch 0, step 20' in stopped.stderr and not (out / 'weights').exists()
     torchrun(*script(out, *options, '--resume')[1:])
     history, expected = (list(csv.DictReader((p / 'history.csv').read_text().splitlines())) for p in (out, whole))

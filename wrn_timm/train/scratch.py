@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import time
@@ -55,7 +56,7 @@ class ScratchMachine(Machine):
 
     def __post_init__(self):
         super().__post_init__()
-        check_numbers({'checkpoint_every': self.checkpoint_every})
+        check_numbers({'checkpoint_every': self.checkpoint_every}, math.inf)
 
 
 @dataclasses.dataclass
