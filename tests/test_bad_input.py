@@ -145,7 +145,7 @@ def as_it_is(data):
     (no_csv, (), 'no file at'),
     (csv_with_another_class_to_test_on, (), 'classes in test and not in train: watch'),
     (as_it_is, ('--resume',), 'holds no run to resume'),
-    (as_it_is, ('--lr', '1e30', '--epochs', '2'), 'try a smaller --lr than 1e+30'),
+    (as_it_is, ('--lr', '1e30', '--epochs', '2'), 'Try a smaller learning rate (--lr)'),
 ])
 def test_what_cannot_be_trained(data, weights, tmp_path, capsys, prepare, argv, message):
     source = prepare(data) or data

@@ -265,7 +265,7 @@ def test_run_directory(run):
 
 def test_stopped_and_resumed_gives_the_same_detector(run, tmp_path, capsys):
     args = ['--data', f'bccd:{BCCD}', '--out', str(tmp_path / 'run'), '--epochs', '2', *SMALL]
-    assert detect_script.main([*args, '--time-budget', '0']) == 0
+    assert detect_script.main([*args, '--time-budget', '0']) == 130
     assert not (tmp_path / 'run' / 'weights').exists()
     assert detect_script.main(['--out', str(tmp_path / 'run'), '--draw', 'x.jpg']) == 1
     assert 'holds no detector' in capsys.readouterr().err

@@ -45,7 +45,7 @@ from wrn_timm.train.machine import Machine, accelerator_on, fast_bfloat16
 from wrn_timm.train.measure import Features, largest_batch, make_loader, predict, validate
 from wrn_timm.train.probe import extract_features, knn, probe
 from wrn_timm.train.report import grad_cam
-from wrn_timm.train.run import RunDir
+from wrn_timm.train.run import RunControl, RunDir
 from wrn_timm.train.transfer_results import read_transfer, record_transfer
 from wrn_timm.weights import eval_transform, export_weights, open_model, sha256_of
 
@@ -405,9 +405,10 @@ def test_a_run_without_its_best_epoch_says_which_it_exports(tmp_path, caplog):
     history = [{'epoch': 1, 'holdout_accuracy': 60.}, {'epoch': 2, 'holdout_accuracy': 50.}]
     fitted = Fitted(model, history, [])
     run.save({'epoch': 1, 'step': 0, 'history': history[:1], 'model': model.state_dict(), 'ema': None}, history[:1])
-    assert ft._export(model, model, fitted, run, {'tag': 'x'}, {}) == 1 and not caplog.text
+    job = SimpleNamespace(control=RunControl(run), model=model, config=FinetuneConfig(), cfg={'tag': 'x'})
+    assert ft._export(job, model, fitted) == 1 and not caplog.text
     (run.checkpoints / 'best.pt').unlink()
-    assert ft._export(model, model, fitted, run, {'tag': 'x'}, {}) == 2
+    assert ft._export(job, model, fitted) == 2
     assert 'the checkpoint of epoch 1, the best on held-out files, is lost; best/ holds epoch 2' in caplog.text
 
 
@@ -481,7 +482,7 @@ def test_no_path_of_this_machine_is_published(weights, photographs, hub, tmp_pat
 
 def test_a_run_that_failed_before_its_first_epoch_leaves_its_place_free(weights, photographs, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(ft, 'fit', lambda *args, **kwargs: 1 / 0)
+        m.setattr(ft.Finetuner, 'fit', lambda *args, **kwargs: 1 / 0)
         assert tune(photographs, weights, tmp_path / 'run', '--seed', '1') == 1
     assert (tmp_path / 'run' / 'recipe.json').is_file()
     assert tune(photographs, weights, tmp_path / 'run', '--epochs', '1') == 0
@@ -809,7 +810,7 @@ def test_a_stream_among_processes_is_refused_before_anything_is_written(tmp_path
         is_main_process=True, num_processes=2, local_main_process_first=contextlib.nullcontext)
     model = timm.create_model('wrn16_1')
     with pytest.raises(ValueError, match='wds/x is a stream, which is read in one process; start it without torchrun'):
-        ft._open_run(FinetuneConfig(), model, 'wds/x', tmp_path / 'run', accelerator, 'skip', False, False)
+        ft._open_run(FinetuneConfig(), model, 'wds/x', tmp_path / 'run', accelerator, Machine())
     assert not (tmp_path / 'run').exists()
 
 
