@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from timm.data import Mixup
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, random_seed
+from timm.utils import ModelEmaV3, distribute_bn, random_seed
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
+from ..data.augment import mixer
 from ..data.folders import some
 from ..names import duration
 from ..recipes import FinetuneConfig
@@ -157,9 +157,7 @@ class Finetuner:
             **({} if config.train == 'gradual' else fused(config.opt)))
         self.ema = ModelEmaV3(network, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self._unfreezing = _Unfreezing(network, config.train, config.epochs)
-        self._mix = Mixup(
-            config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=network.num_classes,
-        ) if config.mixup or config.cutmix else None
+        self._mix = mixer(config.mixup, config.cutmix, network.num_classes)
         self._state = _State()
         if machine.resume and (found := control.run.load_checkpoint()):
             self._load(found)
@@ -307,16 +305,14 @@ class Finetuner:
             class_weights: torch.Tensor | None,
     ) -> torch.Tensor:
         """The loss of a batch, after the step against it."""
-        if images.ndim == 4:
-            images = images.contiguous(memory_format=torch.channels_last)
-        targets, smoothing = labels, self.config.label_smoothing
-        if self._mix and len(images) > 1:
-            even = len(images) - len(images) % 2
-            images, targets = self._mix(images[:even], labels[:even])
-            smoothing = 0.  # the mixed targets have it
+        targets = labels
+        if self._mix:
+            images, targets = self._mix(images, labels)
+        images = images.contiguous(memory_format=torch.channels_last)
         with self.accelerator.accumulate(model):
             try:
-                loss = F.cross_entropy(model(images).float(), targets, class_weights, label_smoothing=smoothing)
+                loss = F.cross_entropy(model(images).float(), targets, class_weights,
+                                       label_smoothing=self.config.label_smoothing)
                 self.accelerator.backward(loss)
             except RuntimeError as e:
                 if not out_of_memory(e):
@@ -330,6 +326,8 @@ class Finetuner:
 
     def _measure(self, holdout: Dataset | None) -> dict[str, float]:
         """What the history says of the held-out files."""
+        if self.accelerator.num_processes > 1:  # each process has statistics of its share of the batches
+            distribute_bn(self.averaged, self.accelerator.num_processes, reduce=True)
         if holdout is None:
             return {}
         with self.accelerator.autocast():

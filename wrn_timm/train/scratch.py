@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.transforms import v2
 from tqdm import tqdm
 
-from ..data.augment import AutoAugment, RandAugment, TrivialAugment
+from ..data.augment import AutoAugment, RandAugment, TrivialAugment, mixer
 from ..data.on_device import DeviceLoader
 from ..data.small_sets import ImageArrays, load
 from ..files import atomic_write
@@ -120,7 +119,7 @@ class Learner:
         self.optimizer = create_optimizer(model, recipe)
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.scheduler = _schedule(recipe, self.optimizer, steps)
-        self._mix = _mixer(recipe, model.num_classes)
+        self._mix = mixer(recipe.mixup, recipe.cutmix, model.num_classes)
         self._parameters, self._buffers = list(model.parameters()), list(model.buffers())
         self._forward, rank = model, 0
         if dist.is_initialized():
@@ -202,12 +201,6 @@ def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> S
         warmup_epochs=recipe.warmup_epochs, warmup_prefix=not stepwise, warmup_lr=recipe.lr / 100, step_on_epochs=False,
         updates_per_epoch=steps)
     return scheduler
-
-
-def _mixer(recipe: Recipe, classes: int) -> Callable | None:
-    kinds = [kind(alpha=alpha, num_classes=classes)
-             for kind, alpha in ((v2.MixUp, recipe.mixup), (v2.CutMix, recipe.cutmix)) if alpha]
-    return v2.RandomChoice(kinds) if kinds else None
 
 
 @torch.no_grad()
@@ -467,6 +460,8 @@ class _Loop:
         progress.end_epoch(self.learner.optimizer.param_groups[0]['lr'], size, self.steps, self.recipe.batch_size,
                            self.loader.world_size)
         row = progress.history[-1]
+        if self.loader.world_size > 1:  # each process has statistics of its share of the batches
+            distribute_bn(self.learner.averaged, self.loader.world_size, reduce=True)
         if self.held_out:
             measured = evaluate(self.learner.averaged, self.held_out, self.device, self.learner.precision)
             self.control.check_finite(measured['loss'], 'the loss on held-out images', progress.epoch)
