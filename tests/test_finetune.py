@@ -268,7 +268,7 @@ def test_what_is_about_to_happen_and_how_long_it_takes_is_said(weights, photogra
     ft.finetune(FinetuneConfig(model=weights, epochs=4, batch_size=3), photographs, tmp_path / 'run',
                 Machine(progress=False))
     text = caplog.text
-    assert 'wrn16_1.test at 32 px on cpu: 4 epochs, 3 files a step' in text
+    assert 'wrn16_1.test at 32 px on cpu: 4 epochs, batch size 3' in text
     assert 'only 3 files are held out, too few to choose the epoch by (each is 33.3 points)' in text
     assert text.index('4 epochs, 3 files') < text.index('seconds to go') < text.index('epoch  1/4')
     assert text.count('to go, besides') == 1

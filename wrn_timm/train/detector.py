@@ -59,15 +59,15 @@ class DetectConfig:
     anchor_scale: float = 8.
     """Side of a level's anchors, in strides of the level."""
     rois: int = 512
-    """Regions an image that the second stage of Faster R-CNN learns from."""
+    """Regions per image that the second stage of Faster R-CNN is trained on."""
     image_size: int = 640
-    """Longer side that photographs are resized to, in pixels."""
+    """Longer side to which photographs are resized, in pixels."""
     epochs: int = 40
     """Passes over the training images."""
     batch_size: int = 8
-    """Images a step."""
+    """Images per step."""
     opt: str = 'adamw'
-    """timm name of the optimiser."""
+    """timm name of the optimizer."""
     lr: float = 5e-4
     """Peak learning rate."""
     weight_decay: float = 0.05

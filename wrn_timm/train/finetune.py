@@ -56,7 +56,7 @@ _logger = logging.getLogger(__name__)
 
 _FAR_LARGER = 8  # times the input, from which a photograph loses most of what it shows
 _FOR_PHOTOGRAPHS = 'wrn18_1.a1_in1k'
-_LEAST_STEPS = 20  # an epoch, below which a batch size that is found serves nobody
+_LEAST_STEPS = 20  # per epoch, with a batch size that is found
 
 
 def finetune(
@@ -240,7 +240,7 @@ def _train_with_room(job: _Job) -> tuple[torch.nn.Module, Fitted]:
     while True:
         try:
             return _train(job)
-        except BatchTooLarge as e:  # the optimiser and the averaged weights take their share too
+        except BatchTooLarge as e:  # the optimizer and the averaged weights take their share too
             if not (find and e.fits) or job.accelerator.num_processes > 1:
                 raise
             smaller = e.fits
@@ -258,8 +258,8 @@ def _announce(job: _Job) -> None:
     _logger.info('%d classes, %d files to train on, %d held out, %d to test on', len(split.train.classes),
                  len(split.train), held_out, len(split.test))
     _logger.info('%s at %d px on %s: %s', config.model, job.size, job.accelerator.device,
-                 'its features once, and a classifier fitted to them' if config.cached else
-                 f'{config.epochs} epochs, {min(config.batch_size, len(split.train))} files a step')
+                 'a classifier is fitted to its features' if config.cached else
+                 f'{config.epochs} epochs, batch size {min(config.batch_size, len(split.train))}')
     if advice := size_advice(job.model, job.size, job.found.get('side', 0)):
         _logger.warning('%s', advice)
     if not config.cached and 0 < held_out < ENOUGH_TO_CHOOSE:
@@ -489,7 +489,7 @@ def _find_batch_size(
         accelerator: Accelerator,
         most: int,
 ) -> int:
-    """Images a step, at most `most` a process, that the memory of every process has room for."""
+    """The largest batch size, over all processes, that fits their memory; at most `most` images per process."""
     before = copy.deepcopy(model.state_dict())  # the trial moves BatchNorm's statistics
 
     def step(n: int) -> None:

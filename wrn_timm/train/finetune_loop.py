@@ -49,7 +49,7 @@ class Fitted:
 
     Attributes:
         network: The last epoch's weights, averaged ones where they are asked for.
-        history: A line an epoch, or a penalty of the classifier on cached features.
+        history: A row per epoch, or per penalty of the classifier on cached features.
         bad: Why files could not be read while training went on.
         stopped: Why it ended before the last epoch; '' if it did not.
         earlier: Seconds of it that a run it goes on with took.

@@ -111,5 +111,5 @@ def accelerator_on(device: str, precision: Precision = 'no', **kwargs: Any) -> A
 
 
 def fused(opt: str) -> dict[str, bool]:
-    """The option of timm's `create_optimizer_v2` that updates in one pass over memory, where this optimiser has it."""
+    """The option of timm's `create_optimizer_v2` that updates in one pass over memory, where this optimizer has it."""
     return {'fused': True} if opt in _FUSED else {}

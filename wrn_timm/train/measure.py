@@ -282,7 +282,7 @@ def validate(
 ) -> dict[str, Any]:
     """Measure a pretrained model, reloaded from disk through `timm.create_model`, on a test set.
 
-    Every published number is made here.
+    Every published figure is measured here.
 
     Args:
         name: timm name or weights folder.

@@ -1,4 +1,4 @@
-"""The optimiser of a recipe."""
+"""The optimizer of a recipe."""
 from __future__ import annotations
 
 import functools

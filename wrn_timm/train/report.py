@@ -116,7 +116,7 @@ def draw_wrong(
     """Draw the wrong answers given with most confidence, each beside where the network looked for them.
 
     Returns:
-        A row a photograph: `file`, `predicted`, `confidence` in %, `true`; the most confident first.
+        A row per photograph: `file`, `predicted`, `confidence` in %, `true`; the most confident first.
     """
     confidence, predicted = result.logits.softmax(1).max(1)
     wrong = (predicted != result.labels).nonzero()[:, 0]

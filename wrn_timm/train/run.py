@@ -1,7 +1,7 @@
 """A run directory: what a training run leaves, written so that nothing already made is lost.
 
     recipe.json     the resolved recipe, seed, versions and commit
-    history.csv     a line an epoch
+    history.csv     a row per epoch
     curves.png      loss, accuracy and learning rate
     train.log       what was printed, with the time
     checkpoints/    the last two, and the best on the held-out images where there are any
@@ -254,7 +254,7 @@ class RunDir:
 
         Args:
             state: Tensors, numbers and their containers, with `epoch` and `step`; read back by `load_checkpoint`.
-            history: A line an epoch so far; where it has `holdout_accuracy`, the best is kept as `best.pt`.
+            history: A row per epoch so far; where it has `holdout_accuracy`, the best is kept as `best.pt`.
             draw: Whether to draw `curves.png`, which can take longer than a short epoch.
 
         Raises:

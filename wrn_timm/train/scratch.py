@@ -87,14 +87,14 @@ class _Progress:
 
 
 class Learner:
-    """A network with its optimiser, schedule and averaged weights, as a recipe has them.
+    """A network with its optimizer, schedule and averaged weights, as a recipe has them.
 
     In a process group the network is data parallel.
 
     Args:
         model: On its device; trained in place.
         recipe: How.
-        steps: Optimiser steps an epoch.
+        steps: Optimizer steps per epoch.
         seed: Of dropout and mixing, together with the step and the process: a resumed run draws the same.
         compile: Compile the network; the first step at each image size then takes a minute or so.
         precision: 'bf16', 'no' (float32), or 'auto': bfloat16 on GPUs and CPUs that are faster in it.
@@ -137,7 +137,7 @@ class Learner:
         return self.ema.module if self.ema else self.model
 
     def step(self, number: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Take optimiser step `number` of the run; returns (2,): mean loss and share of hits, without waiting."""
+        """Take optimizer step `number` of the run; returns (2,): mean loss and share of hits, without waiting."""
         self.scheduler.step_update(number)
         torch.manual_seed(self._seed * 1_000_003 + number)
         targets = labels
@@ -337,7 +337,7 @@ def train(
         loop = _Loop(learner, loader, held_out, control, tracker)
         if machine.resume and (saved := run.load_checkpoint()):
             loop.load_state_dict(saved)
-            del saved  # as large as the network, the optimiser and the average together
+            del saved  # as large as the network, the optimizer and the average together
         run.log('%s on %s, precision %s, %d process(es), from epoch %d, step %d', recipe.model, device,
                 learner.precision, world, loop.progress.epoch, loop.progress.step)
         run.log(', '.join(f'{k} {v}' for k, v in environment(device).items()))
