@@ -209,8 +209,8 @@ class FinetuneConfig:
     patience: int = 0
     """Stop after this many epochs without a better held-out accuracy; 0 never stops early."""
     precision: Precision = 'auto'
-    """Precision of training. 'auto' is bf16 on GPUs and CPUs that are faster in it, else fp16 on GPUs and float32 ('no')
-    on CPUs. Test figures are always computed in float32."""
+    """Precision of training. 'auto' is bf16 on GPUs and CPUs that are faster in it, else fp16 on GPUs and float32
+    ('no') on CPUs. Test figures are always computed in float32."""
     seed: int = 0
     """Seed of the split, the order, the crops and the new classifier."""
 

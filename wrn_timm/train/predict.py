@@ -62,7 +62,7 @@ def predict(
         kwargs: Of `predict_files`.
 
     Returns:
-        One per file, in the order of `images`. A file that cannot be read does not stop the others; its `error` says why.
+        One per file, in the order of `images`. The `error` of a file that cannot be read says why.
 
     Raises:
         ValueError: `top_k` is below 1, or what `find_images` raises.
