@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 from huggingface_hub import EvalResult, ModelCardData
@@ -52,17 +53,9 @@ _LIMITS = {
     'cifar100': f'CIFAR-100 has a hundred classes at 32x32 pixels, {_TINY_IMAGES}; its classes baby, boy, girl, man '
                 f'and woman carry the biases of that collection.',
 }
-
-_OUTSIDE = 'The network says nothing reliable of pictures of other things, or of another kind, until it is fine-tuned.'
-_CITATION = '''@inproceedings{zagoruyko2016wide,
-  title={Wide Residual Networks},
-  author={Zagoruyko, Sergey and Komodakis, Nikos},
-  booktitle={British Machine Vision Conference},
-  year={2016}
-}'''
-
-_NO_LICENCE = 'license:  # for the owner to fill in: apache-2.0, cc-by-4.0 or another identifier of the Hub'
-
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader('wrn_timm'), autoescape=True, keep_trailing_newline=True, trim_blocks=True,
+    undefined=jinja2.StrictUndefined)
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
 
 
@@ -194,63 +187,19 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
                 dataset_split=_part(metrics), metric_type='accuracy', metric_name='Top-1 accuracy',
                 metric_value=metrics['top1']),
         ])
-    header = data.to_yaml() if licence else f'{_NO_LICENCE}\n{data.to_yaml()}'
-    recipe = '\n'.join(f'| {k} | {v} |' for k, v in settings.items())
     limits = _LIMITS.get(dataset) if title != dataset else None
-    limits = limits or (f"It knows the {config['num_classes']} classes of {title}, as the images of that set show "
-                        f'them, with whatever bias they were gathered with.')
-    network, trained, usage, citation = arch, 'trained', name, f'```\n{_CITATION}\n```'
+    network, trained, usage = arch, 'trained', name
     if wide:
         network = (f"{arch.replace('wrn', 'WRN-').replace('_', '-')} ([Wide Residual Networks]"
                    f'(https://arxiv.org/abs/1605.07146))')
     if tuned:
         begun = 'fine-tuned from' if settings['pretrained'] else 'trained from random weights, with the settings of'
         trained, usage = f"{begun} `{settings['model']}`", 'local-dir:RUN/best'
-    if not wide:
-        citation = f"The paper of `{settings['model']}`, as timm names it."
-    return f"""---
-{header}
----
-# {name}
-
-{network} {trained} \
-on {title}, for [timm](https://github.com/huggingface/pytorch-image-models) through `wrn_timm`.
-
-```python
-import wrn_timm
-import timm
-from PIL import Image
-
-model = timm.create_model("{usage}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-logits = model(transform(Image.open("photo.jpg").convert("RGB"))[None])
-```
-
-## Accuracy
-{_accuracy(name, metrics, run)}
-
-Preprocessing: RGB, {size}x{size}, scaled to 0..1, mean {tuple(cfg['mean'])}, std {tuple(cfg['std'])}. `{GOLDEN_FILE}` \
-holds inputs, cut from photographs of Caltech 101 (CC BY 4.0), and the logits that these weights give for them.
-
-## Training
-{_training(folder, metrics, run)}
-
-```
-{_command(run)}
-```
-
-![curves](curves.png)
-
-| field | value |
-|---|---|
-{recipe}
-
-## Limits
-{limits} {_OUTSIDE}
-
-## Citation
-{citation}
-"""
+    return _TEMPLATES.get_template('card.md').render(
+        header=data.to_yaml(), licence=licence, name=name, network=network, trained=trained, title=title, usage=usage,
+        accuracy=_accuracy(name, metrics, run), size=size, mean=tuple(cfg['mean']), std=tuple(cfg['std']),
+        golden=GOLDEN_FILE, training=_training(folder, metrics, run), command=_command(run), settings=settings,
+        limits=limits, num_classes=config['num_classes'], wide=wide)
 
 
 def _golden_photographs() -> list[str]:
