@@ -47,16 +47,16 @@ from wrn_timm.checkpoints import convert_state_dict, fit_to_model
 from wrn_timm.command import reports_errors
 from wrn_timm.data.augment import AutoAugment, RandAugment, TrivialAugment
 from wrn_timm.data.on_device import DeviceLoader
-from wrn_timm.data.small_sets import ImageArrays, load, parse_spec
+from wrn_timm.data.small_sets import ImageArrays, load, normalise, parse_spec
 from wrn_timm.export import OnnxModel, OptimizedModel, alternate, inference_forms, to_onnx
+from wrn_timm.recipes import FinetuneConfig, Recipe
 from wrn_timm.train import finetune as tuning
-from wrn_timm.train.finetune_loop import fit, make_loader
-from wrn_timm.train.machine import fast_bfloat16
-from wrn_timm.train.recipes import FinetuneConfig, Recipe
-from wrn_timm.train.run import RunDir, environment, export_weights
+from wrn_timm.train.finetune_loop import Finetuner
+from wrn_timm.train.machine import Machine, fast_bfloat16
+from wrn_timm.train.measure import make_loader
+from wrn_timm.train.run import RunControl, RunDir, environment
 from wrn_timm.train.scratch import Learner, create_model
-from wrn_timm.train.validate import open_model
-from wrn_timm.weights import WEIGHTS_FILE
+from wrn_timm.weights import WEIGHTS_FILE, export_weights, open_model
 from wrn_timm.wrn import WideResNet
 
 SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
@@ -347,8 +347,7 @@ def int8(command: Command) -> Iterator[Case]:
     model, (dataset, root) = open_model(name), parse_spec(command.data)
 
     def normalised(part: ImageArrays) -> torch.Tensor:
-        mean, std = (torch.tensor(model.pretrained_cfg[k])[:, None, None] for k in ('mean', 'std'))
-        return (part.images.float() / 255 - mean) / std
+        return normalise(part.images, model.pretrained_cfg['mean'], model.pretrained_cfg['std'])
 
     class Reader(CalibrationDataReader):
         def __init__(self, images: torch.Tensor):
@@ -629,8 +628,8 @@ def head(command: Command) -> Iterator[Case]:
     with tempfile.TemporaryDirectory() as folder:
         for name, cache in (('backbone every epoch', False), ('features cached', True)):
             config = dataclasses.replace(command.config, train='head', cache=cache, augment=False)
-            metrics = tuning.finetune(config, command.data or SAMPLE, Path(folder) / name, command.device,
-                                      command.workers, command.image_memory, progress=False)
+            metrics = tuning.finetune(config, command.data or SAMPLE, Path(folder) / name, Machine(
+                command.device, command.workers, command.image_memory, progress=False))
             rows.append({'name': name, 'seconds': metrics['train_seconds'], 'accuracy': metrics['mean_per_class']})
     for row in rows:
         row |= {'ratio': rows[0]['seconds'] / row['seconds'], 'points': row['accuracy'] - rows[0]['accuracy']}
@@ -662,8 +661,9 @@ def finetune(command: Command) -> Iterator[Case]:
 
     def fit_all(dataset: Any, workers: int) -> float:
         with tempfile.TemporaryDirectory() as folder:
-            fitted = fit(model, dataset, None, config, RunDir(Path(folder) / 'run', {}), accelerator, config.train,
-                         workers=workers, progress=False)
+            control = RunControl(RunDir(Path(folder) / 'run', {}))
+            machine = Machine(command.device, workers, progress=False)
+            fitted = Finetuner(model, config, accelerator, control, machine).fit(dataset)
         return 1 / fitted.history[-1]['images_per_second']
 
     runs = {'loader and steps': lambda: fit_all(files, command.workers), 'loader alone': load_all,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -38,12 +39,13 @@ from wrn_timm.command import reports_errors
 from wrn_timm.data.folders import ImageFiles, examine, list_folder
 from wrn_timm.data.splits import data_name, list_source, make_split
 from wrn_timm.files import atomic_write
+from wrn_timm.recipes import FinetuneConfig
 from wrn_timm.train.finetune import finetune
+from wrn_timm.train.machine import Machine
 from wrn_timm.train.measure import classification_metrics, predict_logits
 from wrn_timm.train.probe import summarise
-from wrn_timm.train.recipes import FinetuneConfig
 from wrn_timm.train.run import environment
-from wrn_timm.train.validate import eval_transform, open_model
+from wrn_timm.weights import eval_transform, open_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -82,13 +84,13 @@ Predict = Callable[[ImageFiles], torch.Tensor]  # logits (N, classes) of photogr
 
 def reading(model: nn.Module, transform: Any) -> Predict:
     """What a network says of photographs prepared by `transform`."""
-    return lambda files: predict_logits(model, DataLoader(files.as_dataset(transform), 64))[0]
+    return lambda files: predict_logits(model, functools.partial(DataLoader, files.as_dataset(transform)))[0]
 
 
 def with_wrn_timm(command: Command, data: Path, out: Path, seed: int) -> Predict:
     config = FinetuneConfig(model=command.model, input_size=command.input_size, epochs=command.epochs,
                             batch_size=command.batch_size, seed=seed)
-    finetune(config, data, out, progress=False)
+    finetune(config, data, out, Machine(progress=False))
     model = open_model(str(out / 'best'))
     return reading(model, eval_transform(model))
 

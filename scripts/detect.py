@@ -22,6 +22,7 @@ import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.command import TRACEBACK_HELP, reports_errors
 from wrn_timm.names import printable, terminal_handler
 from wrn_timm.train.detector import DetectConfig, detect, draw, load_detector
+from wrn_timm.train.machine import Machine
 from wrn_timm.train.run import holds_checkpoint
 
 
@@ -54,10 +55,13 @@ def main(argv: Sequence[str]) -> int:
         if kind not in ('bccd', 'voc') or not root:
             parser.error(f'--data {args.data} is not bccd:DIR or voc:DIR')
         config = tyro.cli(DetectConfig, args=overrides, prog='detect.py ...')
-        metrics = detect(config, root, args.out, args.device, args.workers, args.on_bad, args.time_budget, args.resume)
+        metrics = detect(config, root, args.out, Machine(
+            args.device, args.workers, on_bad=args.on_bad, time_budget=args.time_budget, resume=args.resume))
     except KeyboardInterrupt:
         print('stopped; go on with --resume' if holds_checkpoint(args.out) else 'stopped before anything was saved; to '
               'begin again, run the same command', file=sys.stderr)
+        return 130
+    if not metrics:
         return 130
     if metrics:
         print(f"mAP@0.5 {metrics['map_50']:.1f} %, mAP@0.5:0.95 {metrics['map']:.1f} % on {metrics['images']} "

@@ -17,7 +17,7 @@ import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.command import TRACEBACK_HELP, reports_errors
 from wrn_timm.export import EXPORTERS, run_exported
 from wrn_timm.names import printable
-from wrn_timm.train.validate import open_model
+from wrn_timm.weights import open_model
 
 TOLERANCE = 1e-4  # of the largest logit; other kernels add in another order
 

@@ -34,11 +34,11 @@ import tyro
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.command import reports_errors
 from wrn_timm.files import atomic_write
-from wrn_timm.hub import finish_weights_folder
 from wrn_timm.names import printable, terminal_handler
+from wrn_timm.recipes import FinetuneConfig
 from wrn_timm.train.finetune import finetune_seeds
+from wrn_timm.train.machine import Machine
 from wrn_timm.train.probe import probe
-from wrn_timm.train.recipes import FinetuneConfig
 from wrn_timm.train.run import check_place, config_of, holds_checkpoint
 from wrn_timm.train.transfer_results import record_transfer, transfer_folder
 
@@ -131,11 +131,12 @@ def defaults(argv: Sequence[str]) -> Command:
     return Command(config_of(recipe, 'finetune', FinetuneConfig))
 
 
-def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
+def run(command: Command) -> dict[str, Any] | list[dict[str, Any]] | None:
     """Do what the command says, and return its figures."""
     config, text = command.config, command.messages == 'text'
-    common = dict(device=command.device, workers=command.workers, on_bad=command.on_bad, download=command.download,
-                  progress=None if text else False)
+    machine = Machine(
+        command.device, command.workers, command.image_memory, command.on_bad, command.download, command.resume,
+        command.time_budget, None if text else False)
 
     def emit(row: dict[str, Any]) -> None:
         if command.messages == 'json':
@@ -144,8 +145,6 @@ def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
     main = os.environ.get('RANK', '0') == '0'
     if command.probe and os.environ.get('WORLD_SIZE', '1') != '1':
         raise ValueError('--probe runs in one process; start it without torchrun')
-    if command.workers < 0:
-        raise ValueError(f'workers is {command.workers}; it must be at least 0')
     if command.record:
         for name in command.probe or [config.model]:
             if name != 'all':
@@ -163,18 +162,14 @@ def run(command: Command) -> dict[str, Any] | list[dict[str, Any]]:
             emit(row)
             write(kept.values())
 
-        rows = probe(command.probe, command.data, config, command.seeds, command.record, on_row=keep, **common)
+        rows = probe(command.probe, command.data, config, command.seeds, command.record, machine, keep)
         write(rows)
         for row in rows if command.record else ():
             record_transfer(row['weights'], [row])
         return rows
-    common |= dict(image_memory=command.image_memory, resume=command.resume, time_budget=command.time_budget,
-                   on_epoch=emit)
-    result = finetune_seeds(config, command.data, command.out, command.seeds, **common)
-    if main:
-        for folder in sorted(Path(command.out).glob('seed-*/best' if command.seeds > 1 else 'best')):
-            metrics = json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
-            finish_weights_folder(folder, metrics, SAMPLE)
+    result = finetune_seeds(config, command.data, command.out, command.seeds, machine, emit)
+    if result is None:
+        return None
     if command.record and main:
         record_transfer(config.model, [{k: v for k, v in result.items() if k != 'runs'}])
     return result if command.seeds > 1 else result['runs'][0]
@@ -248,6 +243,8 @@ def main(argv: Sequence[str]) -> int:
         saved = holds_checkpoint(command.out) and not command.probe
         print('stopped; go on with --resume' if saved else 'stopped before anything was saved; to begin again, run the '
               'same command', file=sys.stderr)
+        return 130
+    if result is None:
         return 130
     if main_process and command.messages == 'json' and isinstance(result, dict):
         print(json.dumps(result), flush=True)

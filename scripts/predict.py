@@ -20,7 +20,7 @@ import torch
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.command import TRACEBACK_HELP, reports_errors
 from wrn_timm.names import as_cell, printable
-from wrn_timm.train.machine import Precision
+from wrn_timm.recipes import Precision
 from wrn_timm.train.predict import find_images, predict_files
 
 DEFAULT = 'wrn16_1.cifar10'

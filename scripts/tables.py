@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from wrn_timm.hub import PAPER_ERROR
+from wrn_timm.card import PAPER_ERROR
 from wrn_timm.train.transfer_results import read_transfer
 from wrn_timm.weights import WEIGHTS_FILE, more_accurate, published
 from wrn_timm.wrn import VARIANTS

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,8 +20,8 @@ import tyro
 import wrn_timm  # noqa: F401  (registers the models)
 from wrn_timm.command import TRACEBACK_HELP, reports_errors
 from wrn_timm.names import printable
-from wrn_timm.train.recipes import RECIPES, Recipe, get_recipe
-from wrn_timm.train.scratch import train
+from wrn_timm.recipes import RECIPES, Recipe, get_recipe
+from wrn_timm.train.scratch import ScratchMachine, train
 
 
 @reports_errors
@@ -50,12 +51,13 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger('timm').setLevel(logging.WARNING)
     recipe = tyro.cli(Recipe, default=get_recipe(args.recipe), args=overrides, prog='train.py --recipe ...')
     folder = train(
-        recipe, args.data, args.out, device=args.device, seed=args.seed, time_budget=args.time_budget,
-        checkpoint_every=args.checkpoint_every, resume=args.resume, download=args.download,
-        compile=args.compile, grad_checkpointing=args.grad_checkpointing, half=args.half, tracker=args.tracker,
-        precision=args.precision)
-    if folder:
-        print(f'weights: {printable(folder)}')
+        recipe, args.data, args.out, args.seed, args.half, ScratchMachine(
+            device=args.device, time_budget=args.time_budget, checkpoint_every=args.checkpoint_every,
+            resume=args.resume, download=args.download, compile=args.compile,
+            grad_checkpointing=args.grad_checkpointing, tracker=args.tracker, precision=args.precision))
+    if not folder:
+        return 0 if os.environ.get('RANK', '0') != '0' else 130
+    print(f'weights: {printable(folder)}')
     return 0
 
 

@@ -17,12 +17,12 @@ from typing import get_args
 import torch
 
 import wrn_timm  # noqa: F401  (registers the models)
+from wrn_timm.card import check_run_records, finish_weights_folder
 from wrn_timm.command import TRACEBACK_HELP, reports_errors
-from wrn_timm.hub import check_run_records, finish_weights_folder
-from wrn_timm.train.machine import Precision
-from wrn_timm.train.validate import validate, weights_folder
-
-SAMPLE = Path(__file__).resolve().parents[1] / 'tests' / 'data' / 'caltech101_sample'
+from wrn_timm.recipes import Precision
+from wrn_timm.train.machine import Machine
+from wrn_timm.train.measure import validate
+from wrn_timm.weights import weights_folder
 
 
 @reports_errors
@@ -51,11 +51,11 @@ def main(argv: Sequence[str]) -> int:
     if args.write:
         check_run_records(weights_folder(args.model))  # before minutes are spent
     metrics = validate(
-        args.model, args.data, args.batch_size, args.device, args.workers, args.download, args.corruptions,
-        args.split, args.precision or ('no' if args.write else 'auto'))
+        args.model, args.data, Machine(args.device, args.workers, download=args.download), args.batch_size,
+        args.corruptions, args.split, args.precision or ('no' if args.write else 'auto'))
     print(json.dumps(metrics, indent=2))
     if args.write:
-        finish_weights_folder(weights_folder(args.model), metrics, SAMPLE)
+        finish_weights_folder(weights_folder(args.model), metrics)
     return 0
 
 

@@ -39,7 +39,7 @@ def weights(tmp_path_factory):
     import timm
 
     import wrn_timm  # noqa: F401
-    from wrn_timm.train.run import export_weights
+    from wrn_timm.weights import export_weights
     folder = tmp_path_factory.mktemp('weights') / 'wrn16_1.test'
     torch.manual_seed(0)
     export_weights(timm.create_model('wrn16_1'), folder, {'tag': 'test'})

@@ -12,10 +12,11 @@ import pytest
 from conftest import ROOT, SAMPLE
 from PIL import Image
 
+from wrn_timm.recipes import FinetuneConfig
 from wrn_timm.train.finetune import _settings, finetune, prepare_split
-from wrn_timm.train.recipes import FinetuneConfig
+from wrn_timm.train.machine import Machine
 from wrn_timm.train.run import RunDir, check_place
-from wrn_timm.train.validate import open_model
+from wrn_timm.weights import open_model
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def as_it_is(data):
     (no_csv, (), 'no file at'),
     (csv_with_another_class_to_test_on, (), 'classes in test but not in train: watch'),
     (as_it_is, ('--resume',), 'holds no run to resume'),
-    (as_it_is, ('--lr', '1e30', '--epochs', '2'), 'try a smaller --lr than 1e+30'),
+    (as_it_is, ('--lr', '1e30', '--epochs', '2'), 'Try a smaller learning rate (--lr)'),
 ])
 def test_what_cannot_be_trained(data, weights, tmp_path, capsys, prepare, argv, message):
     source = prepare(data) or data
@@ -211,7 +212,7 @@ def test_what_is_left_out_and_named(data, prepare):
     assert any(line.startswith('left out, ') and message in line for line in found['summary'])
     if prepare != looping_link:
         with pytest.raises(ValueError, match='files cannot be read'):
-            prepare_split(FinetuneConfig(), data, on_bad='fail')
+            prepare_split(FinetuneConfig(), data, Machine(on_bad='fail'))
 
 
 def test_a_run_with_all_of_these(data, weights, tmp_path):
@@ -266,10 +267,10 @@ def test_files_removed_while_training_runs(data, weights, tmp_path, on_bad):
     config = FinetuneConfig(model=weights, input_size=32, epochs=4, batch_size=4)
     if on_bad == 'fail':
         with pytest.raises(ValueError, match='does not exist'):
-            finetune(config, data, tmp_path / 'run', image_memory=0, on_bad=on_bad, on_epoch=remove)
+            finetune(config, data, tmp_path / 'run', Machine(image_memory=0, on_bad=on_bad), remove)
         assert list((tmp_path / 'run' / 'checkpoints').glob('epoch-*.pt'))
     else:
-        metrics = finetune(config, data, tmp_path / 'run', image_memory=0, on_bad=on_bad, on_epoch=remove)
+        metrics = finetune(config, data, tmp_path / 'run', Machine(image_memory=0, on_bad=on_bad), remove)
         assert metrics['skipped'] == [f'{path} does not exist' for _, path in removed] and metrics['images'] == 3
 
 

@@ -11,7 +11,7 @@ from conftest import ROOT, SAMPLE
 
 import wrn_timm  # noqa: F401
 from wrn_timm.command import reports_errors
-from wrn_timm.train.run import export_weights
+from wrn_timm.weights import export_weights
 
 COMMANDS = {
     'benchmark': ('start', '--models', 'wrn16_1'),

@@ -10,11 +10,12 @@ from test_detection import BCCD
 
 import wrn_timm  # noqa: F401
 from wrn_timm.export import optimize
+from wrn_timm.recipes import RECIPES, FinetuneConfig
 from wrn_timm.train.detector import DetectConfig, detect
 from wrn_timm.train.finetune import finetune
-from wrn_timm.train.recipes import RECIPES, FinetuneConfig
-from wrn_timm.train.scratch import train
-from wrn_timm.train.validate import validate
+from wrn_timm.train.machine import Machine
+from wrn_timm.train.measure import validate
+from wrn_timm.train.scratch import ScratchMachine, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 
@@ -25,20 +26,21 @@ EVERYTHING = dataclasses.replace(
 
 @pytest.mark.parametrize('compile', [True, False])
 def test_training_learns_stops_resumes_and_is_measured_alike(tmp_path, compile):
-    assert train(SMOKE, '', tmp_path, 'cuda', time_budget=0, compile=compile) is None
-    folder = train(SMOKE, '', tmp_path, 'cuda', resume=True, compile=compile)
+    assert train(SMOKE, '', tmp_path, machine=ScratchMachine('cuda', time_budget=0, compile=compile)) is None
+    folder = train(SMOKE, '', tmp_path, machine=ScratchMachine('cuda', resume=True, compile=compile))
     recipe = json.loads((tmp_path / 'recipe.json').read_text())
     assert recipe['environment']['hardware'] == torch.cuda.get_device_name()
-    on_cpu, on_gpu = (validate(str(folder), 'synthetic', device=d) for d in ('cpu', 'cuda'))
+    on_cpu, on_gpu = (validate(str(folder), 'synthetic', Machine(d)) for d in ('cpu', 'cuda'))
     assert on_gpu['top1'] == pytest.approx(on_cpu['top1'], abs=0.5)
     assert on_gpu['ece'] == pytest.approx(on_cpu['ece'], abs=0.5)
 
 
 def test_every_part_of_a_recipe_runs_there_compiled(tmp_path):
-    assert train(EVERYTHING, '', tmp_path / 'a', 'cuda')
-    assert train(dataclasses.replace(SMOKE, epochs=1, sam_rho=.05, rand_augment=2), '', tmp_path / 'b', 'cuda')
-    assert train(dataclasses.replace(SMOKE, epochs=1, auto_augment=True), '', tmp_path / 'c', 'cuda',
-                 grad_checkpointing=True, half=True)
+    assert train(EVERYTHING, '', tmp_path / 'a', machine=ScratchMachine('cuda'))
+    assert train(dataclasses.replace(SMOKE, epochs=1, sam_rho=.05, rand_augment=2), '', tmp_path / 'b',
+                 machine=ScratchMachine('cuda'))
+    assert train(dataclasses.replace(SMOKE, epochs=1, auto_augment=True), '', tmp_path / 'c', half=True,
+                 machine=ScratchMachine('cuda', grad_checkpointing=True))
 
 
 def test_optimised_forms_give_the_logits_of_the_cpu():
@@ -56,11 +58,11 @@ def test_optimised_forms_give_the_logits_of_the_cpu():
 @pytest.mark.parametrize('way', ['head', 'all'])
 def test_fine_tuning(tmp_path, precision, way):
     config = FinetuneConfig(train=way, epochs=2, input_size=32, precision=precision)
-    metrics = finetune(config, SAMPLE, tmp_path / 'run', 'cuda', progress=False)
+    metrics = finetune(config, SAMPLE, tmp_path / 'run', Machine('cuda', progress=False))
     assert metrics['top1'] > 40  # chance is 12.5
     timm.create_model(f'local-dir:{tmp_path / "run/best"}', pretrained=True)
 
 
 def test_detection(tmp_path):
     config = DetectConfig(model='wrn16_1', epochs=1, batch_size=2, image_size=128, rois=16, out_channels=32)
-    assert 'map_50' in detect(config, BCCD, tmp_path, 'cuda')
+    assert 'map_50' in detect(config, BCCD, tmp_path, Machine('cuda'))

@@ -12,8 +12,7 @@ from torch import nn
 import wrn_timm
 from wrn_timm.data.folders import read_rgb
 from wrn_timm.export import fold_batchnorm, inference_forms, optimize, run_exported
-from wrn_timm.train.run import export_weights
-from wrn_timm.train.validate import eval_transform, open_model
+from wrn_timm.weights import eval_transform, export_weights, open_model
 
 
 def norms(model):

@@ -14,7 +14,8 @@ import timm
 from conftest import ROOT, SAMPLE
 
 from wrn_timm.files import FolderLock, atomic_folder, atomic_write
-from wrn_timm.train.run import RunDir, export_weights
+from wrn_timm.train.run import RunDir
+from wrn_timm.weights import export_weights
 
 posix = pytest.mark.skipif(os.name == 'nt', reason='folders cannot be synced there, nor files locked in this way')
 

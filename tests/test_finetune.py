@@ -33,20 +33,21 @@ from PIL import Image
 from torch.utils.data import Subset
 
 import wrn_timm
+from wrn_timm.card import check_golden, model_card
 from wrn_timm.data.folders import ImageFiles, list_folder, read_rgb
 from wrn_timm.data.splits import Split, make_split
-from wrn_timm.hub import check_golden, model_card
+from wrn_timm.names import duration
+from wrn_timm.recipes import FinetuneConfig
 from wrn_timm.train import finetune as ft
-from wrn_timm.train.finetune_loop import Features, Fitted, _Unfreezing, largest_batch, make_loader, predict
+from wrn_timm.train.finetune_loop import Fitted, _Unfreezing
 from wrn_timm.train.linear import LinearFit, fit_linear
-from wrn_timm.train.machine import accelerator_on, fast_bfloat16
+from wrn_timm.train.machine import Machine, accelerator_on, fast_bfloat16
+from wrn_timm.train.measure import Features, largest_batch, make_loader, predict, validate
 from wrn_timm.train.probe import extract_features, knn, probe
-from wrn_timm.train.recipes import FinetuneConfig
 from wrn_timm.train.report import grad_cam
-from wrn_timm.train.run import RunDir, duration, export_weights
+from wrn_timm.train.run import RunControl, RunDir
 from wrn_timm.train.transfer_results import read_transfer, record_transfer
-from wrn_timm.train.validate import eval_transform, open_model, validate
-from wrn_timm.weights import sha256_of
+from wrn_timm.weights import eval_transform, export_weights, open_model, sha256_of
 
 CLASSES = ('ketch', 'pizza', 'sunflower')
 
@@ -264,9 +265,10 @@ def test_photographs_far_larger_than_the_input_are_told_of(weights, tmp_path, ca
 
 def test_what_is_about_to_happen_and_how_long_it_takes_is_said(weights, photographs, tmp_path, caplog):
     caplog.set_level('INFO')
-    ft.finetune(FinetuneConfig(model=weights, epochs=4, batch_size=3), photographs, tmp_path / 'run', progress=False)
+    ft.finetune(FinetuneConfig(model=weights, epochs=4, batch_size=3), photographs, tmp_path / 'run',
+                Machine(progress=False))
     text = caplog.text
-    assert 'wrn16_1.test at 32 px on cpu: 4 epochs, 3 files a step' in text
+    assert 'wrn16_1.test at 32 px on cpu: 4 epochs, batch size 3' in text
     assert 'only 3 files are held out, too few to choose the epoch by (each is 33.3 points)' in text
     assert text.index('4 epochs, 3 files') < text.index('seconds to go') < text.index('epoch  1/4')
     assert text.count('to go, besides') == 1
@@ -403,9 +405,10 @@ def test_a_run_without_its_best_epoch_says_which_it_exports(tmp_path, caplog):
     history = [{'epoch': 1, 'holdout_accuracy': 60.}, {'epoch': 2, 'holdout_accuracy': 50.}]
     fitted = Fitted(model, history, [])
     run.save({'epoch': 1, 'step': 0, 'history': history[:1], 'model': model.state_dict(), 'ema': None}, history[:1])
-    assert ft._export(model, model, fitted, run, {'tag': 'x'}, {}) == 1 and not caplog.text
+    job = SimpleNamespace(control=RunControl(run), model=model, config=FinetuneConfig(), cfg={'tag': 'x'})
+    assert ft._export(job, model, fitted) == 1 and not caplog.text
     (run.checkpoints / 'best.pt').unlink()
-    assert ft._export(model, model, fitted, run, {'tag': 'x'}, {}) == 2
+    assert ft._export(job, model, fitted) == 2
     assert 'the checkpoint of epoch 1, the best on held-out files, is lost; best/ holds epoch 2' in caplog.text
 
 
@@ -430,7 +433,8 @@ def test_sigterm_is_answered_as_ctrl_c_is(weights, photographs, tmp_path):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
     process.terminate()
-    assert 'stopped; go on with --resume' in process.communicate()[1] and process.returncode == 130
+    errors = process.communicate()[1]
+    assert re.search(r'stopped by SIGTERM after epoch \d+; go on with --resume', errors) and process.returncode == 130
 
 
 @pytest.mark.parametrize(('saved', 'message'), [
@@ -444,7 +448,7 @@ def test_ctrl_c_says_whether_there_is_something_to_go_on_from(
             (folder / 'epoch-0001-step-000000.pt').write_text('')
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ft, 'fit', interrupted)
+    monkeypatch.setattr(ft.Finetuner, 'fit', interrupted)
     assert tune(photographs, weights, tmp_path / 'run') == 130
     assert capsys.readouterr().err == f'{message}\n'
 
@@ -478,7 +482,7 @@ def test_no_path_of_this_machine_is_published(weights, photographs, hub, tmp_pat
 
 def test_a_run_that_failed_before_its_first_epoch_leaves_its_place_free(weights, photographs, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
-        m.setattr(ft, 'fit', lambda *args, **kwargs: 1 / 0)
+        m.setattr(ft.Finetuner, 'fit', lambda *args, **kwargs: 1 / 0)
         assert tune(photographs, weights, tmp_path / 'run', '--seed', '1') == 1
     assert (tmp_path / 'run' / 'recipe.json').is_file()
     assert tune(photographs, weights, tmp_path / 'run', '--epochs', '1') == 0
@@ -806,7 +810,7 @@ def test_a_stream_among_processes_is_refused_before_anything_is_written(tmp_path
         is_main_process=True, num_processes=2, local_main_process_first=contextlib.nullcontext)
     model = timm.create_model('wrn16_1')
     with pytest.raises(ValueError, match='wds/x is a stream, which is read in one process; start it without torchrun'):
-        ft._open_run(FinetuneConfig(), model, 'wds/x', tmp_path / 'run', accelerator, 'skip', False, False)
+        ft._open_run(FinetuneConfig(), model, 'wds/x', tmp_path / 'run', accelerator, Machine())
     assert not (tmp_path / 'run').exists()
 
 

@@ -19,8 +19,9 @@ import tyro
 from conftest import HOME, ROOT, forget_sessions
 
 from wrn_timm import weights as weights_module
-from wrn_timm.hub import check_folder, model_card, publish
-from wrn_timm.train.recipes import RECIPES, Recipe
+from wrn_timm.card import model_card
+from wrn_timm.hub import check_folder, publish
+from wrn_timm.recipes import RECIPES, Recipe
 from wrn_timm.weights import list_weights, sha256_of, version_tag
 
 RELEASED = sorted(p.name for p in (ROOT / 'weights').iterdir() if p.is_dir())

@@ -17,8 +17,7 @@ from test_supply_chain import Evil
 
 import wrn_timm
 from wrn_timm import download
-from wrn_timm.train.run import export_weights
-from wrn_timm.weights import default_tag, more_accurate, published, released, sources
+from wrn_timm.weights import default_tag, export_weights, more_accurate, published, released, sources
 
 DATA = {'cifar10': 10, 'cifar100': 100, 'svhn': 10}
 ARCH = 'wrn10_2'  # small, and of no other test

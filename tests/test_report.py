@@ -11,7 +11,7 @@ import torch
 from conftest import SAMPLE
 from matplotlib.figure import Figure
 
-from wrn_timm.train.finetune_loop import Predictions
+from wrn_timm.train.measure import Predictions
 from wrn_timm.train.report import draw_confusion
 from wrn_timm.train.run import plot_history
 
@@ -114,7 +114,7 @@ def test_the_report_names_val_the_command_the_date_and_whole_paths(weights, tmp_
     assert 'valid/, used as the test part: 12 files' in page
     assert f"--batch-size 4 --lr 1e-06 --data '{tmp_path / 'my data'}' --out {tmp_path / 'run'}</pre>" in page
     assert re.search(rf"<dt>date</dt><dd>{time.strftime('%Y-%m-')}\d\d \d\d:\d\d</dd>", page)
-    assert re.search(r'<dt>time in all</dt><dd>\d+ seconds?</dd>', page)
+    assert re.search(r'<dt>total time</dt><dd>\d+ seconds?</dd>', page)
     assert metrics['top1'] == 100 or f'<td class="path">{tmp_path / "my data" / "valid"}/' in page
     card = (tmp_path / 'run' / 'best' / 'README.md').read_text()
     assert '12 images of my data (valid/)' in card and str(tmp_path) not in card

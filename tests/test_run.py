@@ -13,8 +13,9 @@ import torch
 import validate as validate_script
 from conftest import SAMPLE
 
-from wrn_timm.train.recipes import RECIPES, FinetuneConfig
-from wrn_timm.train.run import RunDir, config_of, export_weights
+from wrn_timm.recipes import RECIPES, FinetuneConfig
+from wrn_timm.train.run import RunDir, config_of
+from wrn_timm.weights import export_weights
 
 SETTINGS = {'recipe': RECIPES['smoke'], 'seed': 0}
 
@@ -164,7 +165,7 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path):
 def test_answers_that_are_no_numbers_are_said_to_be_none(tmp_path, capsys, monkeypatch):
     model = timm.create_model('wrn16_1')
     model.fc.bias.data[0] = math.nan
-    monkeypatch.setattr('wrn_timm.train.run.check_weights', lambda *_: None)  # as older versions did
+    monkeypatch.setattr('wrn_timm.weights.check_weights', lambda *_: None)  # as older versions did
     export_weights(model, tmp_path / 'weights', {'tag': 'x'})
     image = str(next((SAMPLE / 'pizza').iterdir()))
     for script, argv in ((predict_script, [image, '--json']), (validate_script, ['--data', 'synthetic'])):

@@ -72,11 +72,11 @@ def test_what_training_brings_is_loaded_when_used_and_says_what_to_install():
 assert {'predict', 'finetune', 'FinetuneConfig'} <= set(dir(wrn_timm)) and not hasattr(wrn_timm, 'nothing')
 sys.modules['torchmetrics'] = None  # as where it is not installed
 try:
-    wrn_timm.predict
+    wrn_timm.finetune
 except ImportError as e:
     print(e)''')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.startswith('wrn_timm.predict needs torchmetrics') and '[train]' in done.stdout, done.stderr
+    assert done.stdout.startswith('wrn_timm.finetune needs torchmetrics') and '[train]' in done.stdout, done.stderr
 
 
 COMMAND = re.compile(r'^.*?(?:python|torchrun --nproc-per-node \d+) scripts/(\w+)\.py([^|>#\n]*)', flags=re.M)

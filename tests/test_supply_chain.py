@@ -16,9 +16,7 @@ from safetensors.torch import load_file, save_file
 from wrn_timm.checkpoints import fit_to_model
 from wrn_timm.hub import publish
 from wrn_timm.schemas import check_config
-from wrn_timm.train.run import export_weights
-from wrn_timm.train.validate import open_model
-from wrn_timm.weights import HEADER_LIMIT, verify
+from wrn_timm.weights import HEADER_LIMIT, export_weights, open_model, verify
 from wrn_timm.wrn import WideResNet
 
 NAME = 'wrn16_1.cifar10'

@@ -10,12 +10,10 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import wrn_timm
+from wrn_timm.card import check_golden
 from wrn_timm.data.small_sets import load
-from wrn_timm.hub import check_golden
-from wrn_timm.train.run import export_weights
-from wrn_timm.train.scratch import evaluate
-from wrn_timm.train.validate import validate
-from wrn_timm.weights import sha256_of, verify
+from wrn_timm.train.measure import evaluate, validate
+from wrn_timm.weights import export_weights, sha256_of, verify
 
 RELEASED = sorted(p.name for p in (ROOT / 'weights').iterdir() if p.is_dir())
 

@@ -3,7 +3,7 @@
     import timm, wrn_timm
     model = timm.create_model('wrn16_1.cifar10', pretrained=True)
 
-`wrn_timm.finetune`, `wrn_timm.FinetuneConfig` and `wrn_timm.predict` are loaded when they are first used: they need the
+`wrn_timm.finetune`, `FinetuneConfig`, `Machine` and `predict` are loaded when they are first used: they need the
 extra `[train]`, and the models do not.
 """
 import importlib
@@ -17,14 +17,15 @@ from .wrn import WideResNet, register_wrn
 __version__ = '0.1.0'
 __all__ = ['WideResNet', 'convert_checkpoint', 'list_weights', 'register_wrn']
 
-_TRAINING = {'FinetuneConfig': 'recipes', 'finetune': 'finetune', 'predict': 'predict'}  # not in __all__: see above
+_TRAINING = {  # not in __all__: see above
+    'FinetuneConfig': 'recipes', 'Machine': 'train.machine', 'finetune': 'train.finetune', 'predict': 'train.predict'}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _TRAINING:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     try:
-        return getattr(importlib.import_module(f'.train.{_TRAINING[name]}', __name__), name)
+        return getattr(importlib.import_module(f'.{_TRAINING[name]}', __name__), name)
     except ModuleNotFoundError as e:
         raise ImportError(
             f'wrn_timm.{name} needs {e.name}, which is not installed: pip install "wrn_timm[train]"') from e

@@ -1,10 +1,10 @@
-"""Show names of files and classes, which can be almost any bytes, safely on a terminal or in a table."""
+"""Names of files and classes, which can be almost any bytes, and durations, as they are shown to people."""
 from __future__ import annotations
 
 import logging
 import re
 
-__all__ = ['as_cell', 'from_cell', 'is_utf8', 'printable', 'terminal_handler']
+__all__ = ['as_cell', 'duration', 'from_cell', 'is_utf8', 'printable', 'terminal_handler']
 
 # Control characters, line breaks, changes of direction, and the bytes of a name that are not UTF-8.
 _UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
@@ -59,3 +59,11 @@ def _is_formula(text: str) -> bool:
         return False
     except ValueError:
         return text.startswith(_FORMULA)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as people say them."""
+    for limit, unit, name in ((90, 1, 'seconds'), (90 * 60, 60, 'minutes')):
+        if seconds < limit:
+            return '1 second' if round(seconds) == 1 else f'{seconds / unit:.0f} {name}'
+    return f'{seconds / 3600:.1f} hours'

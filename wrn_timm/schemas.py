@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ['check_config', 'check_detector', 'check_metrics', 'check_scan', 'read_json']
+__all__ = ['check_config', 'check_detector', 'check_metrics', 'check_scan', 'read_json',
+           'read_record']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,3 +160,16 @@ def check_scan(found: dict[str, Any]) -> None:
 def check_metrics(found: dict[str, Any]) -> None:
     """Refuse a `metrics.json` with an invalid accuracy."""
     _check_fields(found, _METRICS)
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """What a JSON file of a run says, as `recipe.json` does of its settings and environment.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        ValueError: It is damaged.
+    """
+    try:
+        return read_json(file, lambda found: None)
+    except ValueError as e:
+        raise ValueError(f'{e}. Restore it, or begin a new run') from e

@@ -1,33 +1,39 @@
-"""Where the weights of a tag are, and whether they are whole.
+"""Where the weights of a tag are, whether they are whole, and weights folders: opened as models, written from them.
 
 Searched in this order: what the caller names, `$WRN_TIMM_WEIGHTS`, the checkout's `weights/`, the small weights packed
 into the wheel, the Hugging Face Hub. Other people's weights are fetched from where they published them.
 """
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
 from safetensors import SafetensorError, safe_open
-from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, list_models
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, list_models, save_for_hf
 from timm.models._pretrained import PretrainedCfg
 
 from .download import kept_at, snapshot, unpacked
-from .files import digest
+from .files import atomic_folder, digest
 from .names import is_utf8
 from .schemas import check_config, check_metrics, read_json
 
 __all__ = [
-    'SOURCES', 'Weights', 'default_tag', 'find', 'list_weights', 'locate', 'more_accurate', 'pinned', 'published',
-    'read_config', 'released', 'sha256_of', 'sources', 'verify', 'version_tag']
+    'SOURCES', 'Weights', 'check_weights', 'default_tag', 'eval_transform', 'export_weights', 'find', 'list_weights',
+    'locate', 'more_accurate', 'not_finite', 'open_model', 'pinned', 'published', 'read_config', 'released',
+    'sha256_of', 'source_of', 'sources', 'verify', 'version_tag', 'weights_folder', 'weights_name']
 
 # The account on the Hub that holds our weights. Empty until its owner sets it: any other name could be a stranger's.
 HUB_NAMESPACE = ''
@@ -362,3 +368,146 @@ def list_weights() -> list[Weights]:
     errors = {name: error for name, error in errors.items() if error is not None}
     rows = [dataclasses.replace(w, more_accurate=more_accurate(w.name, errors)) for w in rows]
     return sorted(rows, key=lambda w: w.published_error is not None)
+
+_LOCAL = 'local-dir:'
+
+
+def open_model(name: str, pretrained: bool = True, **kwargs: Any) -> torch.nn.Module:
+    """A model by timm name (`wrn16_1.cifar10`) or weights folder, in evaluation mode.
+
+    Args:
+        name: timm name, weights folder or run directory.
+        pretrained: With the weights. Those of a folder are verified first, whichever network they are of.
+        kwargs: Of `timm.create_model`.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or it holds no weights file.
+        RuntimeError: The weights file or its configuration is damaged, or they do not agree.
+        ValueError: timm knows no such model; the nearest are named.
+        What `timm.create_model` raises.
+    """
+    source = source_of(name)
+    if not source.startswith(_LOCAL):
+        return timm.create_model(source, pretrained=pretrained, **kwargs).eval()
+    folder = Path(source.removeprefix(_LOCAL))
+    architecture = read_config(folder).get('architecture')
+    if not architecture or not timm.is_model(architecture):
+        raise ValueError(
+            f'{folder / "config.json"} names the architecture {architecture!r}; {_nearest_models(architecture)}')
+    if pretrained:
+        verify(folder)
+    try:
+        return timm.create_model(source, pretrained=pretrained, **kwargs).eval()
+    except (AssertionError, AttributeError, KeyError, TypeError) as e:
+        if kwargs:  # they may be what does not fit
+            raise
+        raise RuntimeError(f'{folder / "config.json"} makes no {architecture}: {type(e).__name__}: {e}') from e
+
+
+def source_of(name: str) -> str:
+    """What `timm.create_model` takes for a timm name or a weights folder; it raises the same as `open_model`."""
+    if Path(name).is_dir():
+        return f'{_LOCAL}{weights_folder(name)}'
+    if ':' in name:
+        return name
+    if Path(name).is_file():
+        raise FileNotFoundError(f'{name} is a file; give the weights folder that it stands in')
+    if '/' in name or os.sep in name:
+        raise FileNotFoundError(f'no weights folder at {name}')
+    if not timm.is_model(name):
+        raise ValueError(f'timm knows no model {name}; {_nearest_models(name)}')
+    if name not in timm.list_models('wrn*', include_tags=True) and (folder := find(name)):
+        return f'{_LOCAL}{folder}'  # another network's weights, beside ours
+    return name
+
+
+def _nearest_models(name: str | None) -> str:
+    found = difflib.get_close_matches((name or '').partition('.')[0], timm.list_models(), n=3, cutoff=0.5)
+    return f'nearest: {", ".join(found) or "none"}'
+
+
+def weights_folder(path: str | Path) -> Path:
+    """A weights folder, or that of a run directory: the best one of `finetune.py`, the one of `train.py`.
+
+    Raises:
+        FileNotFoundError: It is neither.
+    """
+    path = Path(path)
+    for folder in (path, path / 'best', path / 'weights'):
+        if (folder / 'config.json').is_file():
+            return folder
+    raise FileNotFoundError(f'{path} is neither a weights folder nor a run that has ended: there is no config.json')
+
+
+def weights_name(name: str) -> str:
+    """What to call the weights that `open_model` opens by a timm name or a folder: `<arch>.<tag>`, and no path."""
+    local = name.removeprefix(_LOCAL)
+    if not Path(local).is_dir():  # it may have been one
+        return Path(local).name if local != name or ':' not in name else name
+    try:
+        config = read_config(weights_folder(local))
+        return f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
+    except (FileNotFoundError, KeyError, RuntimeError):  # it has no tag, or has gone since
+        return Path(local).resolve().name
+
+
+def not_finite(weights: dict[str, torch.Tensor]) -> str:
+    """The first of the tensors that holds NaN or infinity; '' if none does."""
+    return next((name for name, t in weights.items() if not t.isfinite().all()), '')
+
+
+def check_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Make sure that weights are worth exporting.
+
+    Raises:
+        FloatingPointError: One holds NaN or infinity; it is named.
+    """
+    if name := not_finite(weights):
+        raise FloatingPointError(f'{name} is not finite, in {weights[name].dtype}; nothing is exported to {folder}')
+
+
+def export_weights(
+        model: torch.nn.Module,
+        folder: Path,
+        pretrained_cfg: dict[str, Any],
+        half: bool = False,
+        model_args: dict[str, Any] | None = None,
+) -> None:
+    """Write a model's weights and configuration as a weights folder.
+
+    Args:
+        model: Made by `timm.create_model`; it is not changed.
+        folder: Replaced as a whole if it is there. What stands in it beside its weights (metrics, card...) is kept if
+            the weights are the same.
+        pretrained_cfg: What the configuration says beyond the model's own (`tag`, `mean`, `label_names`...).
+        half: Keep convolution and linear weights in half precision; BatchNorm stays in float32.
+        model_args: Arguments beyond the name with which `timm.create_model` makes the network again (`stem`...).
+
+    Raises:
+        FloatingPointError: A weight is not finite; a folder that is there stays as it is.
+    """
+    model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
+    if half:
+        for module in model.modules():
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+                module.half()
+    check_weights(model.state_dict(), folder)
+
+    def fill(new: Path) -> None:
+        save_for_hf(model, str(new), model_args=model_args, safe_serialization=True)
+        shutil.copymode(new / 'config.json', new / WEIGHTS_FILE)  # safetensors lets nobody else read it
+        config = json.loads((new / 'config.json').read_text(encoding='utf-8'))
+        config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf merges or replaces it, by timm's version
+        config['sha256'] = sha256_of(new / WEIGHTS_FILE)
+        (new / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        if (folder / WEIGHTS_FILE).is_file() and sha256_of(folder / WEIGHTS_FILE) == config['sha256']:
+            for file in folder.iterdir():
+                if file.is_file() and not (new / file.name).exists():
+                    shutil.copy(file, new)
+
+    atomic_folder(folder, fill)
+
+
+def eval_transform(model: torch.nn.Module) -> Any:
+    """timm's preprocessing of a PIL image for this model, as its own configuration says."""
+    return create_transform(**resolve_model_data_config(model), is_training=False)

@@ -1,4 +1,4 @@
-"""TrivialAugment, RandAugment and AutoAugment for a batch on its device, with other operations for each image.
+"""Augmentation of a batch on its device: TrivialAugment, RandAugment and AutoAugment, and mixing of images.
 
 Operations, ranges and policies are torchvision's. Every operation is computed for every image and one is selected: at
 32x32 pixels that costs less than the host round trips of gathering the images of each operation.
@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import AutoAugment as TorchvisionAutoAugment
-from torchvision.transforms import AutoAugmentPolicy
+from torchvision.transforms import AutoAugmentPolicy, v2
 
-__all__ = ['OPERATIONS', 'AutoAugment', 'RandAugment', 'TrivialAugment', 'apply_operations']
+__all__ = ['OPERATIONS', 'AutoAugment', 'RandAugment', 'TrivialAugment', 'apply_operations', 'mixer']
 
 OPERATIONS = (
     'identity', 'shear_x', 'shear_y', 'translate_x', 'translate_y', 'rotate', 'brightness', 'color', 'contrast',
@@ -191,3 +191,19 @@ def _equalized(x: torch.Tensor) -> torch.Tensor:
     below = counts.cumsum(2) - counts
     table = ((below + (step / 2).floor()) / step.clamp(min=1)).floor().clamp(0, 255)
     return torch.where(step > 0, table.gather(2, levels), levels.float()).view_as(x)
+
+
+Mix = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def mixer(mixup: float, cutmix: float, classes: int) -> Mix | None:
+    """A transform of torchvision that mixes images (B, 3, H, W) and labels (B,) into images and targets (B, classes).
+
+    Args:
+        mixup: Alpha of mixup (arXiv:1710.09412); 0 for none.
+        cutmix: Alpha of CutMix (arXiv:1905.04899); with mixup too, each batch takes one of both.
+        classes: Number of classes.
+    """
+    alphas = (v2.MixUp, mixup), (v2.CutMix, cutmix)
+    kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in alphas if alpha]
+    return v2.RandomChoice(kinds) if kinds else None

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import datasets as tv
+from torchvision.transforms.v2 import functional as F
 
 from ..wrn import CIFAR10_LABELS, CIFAR100_LABELS, TAGS
 
-__all__ = ['NAMES', 'ImageArrays', 'load', 'parse_spec']
+__all__ = ['NAMES', 'ImageArrays', 'load', 'normalise', 'parse_spec']
 
 NAMES = ('cifar10', 'cifar100', 'svhn', 'synthetic')
 _SVHN_STATS = ((0., 0., 0.), (1., 1., 1.))  # the paper scales to 0..1 and no more (section 3)
@@ -118,3 +119,8 @@ def _synthetic(train: bool) -> ImageArrays:
     noise = torch.randint(-25, 26, (n, 3, 32, 32), generator=g)
     images = (hue + noise).clamp(0, 255).to(torch.uint8)
     return ImageArrays(images, labels, CIFAR10_LABELS, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """uint8 images (..., 3, H, W) as networks take them: float32, scaled to 0..1, less `mean`, over `std`."""
+    return F.normalize(F.to_dtype(images, torch.float32, scale=True), list(mean), list(std))

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,17 +23,16 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, save_image
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..data.boxes import BoxedImages, read_voc
 from ..data.folders import read_rgb
 from ..detection import DETECTORS, anchor_generator
 from ..files import atomic_write
+from ..recipes import check_numbers
 from ..schemas import check_detector, read_json
-from ..weights import WEIGHTS_FILE, sha256_of, verify
-from .machine import fused
-from .recipes import check_numbers
-from .run import RunDir, check_weights, environment, stop_requests
+from ..weights import WEIGHTS_FILE, check_weights, sha256_of, verify
+from .machine import Machine, fast_bfloat16, fused
+from .run import RunControl, RunDir, environment, progress_bar
 
 __all__ = ['DetectConfig', 'detect', 'draw', 'evaluate_detector', 'load_detector']
 
@@ -61,15 +59,15 @@ class DetectConfig:
     anchor_scale: float = 8.
     """Side of a level's anchors, in strides of the level."""
     rois: int = 512
-    """Regions an image that the second stage of Faster R-CNN learns from."""
+    """Regions per image that the second stage of Faster R-CNN is trained on."""
     image_size: int = 640
-    """Longer side that photographs are resized to, in pixels."""
+    """Longer side to which photographs are resized, in pixels."""
     epochs: int = 40
     """Passes over the training images."""
     batch_size: int = 8
-    """Images a step."""
+    """Images per step."""
     opt: str = 'adamw'
-    """timm name of the optimiser."""
+    """timm name of the optimizer."""
     lr: float = 5e-4
     """Peak learning rate."""
     weight_decay: float = 0.05
@@ -164,25 +162,19 @@ def detect(
         config: DetectConfig,
         data: str | Path,
         out: str | Path,
-        device: str = 'cpu',
-        workers: int = 0,
-        on_bad: str = 'skip',
-        time_budget: float = math.inf,
-        resume: bool = False,
+        machine: Machine = Machine(),  # noqa: B008  (it is frozen)
 ) -> dict[str, Any] | None:
     """Train on `data` and leave a run directory with weights, metrics and photographs with the boxes found.
+
+    On CUDA the backbone computes in bfloat16 while it trains, where the GPU has it. On a CPU a resumed run ends bit for
+    bit as if it had not been stopped, from the middle of an epoch too; but with `workers` the rest of that epoch's
+    photographs are changed otherwise.
 
     Args:
         config: How.
         data: Folder as `read_voc` reads it.
         out: Run directory.
-        device: 'cpu' or 'cuda'; on CUDA the backbone computes in bfloat16 while it trains, where the
-            GPU has it.
-        workers: Processes that read photographs.
-        on_bad: 'skip' leaves bad boxes and files out and names them, 'fail' stops.
-        time_budget: Seconds after which the run stops, to be resumed.
-        resume: Go on with the run in `out`: bit for bit on a CPU, from the middle of an epoch too (with `workers` the
-            rest of that epoch's photographs are changed otherwise).
+        machine: Device, workers, time budget...
 
     Returns:
         The metrics on the test split, as written to `metrics.json`, or None if the run was stopped (by the budget,
@@ -192,85 +184,123 @@ def detect(
         FloatingPointError: The loss is no longer finite.
         What `read_voc`, `fpn_backbone` and `RunDir` raise.
     """
-    check_numbers({'time_budget': time_budget}, math.inf)
-    started = time.monotonic()
-    train, bad = read_voc(data, config.train_split, on_bad=on_bad)
-    test, bad_test = read_voc(data, config.test_split, train.classes, on_bad)
+    deadline, device = machine.deadline(), torch.device(machine.device)
+    train, bad = read_voc(data, config.train_split, on_bad=machine.on_bad)
+    test, bad_test = read_voc(data, config.test_split, train.classes, machine.on_bad)
     for reason in bad + bad_test:
         _logger.warning('left out: %s', reason)
     name = Path(data).resolve().name
     settings = {'detect': config, 'data': name, 'classes': train.classes}
-    RunDir.check(out, settings, resume)
+    RunDir.check(out, settings, machine.resume)
     torch.manual_seed(config.seed)
     detector = _build(config, len(train.classes), config.pretrained).to(device)
-    optimizer = create_optimizer_v2(
-        detector, config.opt, lr=config.lr, weight_decay=config.weight_decay, **fused(config.opt))
-    augment = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2), *_AS_TENSOR])
-    steps = max(1, len(train) // config.batch_size)
-    scheduler = CosineLRScheduler(
-        optimizer, t_initial=config.epochs * steps, t_in_epochs=False, warmup_t=config.warmup_steps,
-        warmup_lr_init=config.lr / 100)
-
-    run = RunDir(out, settings, resume, device=device)
-    history, position, total, seconds = [], 0, 0., 0.  # position: steps of the whole run; total: this epoch's loss
-    if resume and (saved := run.load_checkpoint()):
-        detector.load_state_dict(saved['model'])
-        optimizer.load_state_dict(saved['optimizer'])
-        torch.set_rng_state(saved['rng'])
-        history, total, seconds = saved['history'], saved['total'], saved['seconds']
-        position = saved['epoch'] * steps + saved['step']
+    run = RunDir(out, settings, machine.resume, device=device)
+    loop = _Loop(detector, train, config, RunControl(run, deadline), machine)
+    if machine.resume and (saved := run.load_checkpoint()):
+        loop.load_state_dict(saved)
         del saved
-
-    with contextlib.ExitStack() as stack:
-        asked = stack.enter_context(stop_requests())
-        stack.enter_context(logging_redirect_tqdm())
-        if device != 'cpu' and torch.cuda.is_bf16_supported(including_emulation=False):
-            stack.enter_context(_backbone_in_bfloat16(detector, torch.device(device)))
-        run.log('%d classes, %d images to train on, %d to test; %s on %s at %d px on %s', len(train.classes),
-                len(train), len(test), config.detector, config.model, config.image_size, device)
-        while position < config.epochs * steps:
-            epoch, step = divmod(position, steps)
-            detector.train()
-            began, reason = time.monotonic(), ''
-            seed = config.seed * 100_003 + epoch
-            loader = _loader(train, augment, _drawn_batches(len(train), config.batch_size, seed)[step:], workers, seed)
-            bar = tqdm(loader, desc=f'epoch {epoch + 1}/{config.epochs}', total=steps, initial=step, unit='batch',
-                       leave=False, disable=None)
-            for images, targets in bar:
-                scheduler.step_update(position)
-                total += _step(detector, optimizer, images, targets, torch.device(device))
-                position += 1
-                bar.set_postfix(loss=f'{total / (position - epoch * steps):.3f}')
-                out_of_time = time.monotonic() - started > time_budget
-                if reason := asked[0] if asked else 'the time budget' if out_of_time else '':
-                    break
-            bar.close()
-            if not math.isfinite(total):
-                raise FloatingPointError(
-                    f'the loss is not finite in epoch {epoch + 1}; the checkpoints in {run.checkpoints} are from '
-                    f'before. Try a smaller learning rate.')
-            seconds += time.monotonic() - began
-            if position % steps == 0:
-                history.append({'epoch': epoch + 1, 'lr': optimizer.param_groups[0]['lr'],
-                                'train_loss': total / steps, 'seconds': round(seconds, 1)})
-                run.log('epoch %2d/%d  loss %.3f  %4.0f s', epoch + 1, config.epochs, total / steps, seconds)
-                total = 0.
-            epoch, step = divmod(position, steps)
-            run.save({'epoch': epoch, 'step': step, 'model': detector.state_dict(), 'total': total, 'seconds': seconds,
-                      'optimizer': optimizer.state_dict(), 'rng': torch.get_rng_state(), 'history': history}, history)
-            if reason and position < config.epochs * steps:
-                run.log('stopped by %s after epoch %d, step %d; go on with --resume', reason, epoch, step)
-                return None
-
+    run.log('%d classes, %d images to train on, %d to test; %s on %s at %d px on %s', len(train.classes), len(train),
+            len(test), config.detector, config.model, config.image_size, device)
+    if not loop.run():
+        return None
     _export(detector, run)
     in_order = list(BatchSampler(range(len(test)), config.batch_size, drop_last=False))
-    metrics = evaluate_detector(
-        detector, _loader(test, v2.Compose(_AS_TENSOR), in_order, workers, config.seed), test.classes, device)
-    metrics |= {'dataset': name, 'split': config.test_split, 'left_out': bad + bad_test,
-                'environment': environment(device)}
+    loader = _loader(test, v2.Compose(_AS_TENSOR), in_order, machine.workers, config.seed)
+    metrics = evaluate_detector(detector, loader, test.classes, device) | {
+        'dataset': name, 'split': config.test_split, 'left_out': bad + bad_test, 'environment': environment(device)}
     atomic_write(run.path / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
     draw(detector, test.classes, test.paths[:4], run.path / 'drawn', device)
     return metrics
+
+
+@dataclasses.dataclass
+class _Progress:
+    """How far a run is, and what its records say."""
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    total: float = 0.  # this epoch's loss
+    seconds: float = 0.
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+
+class _Loop:
+    """The epochs of a run, which can stop after any step."""
+
+    def __init__(
+            self,
+            detector: nn.Module,
+            train: BoxedImages,
+            config: DetectConfig,
+            control: RunControl,
+            machine: Machine,
+    ):
+        self.detector, self.train, self.config, self.control, self.machine = detector, train, config, control, machine
+        self.device = torch.device(machine.device)
+        self.steps = max(1, len(train) // config.batch_size)
+        self.optimizer = create_optimizer_v2(
+            detector, config.opt, lr=config.lr, weight_decay=config.weight_decay, **fused(config.opt))
+        self.scheduler = CosineLRScheduler(
+            self.optimizer, t_initial=config.epochs * self.steps, t_in_epochs=False, warmup_t=config.warmup_steps,
+            warmup_lr_init=config.lr / 100)
+        self.progress = _Progress()
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.detector.load_state_dict(saved['model'])
+        self.optimizer.load_state_dict(saved['optimizer'])
+        torch.set_rng_state(saved['rng'])
+        self.progress = _Progress(**{f.name: saved[f.name] for f in dataclasses.fields(_Progress)})
+
+    def run(self) -> bool:
+        """Train to the end; False if the run stopped before it."""
+        progress, epochs = self.progress, self.config.epochs
+        done = progress.epoch * self.steps + progress.step
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.control)
+            bar = stack.enter_context(progress_bar(epochs * self.steps, done, self.machine.progress))
+            if self.device.type == 'cuda' and fast_bfloat16(self.device):
+                stack.enter_context(_backbone_in_bfloat16(self.detector, self.device))
+            while progress.epoch < epochs:
+                reason = self._epoch(bar)
+                if progress.step == self.steps:
+                    self._end_epoch()
+                self.control.save({
+                    'model': self.detector.state_dict(), 'optimizer': self.optimizer.state_dict(),
+                    'rng': torch.get_rng_state(), **vars(progress)}, progress.history)
+                if reason and progress.epoch < epochs:
+                    self.control.log_stop(reason, progress.epoch, progress.step)
+                    return False
+        self.control.run.write_history(progress.history)
+        return True
+
+    def _epoch(self, bar: tqdm) -> str:
+        """Train to the end of the epoch, or until the run has to stop; returns why."""
+        progress, config = self.progress, self.config
+        seed, began, reason = config.seed * 100_003 + progress.epoch, time.monotonic(), ''
+        batches = _drawn_batches(len(self.train), config.batch_size, seed)[progress.step:]
+        augment = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2), *_AS_TENSOR])
+        self.detector.train()
+        bar.set_description(f'epoch {progress.epoch + 1}/{config.epochs}')
+        for images, targets in _loader(self.train, augment, batches, self.machine.workers, seed):
+            self.scheduler.step_update(progress.epoch * self.steps + progress.step)
+            progress.total += _step(self.detector, self.optimizer, images, targets, self.device)
+            progress.step += 1
+            bar.update()
+            bar.set_postfix(loss=f'{progress.total / progress.step:.3f}')
+            if reason := self.control.reason_to_stop():
+                break
+        self.control.check_finite(progress.total, 'the loss', progress.epoch + 1)
+        progress.seconds += time.monotonic() - began
+        return reason
+
+    def _end_epoch(self) -> None:
+        progress = self.progress
+        loss = progress.total / self.steps
+        progress.epoch, progress.step, progress.total = progress.epoch + 1, 0, 0.
+        progress.history.append({'epoch': progress.epoch, 'lr': self.optimizer.param_groups[0]['lr'],
+                                 'train_loss': loss, 'seconds': round(progress.seconds, 1)})
+        self.control.run.log('epoch %2d/%d  loss %.3f  %4.0f s', progress.epoch, self.config.epochs, loss,
+                             progress.seconds)
 
 
 @contextlib.contextmanager

@@ -20,11 +20,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
-from timm.data import Mixup, create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from timm.utils import random_seed
 from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..card import finish_weights_folder
 from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine, some
 from ..data.splits import (
     Split,
@@ -37,16 +38,16 @@ from ..data.splits import (
 )
 from ..data.timm_sets import NamedImages, is_named
 from ..files import atomic_write
+from ..recipes import FinetuneConfig
 from ..schemas import check_scan, read_json
-from .finetune_loop import ENOUGH_TO_CHOOSE, BatchTooLarge, Features, Fitted, Predictions, fit, largest_batch, predict
+from ..weights import eval_transform, export_weights, open_model, weights_name
+from .finetune_loop import ENOUGH_TO_CHOOSE, BatchTooLarge, Finetuner, Fitted
 from .linear import LinearFit
-from .machine import accelerator_on
-from .measure import classification_metrics
+from .machine import Machine, accelerator_on
+from .measure import Features, Predictions, classification_metrics, largest_batch, predict
 from .probe import extract_features, summarise
-from .recipes import FinetuneConfig, check_numbers
 from .report import write_report
-from .run import RunDir, check_place, environment, export_weights
-from .validate import eval_transform, open_model, weights_name
+from .run import RunControl, RunDir, check_place, environment
 
 __all__ = ['build_model', 'finetune', 'finetune_seeds', 'make_accelerator', 'prepare_split', 'preprocessing',
            'size_advice', 'training_set']
@@ -55,114 +56,103 @@ _logger = logging.getLogger(__name__)
 
 _FAR_LARGER = 8  # times the input, from which a photograph loses most of what it shows
 _FOR_PHOTOGRAPHS = 'wrn18_1.a1_in1k'
-_LEAST_STEPS = 20  # an epoch, below which a batch size that is found serves nobody
+_LEAST_STEPS = 20  # per epoch, with a batch size that is found
 
 
 def finetune(
         config: FinetuneConfig,
         data: str | Path,
         out: str | Path,
-        device: str = 'cpu',
-        workers: int = 0,
-        image_memory: float = 1.,
-        on_bad: str = 'skip',
-        resume: bool = False,
-        time_budget: float = math.inf,
-        download: bool = False,
-        progress: bool | None = None,
+        machine: Machine = Machine(),  # noqa: B008  (it is frozen)
         on_epoch: Callable[[dict[str, float]], None] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Fine-tune on `data` and leave a run directory with weights, metrics and a report.
 
-    Started by `torchrun` or `accelerate launch`, the processes share each batch, and the first one writes.
+    Started by `torchrun` or `accelerate launch`, the processes share each batch, and the first one writes. A resumed
+    run goes on from its last epoch; on a CPU it ends as if it had not been stopped.
 
     Args:
         config: How.
         data: Folder of class folders (split into `train/` and `test/`, or not), `FILE.csv` or `caltech101:DIR`.
         out: Run directory.
-        device: 'cpu' or 'cuda'.
-        workers: Processes that read photographs.
-        image_memory: GB of decoded photographs that each process keeps from epoch to epoch; those that do not fit are
-            decoded every time, to the same result.
-        on_bad: 'skip' leaves unreadable files out and names them, 'fail' stops.
-        resume: Go on with the run in `out`, from its last epoch; on a CPU it ends as if it had not been stopped.
-        time_budget: Seconds after which no epoch is begun that would not end within them. The first always runs.
-        download: Fetch Caltech 101 if it is missing.
-        progress: False shows no bar; None shows it in a terminal.
+        machine: Device, workers, time budget... No epoch is begun that would not end within the time budget; the first
+            always runs.
         on_epoch: Called with each epoch's line of the history.
 
     Returns:
-        The metrics of the best weights on the test files, as written to `metrics.json`.
+        The metrics of the best weights on the test files, as written to `metrics.json`; None if SIGTERM or Ctrl-C
+        stopped the run while it trained.
 
     Raises:
-        What `prepare_split`, `RunDir` and `fit` raise.
+        What `prepare_split`, `RunDir` and `Finetuner.fit` raise.
     """
-    check_numbers({'image_memory': image_memory, 'time_budget': time_budget}, math.inf)
-    started = time.monotonic()
+    started, deadline = time.monotonic(), machine.deadline()
     _check_policy(config.auto_augment)
     if unused := config.unused():
         _logger.warning('the classifier alone is fitted to features, without %s; --no-cache trains it by epochs',
                         ', '.join(unused))
-    accelerator = make_accelerator(config, device)
-    main = accelerator.is_main_process
+    accelerator = make_accelerator(config, machine.device)
     with accelerator.local_main_process_first():  # it may have to download them, and the others then find them
         model = build_model(config)
-    run, split, found = _open_run(config, model, str(data), Path(out), accelerator, on_bad, resume, download)
-    name, classes = data_name(str(data)), split.train.classes
-
+    run, split, found = _open_run(config, model, str(data), Path(out), accelerator, machine)
     random_seed(config.seed)  # whatever was drawn before
-    model.reset_classifier(len(classes))
+    model.reset_classifier(len(split.train.classes))
     model.to(accelerator.device, memory_format=torch.channels_last)
-    transforms, cfg = preprocessing(config, model, name, classes)
-    find = config.batch_size == 'auto' and not config.cached
-    if find:
-        most = max(8, min(256, len(split.train) // _LEAST_STEPS // accelerator.num_processes))
-        config = dataclasses.replace(config, batch_size=_find_batch_size(model, cfg['input_size'], accelerator, most))
-    size = cfg['input_size'][-1]
-    _logger.info('%d classes, %d files to train on, %d held out, %d to test on', len(classes), len(split.train),
-                 len(split.holdout or ()), len(split.test))
-    _logger.info('%s at %d px on %s: %s', config.model, size, accelerator.device,
-                 'its features once, and a classifier fitted to them' if config.cached else
-                 f'{config.epochs} epochs, {min(config.batch_size, len(split.train))} files a step')
-    if advice := size_advice(model, size, found.get('side', 0)):
-        _logger.warning('%s', advice)
-    if not config.cached and 0 < len(split.holdout or ()) < ENOUGH_TO_CHOOSE:
-        _logger.info('only %d files are held out, too few to choose the epoch by (each is %.1f points), so the '
-                     'last epoch is used; --holdout 0 trains on them too', len(split.holdout), 100 / len(split.holdout))
-    train_began = time.monotonic()
-    before = copy.deepcopy(model.state_dict()) if find else {}
-    while True:
-        try:
-            network, fitted = _train(
-                config, model, split, transforms, size, run, accelerator,
-                memory=image_memory * 1e9, workers=workers, on_bad=on_bad, resume=resume,
-                deadline=started + time_budget, progress=progress, on_epoch=on_epoch)
-            break
-        except BatchTooLarge as e:  # the optimiser and the averaged weights take their share too
-            if not (find and e.fits) or accelerator.num_processes > 1:
-                raise
-            smaller = e.fits
-        _logger.info('batch size %d instead', smaller)
-        config = dataclasses.replace(config, batch_size=smaller)
-        accelerator.free_memory()
-        model.load_state_dict(before)
-        resume = True  # from the last epoch, where there is one
-    train_seconds = fitted.earlier + time.monotonic() - train_began
+    transforms, cfg = preprocessing(config, model, data_name(str(data)), split.train.classes)
+    job = _Job(config, model, split, found | {'data': str(data)}, transforms, cfg, RunControl(run, deadline, 1.),
+               accelerator, machine, on_epoch)
+    began = time.monotonic()
+    network, fitted = _train_with_room(job)
+    if job.control.signalled:
+        job.control.log_stop(fitted.stopped, len(fitted.history))
+        return None
+    train_seconds = fitted.earlier + time.monotonic() - began
     if fitted.stopped:
         _logger.info('stopped by %s after epoch %d; it can go on with --resume', fitted.stopped,
                      fitted.history[-1]['epoch'])
-    best_epoch = _export(model, network, fitted, run, cfg, _model_args(config)) if main else fitted.best_epoch()
+    best_epoch = _export(job, network, fitted) if accelerator.is_main_process else fitted.best_epoch()
     accelerator.wait_for_everyone()
+    return _test(job, fitted, best_epoch, train_seconds, started)
 
-    best = open_model(str(run.path / 'best')).to(accelerator.device, memory_format=torch.channels_last)
+
+@dataclasses.dataclass
+class _Job:
+    """A run under way.
+
+    Attributes:
+        found: What is there to report of the data.
+        transforms: Of the 'train' and the 'test' files.
+        cfg: What the weights' configuration says beyond the network's own.
+    """
+    config: FinetuneConfig
+    model: torch.nn.Module
+    split: Split
+    found: dict[str, Any]
+    transforms: dict[str, Any]
+    cfg: dict[str, Any]
+    control: RunControl
+    accelerator: Accelerator
+    machine: Machine
+    on_epoch: Callable[[dict[str, float]], None] | None
+
+    @property
+    def size(self) -> int:
+        """Side of the input, in pixels."""
+        return self.cfg['input_size'][-1]
+
+
+def _test(job: _Job, fitted: Fitted, best_epoch: int, train_seconds: float, started: float) -> dict[str, Any]:
+    """Measure `best/` on the test files, and write all that tells of it."""
+    config, split, found, accelerator = job.config, job.split, job.found, job.accelerator
+    best = open_model(str(job.control.run.path / 'best')).to(accelerator.device, memory_format=torch.channels_last)
     transform = eval_transform(best)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as `validate` measures
-        result = predict(best, split.test.as_dataset(transform), accelerator, workers=workers, title='testing',
-                         progress=progress)
-    metrics = classification_metrics(result.logits, result.labels, classes) | {
-        'dataset': name, 'split': found.get('split'), 'tested_on': found.get('tested_on', ''), 'input_size': size,
-        'used': _used(config, split, found, size, accelerator.mixed_precision),
-        'best_epoch': best_epoch, 'chosen_by': _chosen_by(config, fitted, split),
+        result = predict(best, split.test.as_dataset(transform), accelerator, job.machine.workers, 'testing',
+                         job.machine.progress)
+    metrics = classification_metrics(result.logits, result.labels, split.train.classes) | {
+        'dataset': data_name(found['data']), 'split': found.get('split'), 'tested_on': found.get('tested_on', ''),
+        'input_size': job.size, 'used': _used(job), 'best_epoch': best_epoch,
+        'chosen_by': _chosen_by(config, fitted, split),
         **({'penalty': fitted.penalty} if config.cached else {}),
         'epochs': len(fitted.history), 'stopped': fitted.stopped,
         'train_files': len(split.train), 'holdout_files': len(split.holdout or ()),
@@ -171,8 +161,8 @@ def finetune(
         'seconds': round(fitted.earlier + time.monotonic() - started, 1),
         'mixed_precision': accelerator.mixed_precision, 'environment': environment(accelerator.device),
         'measured_by': 'scripts/finetune.py'}
-    if main:
-        _finish(run, metrics, best, split.test, result, transform, found | {'data': str(data)})
+    if accelerator.is_main_process:
+        _finish(job, metrics, best, result, transform)
     accelerator.wait_for_everyone()
     return metrics
 
@@ -184,9 +174,10 @@ def _chosen_by(config: FinetuneConfig, fitted: Fitted, split: Split) -> str:
     return 'the end of the schedule' if fitted.last or not split.holdout else 'held-out files'
 
 
-def _used(config: FinetuneConfig, split: Split, found: dict[str, Any], size: int, precision: str) -> dict[str, Any]:
+def _used(job: _Job) -> dict[str, Any]:
     """The settings that had an effect, with what was found for those that were left open."""
-    found_out = {'model': weights_name(config.model), 'split': found.get('split'), 'input_size': size,
+    config, split, precision = job.config, job.split, job.accelerator.mixed_precision
+    found_out = {'model': weights_name(config.model), 'split': job.found.get('split'), 'input_size': job.size,
                  'holdout': f'{len(split.holdout)} files' if split.holdout else 'none',
                  'precision': 'float32' if precision == 'no' else precision}
     if not config.cached:
@@ -213,25 +204,23 @@ def _open_run(
         data: str,
         out: Path,
         accelerator: Accelerator,
-        on_bad: str,
-        resume: bool,
-        download: bool,
+        machine: Machine,
 ) -> tuple[RunDir, Split, dict[str, Any]]:
     """The run directory, with the split in it, that the first process makes and the others read."""
     main, named = accelerator.is_main_process, is_named(data)
     split, found, settings = None, {}, _settings(config, data)
     if main:
-        RunDir.check(out, settings, resume)
-        check_place(out, 0 if resume else _room(config, model))
+        RunDir.check(out, settings, machine.resume)
+        check_place(out, 0 if machine.resume else _room(config, model))
     if named:
         with accelerator.local_main_process_first():
-            split, found = _named_split(config, data, download)
+            split, found = _named_split(config, data, machine.download)
         streamed = any(part and part.streamed for part in (split.train, split.holdout, split.test))
         if streamed and accelerator.num_processes > 1:
             raise ValueError(f'{data} is a stream, which is read in one process; start it without torchrun')
     elif main:
-        split, found = prepare_split(config, data, on_bad, download, out if resume else None)
-    run = RunDir(out, settings, resume, write=main, device=accelerator.device)
+        split, found = prepare_split(config, data, machine, out if machine.resume else None)
+    run = RunDir(out, settings, machine.resume, write=main, device=accelerator.device)
     if main and not named:
         atomic_write(run.path / 'split.csv', write_split(split, source_root(data)))
         atomic_write(run.path / 'scan.json', json.dumps(found, indent=2) + '\n')
@@ -239,66 +228,89 @@ def _open_run(
     return run, split or read_split(run.path / 'split.csv', source_root(data)), found
 
 
-def _train(
-        config: FinetuneConfig,
-        model: torch.nn.Module,
-        split: Split,
-        transforms: dict[str, Any],
-        size: int,
-        run: RunDir,
-        accelerator: Accelerator,
-        memory: float,
-        **kwargs: Any,
-) -> tuple[torch.nn.Module, Fitted]:
-    """What was fitted, the model or its classifier, and the result; `memory` is what photographs may take, in bytes.
-    """
-    workers, progress, bad = kwargs['workers'], kwargs['progress'], []
-    holdout = split.holdout.as_dataset(transforms['test']) if split.holdout else None
+def _train_with_room(job: _Job) -> tuple[torch.nn.Module, Fitted]:
+    """`_train`, with the batch size that memory has room for where it is to be found."""
+    find = job.config.batch_size == 'auto' and not job.config.cached
+    if find:
+        most = max(8, min(256, len(job.split.train) // _LEAST_STEPS // job.accelerator.num_processes))
+        found = _find_batch_size(job.model, job.cfg['input_size'], job.accelerator, most)
+        job.config = dataclasses.replace(job.config, batch_size=found)
+    _announce(job)
+    before = copy.deepcopy(job.model.state_dict()) if find else {}
+    while True:
+        try:
+            return _train(job)
+        except BatchTooLarge as e:  # the optimizer and the averaged weights take their share too
+            if not (find and e.fits) or job.accelerator.num_processes > 1:
+                raise
+            smaller = e.fits
+        _logger.info('batch size %d instead', smaller)
+        job.config = dataclasses.replace(job.config, batch_size=smaller)
+        job.accelerator.free_memory()
+        job.model.load_state_dict(before)
+        job.machine = dataclasses.replace(job.machine, resume=True)  # from the last epoch, where there is one
+
+
+def _announce(job: _Job) -> None:
+    """Say what is about to happen, and what would be better."""
+    config, split = job.config, job.split
+    held_out = len(split.holdout or ())
+    _logger.info('%d classes, %d files to train on, %d held out, %d to test on', len(split.train.classes),
+                 len(split.train), held_out, len(split.test))
+    _logger.info('%s at %d px on %s: %s', config.model, job.size, job.accelerator.device,
+                 'a classifier is fitted to its features' if config.cached else
+                 f'{config.epochs} epochs, batch size {min(config.batch_size, len(split.train))}')
+    if advice := size_advice(job.model, job.size, job.found.get('side', 0)):
+        _logger.warning('%s', advice)
+    if not config.cached and 0 < held_out < ENOUGH_TO_CHOOSE:
+        _logger.info('only %d files are held out, too few to choose the epoch by (each is %.1f points), so the '
+                     'last epoch is used; --holdout 0 trains on them too', held_out, 100 / held_out)
+
+
+def _train(job: _Job) -> tuple[torch.nn.Module, Fitted]:
+    """What was fitted, the model or its classifier, and the result."""
+    config, split, accelerator, machine = job.config, job.split, job.accelerator, job.machine
+    holdout = split.holdout.as_dataset(job.transforms['test']) if split.holdout else None
     class_weights = _balance(split.train) if config.class_weights else None
+    bad: list[str] = []
     if config.cached:
-        train, holdout = (dataset and _keep(extract_features(model, dataset, accelerator, workers, progress), bad)
-                          for dataset in (split.train.as_dataset(transforms['test']), holdout))
+        train, holdout = (
+            dataset and _keep(extract_features(job.model, dataset, accelerator, machine), bad)
+            for dataset in (split.train.as_dataset(job.transforms['test']), holdout))
         loss = functools.partial(
             F.cross_entropy, weight=None if class_weights is None else class_weights.to(accelerator.device))
         linear = LinearFit(train, holdout, len(split.train.classes), loss, config.seed, accelerator.device)
-        network = model.get_classifier()
-        fitted = _fit_classifier(network, linear, run, kwargs['deadline'], kwargs['on_epoch'])
+        network = job.model.get_classifier()
+        fitted = _fit_classifier(network, linear, job)
     else:
-        network = model
-        mix = Mixup(config.mixup, config.cutmix, label_smoothing=config.label_smoothing,
-                    num_classes=len(split.train.classes)) if config.mixup or config.cutmix else None
-        room = len(holdout or ()) * 3 * size ** 2 * 4
+        network, memory = job.model, machine.image_memory * 1e9
+        room = len(holdout or ()) * 3 * job.size ** 2 * 4
         # three times as much while it is gathered, and processes would send it to one another
         if isinstance(split.holdout, ImageFiles) and 3 * room <= memory and accelerator.num_processes == 1:
-            holdout = _keep(predict(torch.nn.Identity(), holdout, accelerator, workers=workers), bad)
+            holdout = _keep(predict(torch.nn.Identity(), holdout, accelerator, workers=machine.workers), bad)
             memory -= room
-        train = training_set(config, split, transforms['train'], size, memory)
-        fitted = fit(network, train, holdout, config, run, accelerator, way=config.train, mix=mix,
-                     class_weights=class_weights, **kwargs)
+        train = training_set(config, split, job.transforms['train'], job.size, memory)
+        finetuner = Finetuner(network, config, accelerator, job.control, machine, job.on_epoch)
+        with job.control:
+            fitted = finetuner.fit(train, holdout, class_weights)
     return network, dataclasses.replace(fitted, bad=[*bad, *fitted.bad])
 
 
-def _fit_classifier(
-        classifier: torch.nn.Linear,
-        linear: LinearFit,
-        run: RunDir,
-        deadline: float,
-        on_epoch: Callable[[dict[str, float]], None] | None,
-) -> Fitted:
+def _fit_classifier(classifier: torch.nn.Linear, linear: LinearFit, job: _Job) -> Fitted:
     """Fit the classifier to features: in a run's terms an epoch is a penalty, and both `last/` and `best/` the best's.
     """
-    began, history, stopped = time.monotonic(), [], ''
-    for row, _ in linear.path():
-        seconds = round(time.monotonic() - began, 1)
-        history.append({'epoch': len(history) + 1, **row, 'seconds': seconds})
-        if run.write:
-            run.log('penalty %.0e  loss %.3f  held-out accuracy %5.1f %%  %.0f s', row['penalty'], row['train_loss'],
-                    row['holdout_accuracy'], seconds)
-            if on_epoch:
-                on_epoch(history[-1])
-        if time.monotonic() > deadline:
-            stopped = 'the time budget'
-            break
+    began, history, stopped, run = time.monotonic(), [], '', job.control.run
+    with job.control:
+        for row, _ in linear.path():
+            seconds = round(time.monotonic() - began, 1)
+            history.append({'epoch': len(history) + 1, **row, 'seconds': seconds})
+            if run.write:
+                run.log('penalty %.0e  loss %.3f  held-out accuracy %5.1f %%  %.0f s', row['penalty'],
+                        row['train_loss'], row['holdout_accuracy'], seconds)
+                if job.on_epoch:
+                    job.on_epoch(history[-1])
+            if stopped := job.control.reason_to_stop():
+                break
     best = max(history, key=lambda row: row['holdout_accuracy'])
     weight, bias = linear.weight(best['penalty'])
     with torch.no_grad():
@@ -363,8 +375,7 @@ def make_accelerator(config: FinetuneConfig, device: str) -> Accelerator:
 def prepare_split(
         config: FinetuneConfig,
         data: str | Path,
-        on_bad: str = 'skip',
-        download: bool = False,
+        machine: Machine = Machine(),  # noqa: B008  (it is frozen)
         run: Path | None = None,
 ) -> tuple[Split, dict[str, Any]]:
     """List and examine the files, say what was found, and split them.
@@ -372,8 +383,7 @@ def prepare_split(
     Args:
         config: Names the protocol.
         data: As in `finetune`.
-        on_bad: As in `finetune`.
-        download: As in `finetune`.
+        machine: Whether to download, and what to do with files that cannot be read.
         run: Directory of a run to go on with: its split is taken as it is.
 
     Returns:
@@ -388,9 +398,9 @@ def prepare_split(
         found = read_json(run / 'scan.json', check_scan)
         return read_split(run / 'split.csv', source_root(data)), found
     if config.split.endswith('.csv'):
-        return read_split(config.split, source_root(data, download)), {
+        return read_split(config.split, source_root(data, machine.download)), {
             'split': _split_name(config.split), 'bad': [], 'leaks': [], 'summary': [f'split by {config.split}']}
-    scan = examine(list_source(data, config.nested, download), on_bad, at_most=EXAMINED_AT_MOST)
+    scan = examine(list_source(data, config.nested, machine.download), machine.on_bad, at_most=EXAMINED_AT_MOST)
     split = make_split(scan, config.split, config.holdout, config.seed)
     leaks = split.leaks(scan.twins)
     summary = scan.summary()
@@ -479,7 +489,7 @@ def _find_batch_size(
         accelerator: Accelerator,
         most: int,
 ) -> int:
-    """Images a step, at most `most` a process, that the memory of every process has room for."""
+    """The largest batch size, over all processes, that fits their memory; at most `most` images per process."""
     before = copy.deepcopy(model.state_dict())  # the trial moves BatchNorm's statistics
 
     def step(n: int) -> None:
@@ -504,18 +514,12 @@ def _balance(files: ImageFiles) -> torch.Tensor:
     return counts.sum() / (len(counts) * counts)
 
 
-def _export(
-        model: torch.nn.Module,
-        network: torch.nn.Module,
-        fitted: Fitted,
-        run: RunDir,
-        cfg: dict[str, Any],
-        model_args: dict[str, Any],
-) -> int:
+def _export(job: _Job, network: torch.nn.Module, fitted: Fitted) -> int:
     """Write `last/` and `best/`, whose epoch is returned. `network` is what was fitted: the model or its classifier.
     """
+    run, args = job.control.run, _model_args(job.config)
     network.load_state_dict(fitted.network.state_dict())
-    export_weights(model, run.path / 'last', cfg, model_args=model_args)
+    export_weights(job.model, run.path / 'last', job.cfg, model_args=args)
     epoch, last = fitted.best_epoch(), fitted.history[-1]['epoch']
     if not (fitted.last or fitted.penalty):  # those are what was fitted
         if best := run.load_best():
@@ -525,28 +529,20 @@ def _export(
             run.log('the checkpoint of epoch %d, the best on held-out files, is lost; best/ holds epoch %d, the last',
                     epoch, last, level=logging.WARNING)
             epoch = last
-    export_weights(model, run.path / 'best', cfg, model_args=model_args)
+    export_weights(job.model, run.path / 'best', job.cfg, model_args=args)
     return epoch
 
 
-def _finish(
-        run: RunDir,
-        metrics: dict[str, Any],
-        model: torch.nn.Module,
-        files: ImageFiles,
-        result: Predictions,
-        transform: Any,
-        found: dict[str, Any],
-) -> None:
+def _finish(job: _Job, metrics: dict[str, Any], model: torch.nn.Module, result: Predictions, transform: Any) -> None:
+    run = job.control.run
     atomic_write(run.path / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
-    write_report(run.path, metrics, model, files, result, transform, found)
+    write_report(run.path, metrics, model, job.split.test, result, transform, job.found)
     recipe = _without_paths(json.loads(run.recipe_file.read_text(encoding='utf-8')))
-    public = {k: v for k, v in metrics.items() if k not in ('skipped', 'leaks')}
-    atomic_write(run.path / 'best' / 'metrics.json', json.dumps(public, indent=2) + '\n')
     for folder in (run.path / 'best', run.path / 'last'):
         atomic_write(folder / 'recipe.json', json.dumps(recipe, indent=2) + '\n')
         for file in ('history.csv', 'curves.png'):
             atomic_write(folder / file, functools.partial(shutil.copyfile, run.path / file))
+    finish_weights_folder(run.path / 'best', metrics)
 
 
 def _check_place_of_seeds(out: Path, resume: bool) -> None:
@@ -574,8 +570,9 @@ def finetune_seeds(
         data: str | Path,
         out: str | Path,
         seeds: int = 1,
-        **kwargs: Any,
-) -> dict[str, Any]:
+        machine: Machine = Machine(),  # noqa: B008  (it is frozen)
+        on_epoch: Callable[[dict[str, float]], None] | None = None,
+) -> dict[str, Any] | None:
     """Fine-tune `seeds` times, from `config.seed` on: in `out` if it is once, else in `out/seed-N`.
 
     Several runs leave `out/metrics.json` with the same as is returned, but `runs`.
@@ -583,7 +580,8 @@ def finetune_seeds(
     Returns:
         `way`, `dataset`, `protocol`, `input_size`, `epochs` (where there are any), `stem`, `seeds`, `seconds` of all,
         `settings` (the fields of `config` that are not the default), `runs` (their metrics), and of `top1`,
-        `mean_per_class` and `ece` the `mean`, the sample standard deviation `std` and the `values`.
+        `mean_per_class` and `ece` the `mean`, the sample standard deviation `std` and the `values`. None if a run was
+        stopped by SIGTERM or Ctrl-C.
 
     Raises:
         What `finetune` raises; the runs that ended are kept. With `resume` they are passed by.
@@ -593,14 +591,19 @@ def finetune_seeds(
     planned = []
     for seed in range(config.seed, config.seed + seeds):
         folder = Path(out) / f'seed-{seed}' if seeds > 1 else Path(out)
-        resume = kwargs.get('resume', False) and (seeds == 1 or (folder / 'recipe.json').is_file())
+        resume = machine.resume and (seeds == 1 or (folder / 'recipe.json').is_file())
         planned.append((dataclasses.replace(config, seed=seed), folder, resume))
     if int(os.environ.get('RANK', 0)) == 0:  # of all, before the first is run; others would not find what it makes
         if seeds > 1:
-            _check_place_of_seeds(Path(out), kwargs.get('resume', False))
+            _check_place_of_seeds(Path(out), machine.resume)
         for own, folder, resume in planned:
             RunDir.check(folder, _settings(own, str(data)), resume)
-    runs = [finetune(own, data, folder, **kwargs | {'resume': resume}) for own, folder, resume in planned]
+    runs = []
+    for own, folder, resume in planned:
+        metrics = finetune(own, data, folder, dataclasses.replace(machine, resume=resume), on_epoch)
+        if metrics is None:
+            return None
+        runs.append(metrics)
     config = dataclasses.replace(config, split=_split_name(config.split))  # the summary may be published
     summary = {
         'way': config.train if config.pretrained else 'from scratch', 'dataset': runs[0]['dataset'],

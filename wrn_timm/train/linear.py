@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-from .finetune_loop import Features
+from .measure import Features
 
 __all__ = ['LinearFit', 'Loss', 'fit_linear']
 
@@ -106,7 +106,7 @@ class LinearFit:
         self.labels = self._labels.cpu()[torch.cat([asked for _, asked in self.folds])]
 
     def path(self) -> Iterator[tuple[dict[str, float], torch.Tensor]]:
-        """A row a penalty, from the strongest on until three in a row are no better, and the logits of the files asked.
+        """A row per penalty, the strongest first, until three in a row are no better, and the logits of held-out files.
 
         The row has `penalty`, `train_loss` (of the files fitted to, the penalty left out), `holdout_loss` and
         `holdout_accuracy` in % (of the files asked).

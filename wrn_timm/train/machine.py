@@ -1,17 +1,54 @@
-"""What a run computes on: device, number format, processes."""
+"""The machine's part in a run: device, number format, processes, time."""
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
+import time
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from ..recipes import Precision, check_numbers
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['Precision', 'accelerator_on', 'autocast', 'fast_bfloat16', 'fused', 'resolve_precision']
+__all__ = ['Machine', 'accelerator_on', 'autocast', 'fast_bfloat16', 'fused', 'resolve_precision']
 
-Precision = Literal['auto', 'no', 'fp16', 'bf16']
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Settings of a run that belong to the machine and not to the result."""
+
+    device: str = 'cpu'
+    """'cpu' or 'cuda'."""
+    workers: int = 0
+    """Processes that read images."""
+    image_memory: float = 1.
+    """GB of decoded photographs that each process keeps from epoch to epoch. Those that do not fit are decoded every
+    time, to the same result."""
+    on_bad: Literal['skip', 'fail'] = 'skip'
+    """What to do with unreadable files: leave them out and name them, or stop."""
+    download: bool = False
+    """Fetch the data set if it is missing."""
+    resume: bool = False
+    """Go on with the run in the run directory."""
+    time_budget: float = math.inf
+    """Seconds after which the run stops, to be resumed."""
+    progress: bool | None = None
+    """False shows no progress bar; None shows it in a terminal."""
+
+    def __post_init__(self):
+        if self.workers < 0:
+            raise ValueError(f'workers is {self.workers}; it must be at least 0')
+        if self.on_bad not in ('skip', 'fail'):
+            raise ValueError(f"on_bad is {self.on_bad!r}; choose 'skip' or 'fail'")
+        check_numbers({'image_memory': self.image_memory, 'time_budget': self.time_budget}, math.inf)
+
+    def deadline(self) -> float:
+        """`time.monotonic()` at which the time budget of a run that begins now ends."""
+        return time.monotonic() + self.time_budget
 
 
 def fast_bfloat16(device: torch.device | str) -> bool:
@@ -74,5 +111,5 @@ def accelerator_on(device: str, precision: Precision = 'no', **kwargs: Any) -> A
 
 
 def fused(opt: str) -> dict[str, bool]:
-    """The option of timm's `create_optimizer_v2` that updates in one pass over memory, where this optimiser has it."""
+    """The option of timm's `create_optimizer_v2` that updates in one pass over memory, where this optimizer has it."""
     return {'fused': True} if opt in _FUSED else {}

@@ -1,34 +1,110 @@
-"""Figures of a classifier on a data set, by torchmetrics."""
+"""The one way to measure: what a network says of images, and the figures that are made of it."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from timm.data import resolve_model_data_config
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
     multiclass_precision,
 )
+from tqdm import tqdm
 
-__all__ = ['classification_metrics', 'predict_logits']
+from ..data.corrupt import CORRUPTIONS, corrupt
+from ..data.folders import FolderScan, ImageFiles, ReadableOnly, collate_readable, examine, some
+from ..data.small_sets import NAMES, ImageArrays, load, normalise, parse_spec
+from ..data.splits import data_name, list_source, read_split, source_root
+from ..recipes import Precision
+from ..weights import eval_transform, open_model
+from .machine import Machine, autocast, resolve_precision
+from .run import environment
+
+__all__ = [
+    'Features', 'Predictions', 'classification_metrics', 'evaluate', 'largest_batch', 'loss_and_accuracy',
+    'make_loader', 'out_of_memory', 'predict', 'predict_logits', 'validate']
+
+Batches = Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory was short; oneDNN, on a CPU, says it in its own words."""
+    return should_reduce_batch_size(error) or str(error).startswith('could not create a ')
+
+
+def largest_batch(step: Callable[[int], None], start: int) -> int:
+    """The largest of `start`, `start / 2`, `start / 4`... that fits the device's memory; 0 if none does.
+
+    Args:
+        step: Runs with this batch size.
+        start: First size tried.
+    """
+    while start:
+        try:
+            step(start)
+            return start
+        except RuntimeError as e:
+            if not out_of_memory(e):
+                raise
+        clear_device_cache(garbage_collection=True)
+        start //= 2
+    return 0
 
 
 @torch.inference_mode()
 def predict_logits(
-        model: torch.nn.Module,
-        loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        network: torch.nn.Module,
+        batches: Batches,
         device: torch.device | str = 'cpu',
+        batch_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, classes), float32, and labels (N,) of a loader's images, on the CPU; both empty where there are none.
+    """Logits (N, classes), float32, and labels (N,), on the CPU; both empty where there are no images.
+
+    It computes in float32, unless it is called within an autocast context.
+
+    Args:
+        network: On the device; in evaluation mode afterwards.
+        batches: Gives batches of images and labels, called with the number of images per batch.
+        device: Where the network is.
+        batch_size: Images per batch; fewer where they do not fit the device's memory.
+
+    Raises:
+        RuntimeError: Out of memory with one image.
     """
-    model.eval()
-    logits, labels = [], []
-    for images, targets in loader:
-        images = images.to(device, memory_format=torch.channels_last if images.ndim == 4 else torch.preserve_format)
-        logits.append(model(images).float().cpu())
-        labels.append(targets)
-    return torch.cat(logits or [torch.empty(0)]), torch.cat(labels or [torch.empty(0, dtype=torch.int64)])
+    network.eval()
+    found: list[torch.Tensor] = []
+    side = 0
+
+    def run(batch_size: int) -> None:
+        nonlocal side
+        logits, labels = [], []
+        for images, targets in batches(batch_size):
+            side = images.shape[-1]
+            images = images.to(device, memory_format=torch.channels_last if images.ndim == 4 else torch.preserve_format)
+            logits.append(network(images).float().cpu())
+            labels.append(targets)
+        found[:] = torch.cat(logits or [torch.empty(0)]), torch.cat(labels or [torch.empty(0, dtype=torch.int64)])
+
+    if not largest_batch(run, batch_size):
+        raise RuntimeError(f'not even one image of {side} px fits into the memory of {device}; choose a smaller '
+                           f'--input-size or --model')
+    return found[0], found[1]
+
+
+def loss_and_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Mean cross-entropy `loss`, and `accuracy` in %."""
+    hits = (logits.argmax(1) == labels).float().mean()
+    return {'loss': F.cross_entropy(logits, labels).item(), 'accuracy': 100 * hits.item()}
 
 
 def classification_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -70,3 +146,227 @@ def classification_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: 
         'precision': by_name(precision, predicted),
         'ece': percent(multiclass_calibration_error(logits.softmax(1), labels, n, n_bins=15)),
     }
+
+
+def evaluate(
+        network: torch.nn.Module,
+        data: ImageArrays,
+        device: torch.device,
+        precision: Precision = 'no',
+        batch_size: int = 500,
+) -> dict[str, float]:
+    """Mean loss and accuracy in % of a network on small images as they are, normalised by the data set's statistics."""
+    def batches(n: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for images, labels in zip(data.images.split(n), data.labels.split(n), strict=True):
+            yield normalise(images.to(device), data.mean, data.std), labels
+
+    with autocast(device, resolve_precision(precision, device)):
+        return loss_and_accuracy(*predict_logits(network, batches, device, batch_size))
+
+
+class Features(Dataset):
+    """Features (N, C), or images (N, C, H, W), held in memory, and labels (N,); a batch is taken at once."""
+
+    def __init__(self, features: torch.Tensor, labels: torch.Tensor):
+        self.features, self.labels = features, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.features[i], self.labels[i]
+
+    def __getitems__(self, index: Sequence[int]) -> tuple:
+        index = torch.as_tensor(index)
+        return self.features[index], self.labels[index], index, []
+
+
+def make_loader(dataset: Dataset, batch_size: int, workers: int, pin: bool = False, **kwargs: Any) -> DataLoader:
+    """Batches of (images, labels, indices into the data set that a Subset is of, why others could not be read)."""
+    inner = dataset.dataset if isinstance(dataset, Subset) else dataset
+    if isinstance(inner, Features):
+        return DataLoader(dataset, batch_size, collate_fn=_as_it_is, **kwargs)
+    if isinstance(inner, IterableDataset):
+        if inner is not dataset:
+            raise ValueError('a data set that is streamed runs in one process')
+        return DataLoader(dataset, batch_size, collate_fn=_with_none_unread, drop_last=kwargs.get('drop_last', False))
+    readable = Subset(ReadableOnly(inner), dataset.indices) if inner is not dataset else ReadableOnly(dataset)
+    return DataLoader(
+        readable, batch_size, num_workers=min(workers, math.ceil(len(dataset) / batch_size)),
+        collate_fn=collate_readable, pin_memory=pin, **kwargs)
+
+
+def _with_none_unread(batch: Any) -> Any:
+    return *default_collate(batch), []
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What a network says of the readable images of a data set.
+
+    Attributes:
+        logits: (N, classes), float32, on the CPU.
+        labels: int64 (N,).
+        index: int64 (N,): place in the data set.
+        bad: Why the other images could not be read.
+    """
+    logits: torch.Tensor
+    labels: torch.Tensor
+    index: torch.Tensor
+    bad: list[str]
+
+
+def predict(
+        network: torch.nn.Module,
+        dataset: Dataset,
+        accelerator: Accelerator,
+        workers: int = 0,
+        title: str = '',
+        progress: bool | None = None,
+) -> Predictions:
+    """Run a network over a data set, shared among the processes; each gets the whole result.
+
+    Precision and memory as in `predict_logits`.
+
+    Args:
+        network: In evaluation mode afterwards.
+        dataset: Of (image, label).
+        accelerator: Knows the device and the other processes.
+        workers: Processes that read images.
+        title: Of the progress bar, which is not shown where it is empty.
+        progress: False shows no bar; None shows it in a terminal.
+
+    Raises:
+        ValueError: No image could be read.
+        What `predict_logits` raises.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    mine = dataset if world == 1 else Subset(dataset, range(rank, len(dataset), world))
+    show = title and accelerator.is_main_process and progress is not False
+    index, bad = [], []
+
+    def readable(batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        index.clear(), bad.clear()
+        batches = make_loader(mine, batch_size, workers, accelerator.device.type == 'cuda')
+        for images, labels, i, reasons in tqdm(
+                batches, desc=title, unit='batch', leave=False, disable=None if show else True):
+            bad.extend(reasons)
+            if images is not None:
+                index.append(i)
+                yield images, labels
+
+    found = predict_logits(network, readable, accelerator.device) if len(mine) else ()
+    mine = [*found, torch.cat(index)] if index else []
+    gathered = gather_object([(mine, bad)]) if world > 1 else [(mine, bad)]
+    bad = [reason for _, reasons in gathered for reason in reasons]
+    parts = [part for part, _ in gathered if part]
+    if not parts:
+        raise ValueError(f'no image can be read: {some(bad, "; ")}')
+    logits, labels, order = (torch.cat(column) for column in zip(*parts, strict=True))
+    by_place = order.argsort()
+    return Predictions(logits[by_place], labels[by_place], order[by_place], bad)
+
+
+def validate(
+        name: str,
+        data: str,
+        machine: Machine = Machine(),  # noqa: B008  (it is frozen)
+        batch_size: int = 250,
+        corruptions: bool = False,
+        split: str = '',
+        precision: Precision = 'no',
+) -> dict[str, Any]:
+    """Measure a pretrained model, reloaded from disk through `timm.create_model`, on a test set.
+
+    Every published figure is measured here.
+
+    Args:
+        name: timm name or weights folder.
+        data: `NAME:DIR` of a named set (its test split); or `folder:DIR` of class folders, a CSV file or
+            `caltech101:DIR`, as `list_source` reads them (the part to test on, or all files where they are not split).
+        machine: Device, workers, whether to download a named set.
+        batch_size: Images per batch; fewer where they do not fit the device's memory.
+        corruptions: Measure a named set under each of `data.corrupt.CORRUPTIONS` too.
+        split: The `split.csv` of a fine-tuned run, whose part to test on is measured.
+        precision: 'no' is float32 (and not TF32), as in all published figures; 'bf16', 'fp16', or 'auto': bfloat16 on
+            GPUs and CPUs that are faster in it.
+
+    Returns:
+        The metrics of `classification_metrics`, with the data set, split, preprocessing and environment; top-1 under
+        each corruption as `corruptions`.
+
+    Raises:
+        ValueError: The data's classes are not among the model's; corruptions are asked for on files, or a split of a
+            named set.
+        What `list_source`, `read_split` and `predict_logits` raise.
+    """
+    if batch_size < 1:
+        raise ValueError(f'batch_size is {batch_size}; it must be at least 1')
+    device, precision = machine.device, resolve_precision(precision, machine.device)
+    model = open_model(name).to(device, memory_format=torch.channels_last)
+    config, transform = resolve_model_data_config(model), eval_transform(model)
+    source, part, split, skipped = _test_part(data, split, corruptions, machine.download)
+    part = _checked(part, model, name, data)
+
+    def measure(part: ImageArrays | ImageFiles, what: str) -> dict[str, Any]:
+        def batches(n: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+            loader = DataLoader(part.as_dataset(transform), n, num_workers=machine.workers)
+            return tqdm(loader, desc=what, unit='batch', leave=False, disable=None)
+
+        with autocast(device, precision), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return classification_metrics(*predict_logits(model, batches, device, batch_size), part.classes)
+
+    metrics = measure(part, 'validating')
+    if corruptions:
+        metrics['corruptions'] = {
+            f'{kind} {strength:g}': measure(
+                dataclasses.replace(part, images=corrupt(part.images, kind, strength)), kind)['top1']
+            for kind, strengths in CORRUPTIONS.items() for strength in strengths}
+    return {
+        'dataset': source, 'split': split, **metrics, 'skipped': skipped,
+        'precision': precision, 'preprocessing': {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()},
+        'environment': environment(device),
+    }
+
+
+def _test_part(
+        data: str,
+        split: str,
+        corruptions: bool,
+        download: bool,
+) -> tuple[str, ImageArrays | ImageFiles, str, list[str]]:
+    """What `validate` measures: the name of the data, its part to test on and what to call it, and what is left out."""
+    if data.partition(':')[0] in NAMES:
+        if split:
+            raise ValueError(f'{data} has a test split of its own; leave out --split')
+        source, root = parse_spec(data)
+        return source, load(source, root, train=False, download=download), 'test', []
+    if corruptions:
+        raise ValueError('corruptions are for the named sets of small images, not for files')
+    where = data.removeprefix('folder:')
+    scan = FolderScan(read_split(split, source_root(where, download)).test) if split else list_source(
+        where, download=download)
+    scan = examine(scan, only='test' if scan.test else 'train')
+    called = Path(split).name or ('test' if scan.test else 'all files')
+    return data_name(where), scan.test or scan.train, called, list(scan.bad)
+
+
+def _checked(
+        part: ImageArrays | ImageFiles,
+        model: torch.nn.Module,
+        name: str,
+        data: str,
+) -> ImageArrays | ImageFiles:
+    """The images with the labels of the model, whose classes they must be, or some of them."""
+    labels = model.pretrained_cfg.get('label_names')
+    if isinstance(part, ImageFiles) and labels and set(part.classes) < set(labels):
+        part = ImageFiles(part.paths, [labels.index(part.classes[i]) for i in part.labels], tuple(labels))
+    if len(part.classes) != model.num_classes or (labels and tuple(labels) != tuple(part.classes)):
+        raise ValueError(
+            f'{name} knows {model.num_classes} classes ({", ".join((labels or ())[:3])}...), {data} has '
+            f'{len(part.classes)} ({", ".join(part.classes[:3])}...)')
+    return part

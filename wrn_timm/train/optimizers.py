@@ -1,4 +1,4 @@
-"""The optimiser of a recipe."""
+"""The optimizer of a recipe."""
 from __future__ import annotations
 
 import functools
@@ -8,8 +8,8 @@ import timm.optim
 import torch
 from timm.optim import create_optimizer_v2, muon
 
+from ..recipes import Recipe
 from .machine import fast_bfloat16
-from .recipes import Recipe
 
 __all__ = ['Muon', 'create_optimizer']
 

@@ -1,4 +1,4 @@
-"""What a pretrained model says of photographs on this machine, a batch at a time."""
+"""Predictions for image files, read a batch at a time."""
 from __future__ import annotations
 
 import dataclasses
@@ -11,15 +11,16 @@ from typing import Any
 import torch
 
 from ..data.folders import looks_like_image, read_rgb, walk_files
-from .machine import Precision, autocast, resolve_precision
-from .validate import eval_transform, open_model
+from ..recipes import Precision
+from ..weights import eval_transform, open_model
+from .machine import autocast, resolve_precision
 
 __all__ = ['Prediction', 'find_images', 'predict', 'predict_files']
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a model says of a file.
+    """The prediction for one file.
 
     Attributes:
         image: Path of the file.
@@ -48,7 +49,7 @@ def predict(
         device: str | None = None,
         **kwargs: Any,
 ) -> list[Prediction]:
-    """Name what photographs show.
+    """Predict the classes of image files.
 
         for photo in wrn_timm.predict('RUN', ['photo.jpg', 'FOLDER']):
             print(photo.image, photo.label, photo.probability)
@@ -56,12 +57,12 @@ def predict(
     Args:
         model: timm name, weights folder or run directory.
         images: One or more files and folders; in a folder all images count, those of the folders in it too.
-        top_k: Labels a file.
+        top_k: Labels per file.
         device: Where the model runs; None for a GPU if there is one.
         kwargs: Of `predict_files`.
 
     Returns:
-        One a file, in the order of `images`. A file that cannot be read stops nothing: its `error` says why.
+        One per file, in the order of `images`. The `error` of a file that cannot be read says why.
 
     Raises:
         ValueError: `top_k` is below 1, or what `find_images` raises.
@@ -80,7 +81,7 @@ def find_images(names: Iterable[str]) -> Iterator[str]:
     """The files named, and the images in the folders named and below, in the order of names; hidden ones are passed by.
 
     Raises:
-        ValueError: A folder holds no file that is called as an image is.
+        ValueError: A folder holds no images.
     """
     for name in names:
         if os.path.isdir(name):
@@ -107,8 +108,8 @@ def predict_files(
         name: timm name or weights folder.
         paths: Image files.
         device: Where the model runs.
-        batch_size: Files a step.
-        top_k: Classes a file.
+        batch_size: Images per batch.
+        top_k: Classes per file.
         precision: 'bf16', 'fp16', 'no' (float32), or 'auto': bfloat16 on GPUs and CPUs that are faster in it.
 
     Yields:

@@ -17,13 +17,11 @@ from torch.utils.data import Dataset
 
 from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine
 from ..data.splits import Split, data_name, list_source, make_split
-from ..weights import WEIGHTS_FILE, list_weights, places
-from .finetune_loop import Features, Predictions, predict
+from ..recipes import FinetuneConfig
+from ..weights import WEIGHTS_FILE, list_weights, open_model, places
 from .linear import LinearFit
-from .machine import accelerator_on
-from .measure import classification_metrics
-from .recipes import FinetuneConfig
-from .validate import open_model
+from .machine import Machine, accelerator_on
+from .measure import Features, Predictions, classification_metrics, predict
 
 __all__ = ['extract_features', 'knn', 'probe']
 
@@ -47,12 +45,11 @@ def extract_features(
         model: torch.nn.Module,
         dataset: Dataset,
         accelerator: Accelerator,
-        workers: int = 0,
-        progress: bool | None = None,
+        machine: Machine = Machine(),  # noqa: B008  (it is frozen)
 ) -> Predictions:
     """What a timm model's classifier would be given, (N, C), in place of the logits of `predict`."""
     with accelerator.autocast():
-        return predict(_Backbone(model), dataset, accelerator, workers=workers, title='features', progress=progress)
+        return predict(_Backbone(model), dataset, accelerator, machine.workers, 'features', machine.progress)
 
 
 def knn(
@@ -95,8 +92,8 @@ def _at_hand() -> list[str]:
 class _Bank:
     """The features that a backbone gives for files, each file going through it once."""
 
-    def __init__(self, name: str, input_size: int, accelerator: Accelerator, workers: int, progress: bool | None):
-        self._accelerator, self._workers, self._progress = accelerator, workers, progress
+    def __init__(self, name: str, input_size: int, accelerator: Accelerator, machine: Machine):
+        self._accelerator, self._machine = accelerator, machine
         self._model = open_model(name).to(accelerator.device, memory_format=torch.channels_last)
         config = resolve_model_data_config(self._model)
         self.size = input_size or config['input_size'][-1]
@@ -110,8 +107,7 @@ class _Bank:
         """Features and labels of those that can be read."""
         if missing := [i for i, path in enumerate(files.paths) if path not in self._asked]:
             wanted = files.subset(missing)
-            found = extract_features(self._model, wanted.as_dataset(self._transform), self._accelerator, self._workers,
-                                     self._progress)
+            found = extract_features(self._model, wanted.as_dataset(self._transform), self._accelerator, self._machine)
             self._rows |= {wanted.paths[i]: row for i, row in zip(found.index.tolist(), found.logits, strict=True)}
             self._asked.update(wanted.paths)
             self.bad += found.bad
@@ -161,11 +157,7 @@ def probe(
         config: FinetuneConfig,
         seeds: int = 1,
         test_all: bool = False,
-        device: str = 'cpu',
-        workers: int = 0,
-        on_bad: str = 'skip',
-        download: bool = False,
-        progress: bool | None = None,
+        machine: Machine = Machine(),  # noqa: B008  (it is frozen)
         on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Rank backbones for a data set by files held out of training; the test files measure the best one, once.
@@ -179,11 +171,7 @@ def probe(
         config: Its `split` (but no file), `holdout`, `seed`, `input_size` (0 takes the weights' own) and `nested`.
         seeds: How many, from `config.seed` on.
         test_all: Measure all of them on the test files, for figures to publish; the ranking stays.
-        device: 'cpu' or 'cuda'.
-        workers: Processes that read photographs.
-        on_bad: As in `examine`.
-        download: As in `list_source`.
-        progress: False shows no bar; None shows it in a terminal.
+        machine: Device, workers, whether to download...
         on_row: Called with each row as it is done, and again with those that get their test figures.
 
     Returns:
@@ -198,12 +186,12 @@ def probe(
     names = [n for name in names for n in (_at_hand() if name == 'all' else [name])]
     if not names:
         raise ValueError('there are no weights on this machine to probe; name them to fetch them')
-    scan = examine(list_source(data, config.nested, download), on_bad, at_most=EXAMINED_AT_MOST)
+    scan = examine(list_source(data, config.nested, machine.download), machine.on_bad, at_most=EXAMINED_AT_MOST)
     for line in scan.summary():
         _logger.info('%s', line)
     numbers = range(config.seed, config.seed + seeds)
     splits = {seed: make_split(scan, config.split, config.holdout, seed) for seed in numbers}
-    accelerator = accelerator_on(device, config.precision)
+    accelerator = accelerator_on(machine.device, config.precision)
     rows: list[dict[str, Any]] = []
     best: tuple[dict[str, Any], _Bank, list[float]] | None = None
 
@@ -214,7 +202,7 @@ def probe(
 
     for name in names:
         began = time.monotonic()
-        bank = _Bank(name, config.input_size, accelerator, workers, progress)
+        bank = _Bank(name, config.input_size, accelerator, machine)
         found = [_measured_on_held_out(bank, split, seed) for seed, split in splits.items()]
         seconds = round(time.monotonic() - began, 1)
         for way in found[0]:

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import math
 import os
@@ -13,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import torch.nn.functional as F
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 from torchmetrics.functional.classification import multiclass_confusion_matrix
@@ -22,10 +23,9 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from ..data.folders import ImageFiles
 from ..data.timm_sets import NamedImages
 from ..files import atomic_write
-from ..names import printable
-from .finetune_loop import Predictions
-from .recipes import finetune_command
-from .run import duration
+from ..names import duration, printable
+from ..recipes import finetune_command
+from .measure import Predictions
 
 __all__ = ['draw_confusion', 'draw_predictions', 'draw_wrong', 'grad_cam', 'write_report']
 
@@ -117,7 +117,7 @@ def draw_wrong(
     """Draw the wrong answers given with most confidence, each beside where the network looked for them.
 
     Returns:
-        A row a photograph: `file`, `predicted`, `confidence` in %, `true`; the most confident first.
+        A row per photograph: `file`, `predicted`, `confidence` in %, `true`; the most confident first.
     """
     confidence, predicted = result.logits.softmax(1).max(1)
     wrong = (predicted != result.labels).nonzero()[:, 0]
@@ -208,58 +208,29 @@ def write_report(
     atomic_write(folder / 'report.html', page.encode(errors='replace').decode())  # names of files can be any bytes
 
 
-_STYLE = '''
-:root { color-scheme: light dark; --line: #8884; --quiet: light-dark(#666, #aaa); }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; }
-h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-h1, dd, li { overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .8rem; }
-dl div { display: flex; flex-direction: column-reverse; justify-content: flex-end; padding-left: .7rem;
-         border-left: 3px solid var(--line); }
-dt, figcaption { color: var(--quiet); font-size: .85rem; }
-dd { margin: 0; font-size: 1.15rem; font-weight: 600; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { border-bottom: 1px solid var(--line); padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
-td { max-width: 24rem; overflow-wrap: break-word; }
-td.path { max-width: none; white-space: nowrap; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-figure { margin: 1rem 0; }
-.wide { overflow-x: auto; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-img { display: block; max-width: 100%; background: white; }
-'''
 _NARROWEST = 640  # pixels of a picture, below which its text is too small: it is scrolled
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader('wrn_timm'), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined)
+_TEMPLATES.filters['shown'] = lambda cell: (
+    '-' if cell is None else f'{cell:.1f}' if isinstance(cell, float) else str(cell))
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table whose columns of numbers are set to the right, and whose `file` is not broken."""
-    def line(cells: Sequence[Any], tag: str) -> str:
-        return '<tr>' + ''.join(f'<{tag}{kind}>{html.escape(_shown(c))}</{tag}>'
-                                for c, kind in zip(cells, kinds, strict=True)) + '</tr>'
-
-    kinds = [' class="path"' if name == 'file' else
-             ' class="number"' * all(c is None or isinstance(c, (int, float)) for c in column)
-             for name, column in zip(header, zip(*rows, strict=True), strict=True)]
-    return '\n'.join(['<div class="wide"><table>', line(header, 'th'), *(line(row, 'td') for row in rows),
-                      '</table></div>'])
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[tuple[str, Markup, tuple[Any, ...]]]:
+    """Name, attributes and cells of each column: numbers are set to the right, and a `file` is not broken."""
+    columns = []
+    for name, cells in zip(header, zip(*rows, strict=True), strict=bool(rows)):
+        number = all(cell is None or isinstance(cell, (int, float)) for cell in cells)
+        kind = 'path' if name == 'file' else 'number' if number else ''
+        columns.append((name, Markup(f' class="{kind}"' if kind else ''), cells))
+    return columns
 
 
-def _facts(facts: Sequence[tuple[str, Any]]) -> str:
-    return '<dl>' + ''.join(f'<div><dt>{html.escape(name)}</dt><dd>{html.escape(_shown(value))}</dd></div>'
-                            for name, value in facts) + '</dl>'
-
-
-def _shown(cell: Any) -> str:
-    return '-' if cell is None else f'{cell:.1f}' if isinstance(cell, float) else str(cell)
-
-
-def _figure(file: Path, caption: str) -> str:
+def _picture(file: Path) -> dict[str, Any]:
+    """The width in pixels that a picture has at least on a page, and its bytes in base64."""
     with Image.open(file) as image:
-        width = image.width
-    data, caption = base64.b64encode(file.read_bytes()).decode(), html.escape(caption)
-    return (f'<figure><div class="wide"><img alt="{caption}" style="min-width: {min(width, _NARROWEST)}px" '
-            f'src="data:image/png;base64,{data}"></div><figcaption>{caption}</figcaption></figure>')
+        width = min(image.width, _NARROWEST)
+    return {'width': width, 'data': base64.b64encode(file.read_bytes()).decode()}
 
 
 def _mistakes(result: Predictions, classes: tuple[str, ...], most: int = 10) -> list[tuple[str, str, int, float]]:
@@ -276,12 +247,12 @@ def _outcome(metrics: dict[str, Any]) -> list[tuple[str, Any]]:
     tried, chosen = ('penalties tried', 'number of the penalty') if 'penalty' in metrics else (
         'epochs trained', 'epoch of the weights')
     facts = [(label, metrics[key]) for key, label in (
-        ('top1', 'accuracy, %'), ('top5', 'accuracy within five answers, %'),
-        ('mean_per_class', 'mean of the classes, %'), ('ece', 'expected calibration error, %'),
-        ('split', 'split'), ('tested_on', 'tested on'), ('train_files', 'files trained on'),
-        ('holdout_files', 'files held out of training'), ('epochs', tried), ('best_epoch', chosen),
+        ('top1', 'accuracy, %'), ('top5', 'top-5 accuracy, %'),
+        ('mean_per_class', 'mean per-class accuracy, %'), ('ece', 'expected calibration error, %'),
+        ('split', 'split'), ('tested_on', 'tested on'), ('train_files', 'training files'),
+        ('holdout_files', 'held-out files'), ('epochs', tried), ('best_epoch', chosen),
         ('chosen_by', 'chosen by'), ('stopped', 'stopped by')) if metrics[key] not in ('', None)]
-    return [*facts, ('time in all', duration(metrics['seconds']))]
+    return [*facts, ('total time', duration(metrics['seconds']))]
 
 
 def _page(
@@ -299,39 +270,14 @@ def _page(
     settings = json.loads((folder / 'recipe.json').read_text(encoding='utf-8'))['finetune']
     command = finetune_command(settings, _whole(found['data']), os.path.abspath(folder))
     made_with = [*metrics['used'].items(), *metrics['environment'].items(), ('date', time.strftime('%Y-%m-%d %H:%M'))]
-    curves = ('Loss, accuracy on files not fitted to, and the penalty' if 'penalty' in metrics else
-              'Loss, accuracy on the held-out files and learning rate over the epochs')
+    curves = ('Loss, accuracy on held-out files, and penalty' if 'penalty' in metrics else
+              'Loss, accuracy on held-out files, and learning rate')
     bad = [*metrics['skipped'], *(f'{b} has the content of {a}, which was trained on' for a, b in metrics['leaks'])]
-    notes = ''.join(f'<li>{html.escape(line)}</li>' for line in [*found.get('summary', ()), *bad[:50]])
-    return f'''<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{html.escape(title)}</h1>
-{_facts(_outcome(metrics))}
-<h2>Training</h2>
-{_figure(folder / 'curves.png', curves)}
-<h2>What it mistakes for what</h2>
-{_figure(folder / 'confusion.png', f'How many of the {tested}; the colour is the share of the true class')}
-{_table(('true', 'predicted', 'files', '% of the class'), mistakes) if mistakes else ''}
-<h2>Wrong with most confidence</h2>
-{_figure(folder / 'wrong.png', 'Each file, and where the network looked (Grad-CAM)') if wrong else '<p>None.</p>'}
-{_table(('predicted', 'true', 'confidence, %', 'file'), [tuple(row[k] for k in ('predicted', 'true', 'confidence',
-        'file')) for row in wrong]) if wrong else ''}
-<h2>Some of the {html.escape(tested)}</h2>
-{_figure(folder / 'predictions.png', 'Predicted and true class')}
-<h2>Classes, the weakest first</h2>
-{_table(('class', 'recall, %', 'precision, %', 'files'), classes)}
-<h2>Data</h2>
-<ul>{notes}</ul>
-<h2>Made with</h2>
-<pre>{html.escape(printable(command))}</pre>
-{_facts(made_with)}
-</body>
-</html>
-'''
+    return _TEMPLATES.get_template('report.html').render(
+        title=title, tested=tested, outcome=_outcome(metrics), curves=curves,
+        pictures={file.stem: _picture(file) for file in folder.glob('*.png')},
+        mistakes=_table(('true', 'predicted', 'files', '% of the class'), mistakes),
+        wrong=_table(('predicted', 'true', 'confidence, %', 'file'),
+                     [[row[k] for k in ('predicted', 'true', 'confidence', 'file')] for row in wrong]),
+        classes=_table(('class', 'recall, %', 'precision, %', 'files'), classes),
+        notes=[*found.get('summary', ()), *bad[:50]], command=printable(command), made_with=made_with)

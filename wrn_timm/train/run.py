@@ -1,7 +1,7 @@
 """A run directory: what a training run leaves, written so that nothing already made is lost.
 
     recipe.json     the resolved recipe, seed, versions and commit
-    history.csv     a line an epoch
+    history.csv     a row per epoch
     curves.png      loss, accuracy and learning rate
     train.log       what was printed, with the time
     checkpoints/    the last two, and the best on the held-out images where there are any
@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import csv
 import dataclasses
 import errno
@@ -35,26 +34,29 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import timm
 import torch
+import torch.distributed as dist
 import torchvision
-from timm.models import save_for_hf
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..files import FolderLock, atomic_folder, atomic_write, discard_partial, make_folder, writing
+from ..files import FolderLock, atomic_write, discard_partial, make_folder, writing
 from ..names import is_utf8
-from ..schemas import read_json
-from ..weights import WEIGHTS_FILE, sha256_of
+from ..schemas import read_record
+from ..weights import not_finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
-    'RunDir', 'check_place', 'check_weights', 'config_of', 'duration', 'environment', 'export_weights',
-    'holds_checkpoint', 'is_best', 'plot_history', 'read_record', 'stop_requests',
-]
+    'RunControl', 'RunDir', 'any_process', 'check_place', 'config_of', 'environment', 'holds_checkpoint', 'is_best',
+    'plot_history', 'progress_bar']
 
 _logger = logging.getLogger(__name__)
 
 _RECIPE = 'recipe.json'
 _FORMAT = 1  # of checkpoints; to be raised when an older version would misread a new one
+_SHARE_OF_SAVING = 20  # of the time, at most one part is spent on checkpoints
+_SECONDS_BETWEEN_DRAWINGS = 30
 _MADE = ('checkpoints', 'history.csv', 'weights', 'last', 'best', 'metrics.json')  # what training leaves
 
 
@@ -92,25 +94,6 @@ def _commit() -> str:
         return 'unknown'
 
 
-@contextlib.contextmanager
-def stop_requests() -> Iterator[list[str]]:
-    """A list to which SIGTERM and the first Ctrl-C add their name, for the loop to stop at the end of its step."""
-    asked: list[str] = []
-
-    def note(number: int, frame: Any) -> None:
-        asked.append(signal.Signals(number).name)
-        signal.signal(number, previous[number])  # a second one acts at once
-
-    previous = {}
-    with contextlib.suppress(ValueError):  # signals can be handled in the main thread alone
-        previous = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def holds_checkpoint(out: str | Path) -> bool:
     """Whether a run directory, or one of its runs of several seeds, holds something to go on from."""
     return any(_newest_first(run / 'checkpoints') for run in (Path(out), *Path(out).glob('seed-*')))
@@ -120,19 +103,6 @@ def is_best(history: list[dict[str, float]]) -> bool:
     """Whether the last epoch is the most accurate so far on held-out images; False where there are none."""
     held_out = [row['holdout_accuracy'] for row in history if 'holdout_accuracy' in row]
     return bool(held_out) and held_out[-1] >= max(held_out)
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """What a JSON file of a run says, as `recipe.json` does of its settings and environment.
-
-    Raises:
-        FileNotFoundError: It is not there.
-        ValueError: It is damaged.
-    """
-    try:
-        return read_json(file, lambda found: None)
-    except ValueError as e:
-        raise ValueError(f'{e}. Restore it, or begin a new run') from e
 
 
 _Config = TypeVar('_Config')
@@ -284,7 +254,7 @@ class RunDir:
 
         Args:
             state: Tensors, numbers and their containers, with `epoch` and `step`; read back by `load_checkpoint`.
-            history: A line an epoch so far; where it has `holdout_accuracy`, the best is kept as `best.pt`.
+            history: A row per epoch so far; where it has `holdout_accuracy`, the best is kept as `best.pt`.
             draw: Whether to draw `curves.png`, which can take longer than a short epoch.
 
         Raises:
@@ -294,7 +264,7 @@ class RunDir:
         if not self.write:
             return
         for weights in (state.get('model'), state.get('ema')):
-            if name := _not_finite(weights or {}):
+            if name := not_finite(weights or {}):
                 raise FloatingPointError(
                     f'{name} is no longer finite after epoch {state["epoch"]}, step {state["step"]}; the checkpoints '
                     f'in {self.checkpoints} are from before. Try a smaller learning rate.')
@@ -383,6 +353,106 @@ class RunDir:
             atomic_write(self.path / 'curves.png', lambda p: plot_history(history, p))
 
 
+class RunControl:
+    """When a run saves, when it stops, and what it says then: the same for every way of training.
+
+    As a context it takes SIGTERM and the first Ctrl-C for a request to stop after the step at hand; a second one acts
+    at once.
+
+    Args:
+        run: Run directory.
+        deadline: `time.monotonic()` at which the time budget ends.
+        save_every: Seconds between checkpoints, and more where they are slow to write, so that they take at most a
+            twentieth of the time; 0 is always.
+    """
+
+    def __init__(self, run: RunDir, deadline: float = math.inf, save_every: float = 0.):
+        self.run, self.deadline, self.save_every = run, deadline, save_every
+        self._asked, self._handlers = '', {}
+        self._saved, self._saving, self._drawn = time.monotonic(), 0., -math.inf
+
+    def __enter__(self) -> RunControl:
+        def note(number: int, frame: Any) -> None:
+            self._asked = signal.Signals(number).name
+            signal.signal(number, self._handlers[number])
+
+        with contextlib.suppress(ValueError):  # signals can be handled in the main thread alone
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    @property
+    def signalled(self) -> bool:
+        """Whether a signal asks the run to stop."""
+        return bool(self._asked)
+
+    def reason_to_stop(self, ahead: float = 0.) -> str:
+        """The signal that asks the run to stop, or 'the time budget' where the next `ahead` seconds do not fit into it;
+        '' to go on."""
+        return self._asked or ('the time budget' if time.monotonic() + ahead > self.deadline else '')
+
+    @property
+    def save_is_due(self) -> bool:
+        """Whether it is time for another checkpoint."""
+        return not self.save_every or (
+            time.monotonic() - self._saved > self.save_every + _SHARE_OF_SAVING * self._saving)
+
+    def save(self, state: dict[str, Any], history: list[dict[str, float]]) -> None:
+        """Write a checkpoint (`RunDir.save`); the curves are drawn now and then."""
+        began = time.monotonic()
+        draw = began - self._drawn > _SECONDS_BETWEEN_DRAWINGS
+        self.run.save(state, history, draw)
+        self._saved = time.monotonic()
+        self._saving = self._saved - began
+        self._drawn = began if draw else self._drawn
+
+    def check_finite(self, value: float, what: str, epoch: int) -> None:
+        """Refuse to go on from a loss that is NaN or infinite.
+
+        Raises:
+            FloatingPointError: It is.
+        """
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f'{what} is {value} in epoch {epoch}; the checkpoints in {self.run.checkpoints} are from before. Try a '
+                f'smaller learning rate (--lr)')
+
+    def log_stop(self, reason: str, epoch: int, step: int = 0) -> None:
+        """Say that the run stopped, and how it goes on."""
+        where = f'after epoch {epoch}' + f', step {step}' * bool(step)
+        further = 'go on with --resume' if holds_checkpoint(self.run.path) else \
+            'nothing was saved yet; to begin again, run the same command'
+        self.run.log('stopped by %s %s; %s', reason, where, further)
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, done: int = 0, show: bool | None = None) -> Iterator[tqdm]:
+    """A bar over the steps of a run, in a terminal alone; what is logged meanwhile is written above it.
+
+    Args:
+        total: Steps.
+        done: Of them, by a run that this one goes on with.
+        show: False shows none; None shows it in a terminal.
+    """
+    hidden = True if show is False else None
+    with tqdm(total=total, initial=done, unit='step', leave=False, smoothing=0.05, disable=hidden) as bar, \
+            logging_redirect_tqdm():
+        yield bar
+
+
+def any_process(*flags: bool, device: torch.device | str = 'cpu') -> tuple[bool, ...]:
+    """Which of the flags any process of this run has raised; all processes must ask at the same time."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return flags
+    raised = torch.tensor(flags, dtype=torch.float32, device=device)
+    dist.all_reduce(raised, dist.ReduceOp.MAX)
+    return tuple(map(bool, raised.tolist()))
+
+
 def _save(state: dict[str, Any], path: Path) -> None:
     try:
         torch.save(state, path)
@@ -425,14 +495,6 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = '') -> 
         elif old.get(key) != value:
             out.append(f'{prefix}{key}: {old.get(key)} there, {value} now')
     return out
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as people say them."""
-    for limit, unit, name in ((90, 1, 'seconds'), (90 * 60, 60, 'minutes')):
-        if seconds < limit:
-            return '1 second' if round(seconds) == 1 else f'{seconds / unit:.0f} {name}'
-    return f'{seconds / 3600:.1f} hours'
 
 
 def _log_scale(axes: Axes) -> None:
@@ -479,60 +541,3 @@ def plot_history(history: list[dict[str, float]], path: Path) -> None:
         if column not in ('lr', 'penalty'):  # which the title names
             axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.15), ncols=len(columns), frameon=False)
     figure.savefig(path, dpi=100)
-
-
-def _not_finite(weights: dict[str, torch.Tensor]) -> str:
-    """The first of the tensors that holds NaN or infinity; '' if none does."""
-    return next((name for name, t in weights.items() if not t.isfinite().all()), '')
-
-
-def check_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Make sure that weights are worth exporting.
-
-    Raises:
-        FloatingPointError: One holds NaN or infinity; it is named.
-    """
-    if name := _not_finite(weights):
-        raise FloatingPointError(f'{name} is not finite, in {weights[name].dtype}; nothing is exported to {folder}')
-
-
-def export_weights(
-        model: torch.nn.Module,
-        folder: Path,
-        pretrained_cfg: dict[str, Any],
-        half: bool = False,
-        model_args: dict[str, Any] | None = None,
-) -> None:
-    """Write a model's weights and configuration as a weights folder.
-
-    Args:
-        model: Made by `timm.create_model`; it is not changed.
-        folder: Replaced as a whole if it is there. What stands in it beside its weights (metrics, card...) is kept if
-            the weights are the same.
-        pretrained_cfg: What the configuration says beyond the model's own (`tag`, `mean`, `label_names`...).
-        half: Keep convolution and linear weights in half precision; BatchNorm stays in float32.
-        model_args: Arguments beyond the name with which `timm.create_model` makes the network again (`stem`...).
-
-    Raises:
-        FloatingPointError: A weight is not finite; a folder that is there stays as it is.
-    """
-    model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
-    if half:
-        for module in model.modules():
-            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-                module.half()
-    check_weights(model.state_dict(), folder)
-
-    def fill(new: Path) -> None:
-        save_for_hf(model, str(new), model_args=model_args, safe_serialization=True)
-        shutil.copymode(new / 'config.json', new / WEIGHTS_FILE)  # safetensors lets nobody else read it
-        config = json.loads((new / 'config.json').read_text(encoding='utf-8'))
-        config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf merges or replaces it, by timm's version
-        config['sha256'] = sha256_of(new / WEIGHTS_FILE)
-        (new / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-        if (folder / WEIGHTS_FILE).is_file() and sha256_of(folder / WEIGHTS_FILE) == config['sha256']:
-            for file in folder.iterdir():
-                if file.is_file() and not (new / file.name).exists():
-                    shutil.copy(file, new)
-
-    atomic_folder(folder, fill)

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,45 +18,44 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.transforms import v2
 from tqdm import tqdm
 
-from ..data.augment import AutoAugment, RandAugment, TrivialAugment
+from ..data.augment import AutoAugment, RandAugment, TrivialAugment, mixer
 from ..data.on_device import DeviceLoader
 from ..data.small_sets import ImageArrays, load
 from ..files import atomic_write
-from .machine import Precision, autocast, resolve_precision
+from ..recipes import Precision, Recipe, check_numbers
+from ..weights import export_weights
+from .machine import Machine, autocast, resolve_precision
+from .measure import evaluate
 from .optimizers import create_optimizer
-from .recipes import Recipe, check_numbers
-from .run import RunDir, environment, export_weights, is_best, stop_requests
+from .run import RunControl, RunDir, any_process, environment, is_best, progress_bar
 
-__all__ = ['Learner', 'create_model', 'evaluate', 'train']
-
-_SHARE_OF_SAVING = 20  # of the time, at most one part is spent on checkpoints
+__all__ = ['Learner', 'ScratchMachine', 'create_model', 'train']
 
 
-@torch.inference_mode()
-def evaluate(
-        model: torch.nn.Module,
-        data: ImageArrays,
-        device: torch.device,
-        batch_size: int = 500,
-        precision: Precision = 'no',
-) -> dict[str, float]:
-    """Mean loss and accuracy in % of a model on images as they are, normalised by the data set's statistics."""
-    model.eval()
-    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (data.mean, data.std))
-    loss = correct = torch.zeros((), device=device)
-    for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True):
-        labels = labels.to(device)
-        images = (images.to(device).float() / 255 - mean) / std
-        with autocast(device, resolve_precision(precision, device)):
-            logits = model(images.contiguous(memory_format=torch.channels_last)).float()
-        loss = loss + F.cross_entropy(logits, labels, reduction='sum')
-        correct = correct + (logits.argmax(1) == labels).sum()
-    return {'loss': loss.item() / len(data), 'accuracy': 100 * correct.item() / len(data)}
+@dataclasses.dataclass(frozen=True)
+class ScratchMachine(Machine):
+    """What training from scratch knows of the machine beside the rest."""
+
+    precision: Precision = 'auto'
+    """'bf16', 'no' (float32), or 'auto': bfloat16 on GPUs and CPUs that are faster in it."""
+    compile: bool | None = None
+    """Compile the network; None does so on CUDA alone. On a CPU it needs a C++ compiler."""
+    grad_checkpointing: bool = False
+    """Recompute the activations of each block in the backward pass, for memory."""
+    checkpoint_every: float = 60.
+    """Seconds between checkpoints, and more where they are slow to write, so that they take at most a twentieth of the
+    time; 0 writes one every step, or every twentieth where processes have to agree. The best epoch and a run that stops
+    have theirs at once."""
+    tracker: str = ''
+    """'tensorboard', 'wandb', 'trackio' or another of accelerate's, told of every epoch."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_numbers({'checkpoint_every': self.checkpoint_every}, math.inf)
 
 
 @dataclasses.dataclass
@@ -88,14 +87,14 @@ class _Progress:
 
 
 class Learner:
-    """A network with its optimiser, schedule and averaged weights, as a recipe has them.
+    """A network with its optimizer, schedule and averaged weights, as a recipe has them.
 
     In a process group the network is data parallel.
 
     Args:
         model: On its device; trained in place.
         recipe: How.
-        steps: Optimiser steps an epoch.
+        steps: Optimizer steps per epoch.
         seed: Of dropout and mixing, together with the step and the process: a resumed run draws the same.
         compile: Compile the network; the first step at each image size then takes a minute or so.
         precision: 'bf16', 'no' (float32), or 'auto': bfloat16 on GPUs and CPUs that are faster in it.
@@ -120,7 +119,7 @@ class Learner:
         self.optimizer = create_optimizer(model, recipe)
         self.ema = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay else None
         self.scheduler = _schedule(recipe, self.optimizer, steps)
-        self._mix = _mixer(recipe, model.num_classes)
+        self._mix = mixer(recipe.mixup, recipe.cutmix, model.num_classes)
         self._parameters, self._buffers = list(model.parameters()), list(model.buffers())
         self._forward, rank = model, 0
         if dist.is_initialized():
@@ -138,7 +137,7 @@ class Learner:
         return self.ema.module if self.ema else self.model
 
     def step(self, number: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Take optimiser step `number` of the run; returns (2,): mean loss and share of hits, without waiting."""
+        """Take optimizer step `number` of the run; returns (2,): mean loss and share of hits, without waiting."""
         self.scheduler.step_update(number)
         torch.manual_seed(self._seed * 1_000_003 + number)
         targets = labels
@@ -204,12 +203,6 @@ def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> S
     return scheduler
 
 
-def _mixer(recipe: Recipe, classes: int) -> Callable | None:
-    kinds = [kind(alpha=alpha, num_classes=classes)
-             for kind, alpha in ((v2.MixUp, recipe.mixup), (v2.CutMix, recipe.cutmix)) if alpha]
-    return v2.RandomChoice(kinds) if kinds else None
-
-
 @torch.no_grad()
 def _climb(parameters: list[torch.Tensor], rho: float) -> list[torch.Tensor]:
     """Move to the sharpest point within `rho` (arXiv:2010.01412, equation 2); returns the steps, to be taken back."""
@@ -234,17 +227,6 @@ def _processes(device: torch.device) -> Iterator[tuple[int, int]]:
     # not after an error: it would wait for the others; and accelerate's trackers end it themselves
     if joining and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _any_process(flags: tuple[bool, ...], ask: bool, world: int, device: torch.device) -> tuple[bool, ...]:
-    """Which flags any process raised. The others are asked, and waited for, where `ask` is set on all."""
-    if world == 1:
-        return flags
-    if not ask:
-        return (False,) * len(flags)
-    raised = torch.tensor(flags, dtype=torch.float32, device=device)
-    dist.all_reduce(raised, dist.ReduceOp.MAX)
-    return tuple(map(bool, raised.tolist()))
 
 
 def _augmentation(recipe: Recipe, size: int) -> torch.nn.Module | None:
@@ -311,39 +293,22 @@ def train(
         recipe: Recipe,
         data_dir: str,
         out: str | Path,
-        device: str = 'cpu',
         seed: int = 0,
-        time_budget: float = math.inf,
-        checkpoint_every: float = 60.,
-        resume: bool = False,
-        download: bool = False,
-        compile: bool | None = None,
-        grad_checkpointing: bool = False,
         half: bool = False,
-        tracker: str = '',
-        precision: Precision = 'auto',
+        machine: ScratchMachine = ScratchMachine(),  # noqa: B008  (it is frozen)
 ) -> Path | None:
     """Train a network and leave a weights folder in the run directory.
 
-    Started by `torchrun`, the processes share each batch, and the first one writes.
+    Started by `torchrun`, the processes share each batch, and the first one writes. On a CPU a resumed run gives bit
+    for bit what it would have given, from the middle of an epoch too.
 
     Args:
         recipe: How.
         data_dir: Folder of the data set's official files.
         out: Run directory.
-        device: 'cpu' or 'cuda'.
         seed: Of the weights, the order and the augmentation.
-        time_budget: Seconds after which the run stops, to be resumed.
-        checkpoint_every: Seconds between checkpoints, and more where they are slow to write, so that they take at most
-            a twentieth of the time; 0 writes one every step, or every twentieth where processes have to agree. The best
-            epoch and a run that stops have theirs at once.
-        resume: Go on with the run in `out`: bit for bit on a CPU, from the middle of an epoch too.
-        download: Fetch the data set if it is missing.
-        compile: Compile the network; None does so on CUDA alone. On a CPU it needs a C++ compiler.
-        grad_checkpointing: Recompute the activations of each block in the backward pass, for memory.
         half: Export convolution and linear weights in half precision.
-        tracker: 'tensorboard', 'wandb', 'trackio' or another of accelerate's, told of every epoch.
-        precision: 'bf16', 'no' (float32), or 'auto': bfloat16 on GPUs and CPUs that are faster in it.
+        machine: Device, precision, time budget...
 
     Returns:
         The weights folder, or None if the run was stopped (by the budget, SIGTERM or Ctrl-C) before its end.
@@ -352,113 +317,155 @@ def train(
         FloatingPointError: The loss is no longer finite; the checkpoints before it stand.
         What `load` and `RunDir` raise.
     """
-    check_numbers({'time_budget': time_budget, 'checkpoint_every': checkpoint_every}, math.inf)
-    deadline = time.monotonic() + time_budget
-    device = torch.device(device)
-    cuda = device.type == 'cuda'
+    deadline, device = machine.deadline(), torch.device(machine.device)
     settings = {'recipe': recipe, 'seed': seed}
-    _check_tracker(tracker)
+    _check_tracker(machine.tracker)
     with contextlib.ExitStack() as stack:
         rank, world = stack.enter_context(_processes(device))
         if not rank:
-            RunDir.check(out, settings, resume)  # before the data is read
-        data, held_out = _data(recipe, data_dir, download, rank, world)
+            RunDir.check(out, settings, machine.resume)  # before the data is read
+        data, held_out = _data(recipe, data_dir, machine.download, rank, world)
         loader = DeviceLoader(
             data, recipe.batch_size, device, pad=recipe.pad, flip=recipe.flip, alternate_flip=recipe.alternate_flip,
             cutout=recipe.cutout, augment=_augmentation(recipe, data.images.shape[-1]), seed=seed, rank=rank,
             world_size=world)
-        steps = len(loader)
-
-        torch.manual_seed(seed)
-        torch.backends.cudnn.benchmark |= cuda  # shapes stay the same
-        model = create_model(recipe, len(data.classes)).to(device, memory_format=torch.channels_last)
-        if grad_checkpointing:
-            model.set_grad_checkpointing()
-        learner = Learner(model, recipe, steps, seed, cuda if compile is None else compile, precision)
-        progress = _Progress(torch.zeros(2, device=device))
-
-        run = RunDir(out, settings, resume, write=not rank, device=device, notes={'precision': learner.precision})
-        tracking = stack.enter_context(_tracker(tracker, run, settings, device))
-        if resume and (saved := run.load_checkpoint()):
-            learner.load_state_dict(saved)
-            progress = _Progress(**{f.name: saved[f.name] for f in dataclasses.fields(_Progress)})
-            progress.sums = progress.sums.to(device) * (not rank)  # they are of all processes
-            del saved  # as large as the network, the optimiser and the average together
+        learner = _learner(recipe, len(data.classes), len(loader), seed, machine)
+        run = RunDir(out, settings, machine.resume, write=not rank, device=device,
+                     notes={'precision': learner.precision})
+        control = RunControl(run, deadline, machine.checkpoint_every)
+        tracker = stack.enter_context(_tracker(machine.tracker, run, settings, device))
+        loop = _Loop(learner, loader, held_out, control, tracker)
+        if machine.resume and (saved := run.load_checkpoint()):
+            loop.load_state_dict(saved)
+            del saved  # as large as the network, the optimizer and the average together
         run.log('%s on %s, precision %s, %d process(es), from epoch %d, step %d', recipe.model, device,
-                learner.precision, world, progress.epoch, progress.step)
+                learner.precision, world, loop.progress.epoch, loop.progress.step)
         run.log(', '.join(f'{k} {v}' for k, v in environment(device).items()))
+        stack.enter_context(control)
+        finished = loop.run(machine.progress)
+    return _export(recipe, learner, data, half, run) if finished and not rank else None
 
-        asked = stack.enter_context(stop_requests())
-        last_saved, saving, stopping, due, warm = time.monotonic(), 0., False, False, 0
-        while progress.epoch < recipe.epochs:
-            model.train()
-            size = recipe.size_at(progress.epoch, data.images.shape[-1])
-            if not progress.step:
-                progress.sums = torch.zeros_like(progress.sums)
-            batches = tqdm(
-                loader.epoch(progress.epoch, progress.step, size), desc=f'epoch {progress.epoch + 1}/{recipe.epochs}',
-                total=steps, initial=progress.step, unit='img', unit_scale=recipe.batch_size, leave=False,
-                disable=True if rank else None)
-            began, first_timed = time.monotonic(), progress.step
-            for images, labels in batches:
-                result = learner.step(progress.epoch * steps + progress.step, images, labels)
-                progress.sums = progress.sums + result
-                progress.step += 1
-                if warm != size:  # the step that compiles is told apart
-                    torch.cuda.synchronize() if cuda else None
-                    run.log('first step at %d px, compilation included: %.1f s', size, time.monotonic() - began)
-                    warm, began, first_timed = size, time.monotonic(), progress.step
 
-                now = time.monotonic()
-                reason = asked[0] if asked else 'the time budget' if now > deadline else ''
-                ask = progress.step % 20 == 0 or progress.step == steps
-                due = not rank and now - last_saved > checkpoint_every + _SHARE_OF_SAVING * saving
-                stopping, due = _any_process((bool(reason), due), ask, world, device)
-                if stopping or due:
+def _learner(recipe: Recipe, classes: int, steps: int, seed: int, machine: ScratchMachine) -> Learner:
+    device = torch.device(machine.device)
+    cuda = device.type == 'cuda'
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark |= cuda  # shapes stay the same
+    model = create_model(recipe, classes).to(device, memory_format=torch.channels_last)
+    if machine.grad_checkpointing:
+        model.set_grad_checkpointing()
+    compile = cuda if machine.compile is None else machine.compile
+    return Learner(model, recipe, steps, seed, compile, machine.precision)
+
+
+def _export(recipe: Recipe, learner: Learner, data: ImageArrays, half: bool, run: RunDir) -> Path:
+    folder = run.path / 'weights'
+    export_weights(learner.averaged, folder, {
+        'tag': recipe.tag or recipe.dataset, 'mean': data.mean, 'std': data.std, 'label_names': data.classes,
+        'input_size': tuple(data.images.shape[1:]), 'crop_pct': 1.0}, half, _model_args(recipe))
+    for name in ('recipe.json', 'history.csv', 'curves.png'):
+        atomic_write(folder / name, partial(shutil.copyfile, run.path / name))
+    return folder
+
+
+class _Loop:
+    """The epochs of a run, which can stop after any step.
+
+    Args:
+        learner: What is trained.
+        loader: Batches.
+        held_out: Measured every epoch; None for none.
+        control: When to save and to stop.
+        tracker: accelerate's, told of every epoch; None for none.
+    """
+
+    def __init__(
+            self,
+            learner: Learner,
+            loader: DeviceLoader,
+            held_out: ImageArrays | None,
+            control: RunControl,
+            tracker: Any,
+    ):
+        self.learner, self.loader, self.held_out, self.control, self.tracker = (
+            learner, loader, held_out, control, tracker)
+        self.recipe, self.device, self.steps = learner.recipe, learner.device, len(loader)
+        self.progress = _Progress(torch.zeros(2, device=self.device))
+        self._warm = 0  # the size that the network is compiled for
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.learner.load_state_dict(saved)
+        self.progress = _Progress(**{f.name: saved[f.name] for f in dataclasses.fields(_Progress)})
+        self.progress.sums = self.progress.sums.to(self.device) * (not self.loader.rank)  # they are of all processes
+
+    def run(self, show: bool | None = None) -> bool:
+        """Train to the end; False if the run stopped before it.
+
+        Args:
+            show: False shows no progress bar; None shows it in a terminal.
+        """
+        progress, run = self.progress, self.control.run
+        done = progress.epoch * self.steps + progress.step
+        with progress_bar(self.recipe.epochs * self.steps, done, False if self.loader.rank else show) as bar:
+            while progress.epoch < self.recipe.epochs:
+                stop, due = self._train(bar)
+                if progress.step == self.steps:
+                    self._end_epoch()
+                    due |= progress.epoch == self.recipe.epochs or is_best(progress.history)
+                elif self.loader.world_size > 1:
+                    progress.gather(self.loader.rank)
+                if due or stop:
+                    self.control.save({**self.learner.state_dict(), **vars(progress)}, progress.history)
+                else:  # an epoch can be shorter than writing its checkpoint, or drawing its curves, takes
+                    run.write_history(progress.history, draw=False)
+                if stop and progress.epoch < self.recipe.epochs:
+                    self.control.log_stop(
+                        self.control.reason_to_stop() or 'another process', progress.epoch, progress.step)
+                    return False
+        run.write_history(progress.history)
+        return True
+
+    def _train(self, bar: tqdm) -> tuple[bool, bool]:
+        """Train to the end of the epoch, or until the run has to stop, or a checkpoint is due; returns which."""
+        progress, size = self.progress, self.recipe.size_at(self.progress.epoch, self.loader.size[0])
+        self.learner.model.train()
+        if not progress.step:
+            progress.sums = torch.zeros_like(progress.sums)
+        bar.set_description(f'epoch {progress.epoch + 1}/{self.recipe.epochs}')
+        began, first_timed, stop, due = time.monotonic(), progress.step, False, False
+        for images, labels in self.loader.epoch(progress.epoch, progress.step, size):
+            result = self.learner.step(progress.epoch * self.steps + progress.step, images, labels)
+            progress.sums = progress.sums + result
+            progress.step += 1
+            bar.update()
+            if self._warm != size:  # the step that compiles is told apart
+                torch.cuda.synchronize() if self.device.type == 'cuda' else None
+                self.control.run.log(
+                    'first step at %d px, compilation included: %.1f s', size, time.monotonic() - began)
+                self._warm, began, first_timed = size, time.monotonic(), progress.step
+            if self.loader.world_size == 1 or progress.step % 20 == 0 or progress.step == self.steps:
+                due = self.control.save_is_due and not self.loader.rank
+                stop, due = any_process(bool(self.control.reason_to_stop()), due, device=self.device)
+                if stop or due:
                     break
+        self.control.check_finite(progress.sums[0].item(), 'the loss', progress.epoch + 1)  # waits for the device
+        progress.seconds += time.monotonic() - began
+        progress.timed += progress.step - first_timed
+        return stop, due
 
-            finite = math.isfinite(progress.sums[0].item())  # waits for the device
-            now = time.monotonic()
-            progress.seconds += now - began
-            progress.timed += progress.step - first_timed
-            if not finite:
-                raise FloatingPointError(
-                    f'the loss is not finite at epoch {progress.epoch + 1}, step {progress.step}; the checkpoints in '
-                    f'{run.checkpoints} are from before. Try a smaller learning rate.')
-            if progress.step == steps:
-                progress.end_epoch(
-                    learner.optimizer.param_groups[0]['lr'], size, steps, recipe.batch_size, world)
-                row = progress.history[-1]
-                if held_out:
-                    measured = evaluate(learner.averaged, held_out, device, precision=learner.precision)
-                    row |= {f'holdout_{k}': v for k, v in measured.items()}
-                    if not math.isfinite(row['holdout_loss']):
-                        raise FloatingPointError(
-                            f'the loss on held-out images is not finite after epoch {progress.epoch}; the checkpoints '
-                            f'in {run.checkpoints} are from before. Try a smaller learning rate.')
-                run.log('  '.join(f'{k} {v:.4g}' for k, v in row.items()))
-                if tracking:
-                    tracking.log(row, step=progress.epoch)
-                due |= progress.epoch == recipe.epochs or is_best(progress.history)
-            elif world > 1:
-                progress.gather(rank)
-            if due or stopping:
-                run.save({**learner.state_dict(), **vars(progress)}, progress.history)
-                last_saved = time.monotonic()
-                saving = last_saved - now if checkpoint_every else 0.
-            else:  # an epoch can be shorter than writing its checkpoint, or drawing its curves, takes
-                run.write_history(progress.history, draw=False)
-            if stopping and progress.epoch < recipe.epochs:
-                run.log('stopped by %s after epoch %d, step %d; go on with --resume', reason or 'another process',
-                        progress.epoch, progress.step)
-                return None
-
-        if rank:
-            return None
-        folder = run.path / 'weights'
-        export_weights(learner.averaged, folder, {
-            'tag': recipe.tag or recipe.dataset, 'mean': data.mean, 'std': data.std, 'label_names': data.classes,
-            'input_size': tuple(data.images.shape[1:]), 'crop_pct': 1.0}, half, _model_args(recipe))
-        for name in ('recipe.json', 'history.csv', 'curves.png'):
-            atomic_write(folder / name, partial(shutil.copyfile, run.path / name))
-        return folder
+    def _end_epoch(self) -> None:
+        progress = self.progress
+        size = self.recipe.size_at(progress.epoch, self.loader.size[0])
+        progress.end_epoch(self.learner.optimizer.param_groups[0]['lr'], size, self.steps, self.recipe.batch_size,
+                           self.loader.world_size)
+        row = progress.history[-1]
+        if self.loader.world_size > 1:  # each process has statistics of its share of the batches
+            distribute_bn(self.learner.averaged, self.loader.world_size, reduce=True)
+        if self.held_out:
+            measured = evaluate(self.learner.averaged, self.held_out, self.device, self.learner.precision)
+            self.control.check_finite(measured['loss'], 'the loss on held-out images', progress.epoch)
+            row |= {f'holdout_{k}': v for k, v in measured.items()}
+        self.control.run.log('  '.join(f'{k} {v:.4g}' for k, v in row.items()))
+        if self.tracker:
+            self.tracker.log(row, step=progress.epoch)

@@ -5,14 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..card import TRANSFER_FILE
 from ..files import atomic_write
-from ..weights import find
+from ..weights import find, weights_name
 from .run import environment
-from .validate import weights_name
 
-__all__ = ['TRANSFER_FILE', 'read_transfer', 'record_transfer', 'transfer_folder']
+__all__ = ['read_transfer', 'record_transfer', 'transfer_folder']
 
-TRANSFER_FILE = 'transfer.json'
 _KEY = ('way', 'dataset', 'protocol', 'input_size', 'epochs', 'stem')
 
 

@@ -1,0 +1,250 @@
+"""What completes a weights folder: its card (README.md), its metrics and its golden logits."""
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from huggingface_hub import EvalResult, ModelCardData
+from timm.data import resolve_model_data_config
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+
+from .data.folders import read_rgb, walk_files
+from .data.small_sets import normalise
+from .files import atomic_write
+from .names import duration
+from .recipes import RECIPES, Recipe, finetune_command, settings_flags
+from .schemas import read_record
+from .weights import open_model
+
+__all__ = [
+    'GOLDEN_FILE', 'PAPER_ERROR', 'TRANSFER_FILE', 'check_golden', 'check_run_records', 'finish_weights_folder',
+    'model_card']
+
+GOLDEN_FILE = 'golden.npz'  # a second .safetensors in the folder confuses timm up to 1.0.26
+TRANSFER_FILE = 'transfer.json'  # what the weights are worth on other data sets
+GOLDEN_TOLERANCE = 1e-3  # of a logit; another CPU or GPU adds in another order
+
+
+# Test error in %: arXiv 1605.07146 v4, table 5 where it has the network (mean/std preprocessing), else table 4.
+PAPER_ERROR = {
+    'wrn40_1.cifar10': 6.85, 'wrn40_1.cifar100': 30.89, 'wrn40_2.cifar10': 5.33, 'wrn40_2.cifar100': 26.04,
+    'wrn40_4.cifar10': 4.53, 'wrn40_4.cifar100': 21.18, 'wrn16_8.cifar10': 4.27, 'wrn16_8.cifar100': 20.43,
+    'wrn28_10.cifar10': 4.00, 'wrn28_10.cifar100': 19.25, 'wrn40_8.cifar10': 4.66, 'wrn28_12.cifar10': 4.33,
+    'wrn28_12.cifar100': 20.43, 'wrn22_8.cifar10': 4.38, 'wrn22_8.cifar100': 21.22, 'wrn22_10.cifar10': 4.44,
+    'wrn22_10.cifar100': 20.75, 'wrn16_10.cifar10': 4.56, 'wrn16_10.cifar100': 21.59,
+}
+
+
+_IN_TABLE_5 = ('wrn40_4', 'wrn16_8', 'wrn28_10')
+
+_TITLES = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'svhn': 'SVHN'}
+_TINY_IMAGES = ('taken from Tiny Images, whose collection from the web was not curated; its authors state no licence, '
+                'and its images are not here')
+_LIMITS = {
+    'cifar10': f'CIFAR-10 has ten classes of animals and vehicles at 32x32 pixels, {_TINY_IMAGES}.',
+    'cifar100': f'CIFAR-100 has a hundred classes at 32x32 pixels, {_TINY_IMAGES}; its classes baby, boy, girl, man '
+                f'and woman carry the biases of that collection.',
+}
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader('wrn_timm'), autoescape=True, keep_trailing_newline=True, trim_blocks=True,
+    undefined=jinja2.StrictUndefined)
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
+
+
+def _command(run: dict[str, Any]) -> str:
+    """The command that repeats a training run."""
+    if 'finetune' in run:
+        return finetune_command(run['finetune'])
+    settings = {**json.loads(json.dumps(_DEFAULTS)), **run['recipe']}  # earlier versions had fewer fields
+    recipes = {name: json.loads(json.dumps(dataclasses.asdict(recipe))) for name, recipe in RECIPES.items()}
+    candidates = {name: settings_flags(settings, recipe) for name, recipe in recipes.items()}
+    nearest = min(candidates, key=lambda name: len(candidates[name]))
+    return ' '.join([
+        f'python scripts/train.py --recipe {nearest}', *candidates[nearest],
+        f"--data DIR --out RUN --seed {run['seed']}"])
+
+
+def _title(metrics: dict[str, Any], run: dict[str, Any]) -> str:
+    """What to call the data; a folder of the user's that is called as a known set is need not be it."""
+    dataset = metrics['dataset']
+    return dataset if 'finetune' in run else _TITLES.get(dataset, dataset)
+
+
+def _part(metrics: dict[str, Any]) -> str:
+    """The part of the data that was measured."""
+    return metrics.get('tested_on') or {'given': 'test'}.get(metrics['split'], metrics['split'])
+
+
+def _owners_licence(card: Path) -> str:
+    """The licence that the owner of fine-tuned weights wrote into their card; '' if there is none yet."""
+    text = card.read_text(encoding='utf-8') if card.is_file() else ''
+    found = re.match(r'---\n(?:(?!---).*\n)*?license: *([^\s#]+)', text)
+    return found[1].strip('\'"') if found else ''
+
+
+def _training(folder: Path, metrics: dict[str, Any], run: dict[str, Any]) -> str:
+    """How long a run took and how fast it was, with its seed and what it ran on."""
+    with open(folder / 'history.csv', encoding='utf-8', newline='') as f:
+        history = list(csv.DictReader(f))
+    last, env, speed = history[-1], run['environment'], ''
+    if 'finetune' in run:
+        took = duration(metrics.get('train_seconds', float(last['seconds'])))
+        if 'images_per_second' in last:
+            rate = statistics.harmonic_mean(float(row['images_per_second']) for row in history)
+            speed = f' at {rate:.0f} images/s (over all epochs, without the held-out files)'
+    else:
+        took = f"{float(last['seconds']) / 60:.1f} minutes"
+        if 'images_per_second' in last:
+            speed = f" at {float(last['images_per_second']):.0f} images/s (last epoch)"
+    steps = f"{last['epoch']} {'penalties tried' if 'penalty' in last else 'epochs'}"
+    seed = run.get('seed', run.get('finetune', {}).get('seed'))
+    machine = env['hardware'] + {'bf16': ' in bfloat16', 'no': ' in float32'}.get(env.get('precision'), '')
+    return (f"{took}{speed} on {machine}, seed {seed}, {steps}; torch {env['torch']}, timm {env['timm']}, "
+            f"commit `{env['commit']}`.")
+
+
+def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
+    """Measured figures with their protocol and, for training on a data set of the paper, the paper's beside them."""
+    recipe = run.get('recipe', {})
+    title = _title(metrics, run)
+    top5 = f"; top-5 {metrics['top5']:.2f} %" if metrics.get('top5') is not None else ''
+    averaged = (recipe or run.get('finetune', {})).get('ema_decay')
+    weights = f"{'averaged ' if averaged else ''}weights of the last epoch"
+    if penalty := metrics.get('penalty'):
+        weights = f'classifier fitted to features; files that it was not fitted to chose the L2 penalty, {penalty:.0e}'
+    elif metrics.get('chosen_by') != 'the end of the schedule' and metrics.get(
+            'holdout_files', run.get('finetune', {}).get('holdout')):
+        weights = f"{'averaged ' if averaged else ''}weights of the epoch most accurate on files held out of training"
+    text = (
+        f"Top-1 **{metrics['top1']:.2f} %** (error {100 - metrics['top1']:.2f} %){top5}; expected calibration error "
+        f"{metrics['ece']:.2f} %. Measured by `{metrics.get('measured_by', 'scripts/validate.py')}` on "
+        f"{metrics['images']:,} images of {title} ({_part(metrics)}), from the weights as they lie here; one seed, "
+        f"{weights}{'; nothing was chosen by the test set' if recipe else ''}.")
+    if recipe.get('dataset') not in ('cifar10', 'cifar100'):
+        return text
+    paper = 'no figure for this network'
+    if name in PAPER_ERROR:
+        protocol = ('table 5: mean and std preprocessing, 200 epochs, median of five runs'
+                    if name.partition('.')[0] in _IN_TABLE_5 else 'table 4: ZCA preprocessing, 200 epochs')
+        paper = f'{PAPER_ERROR[name]:.2f} ({protocol})'
+    return f"""{text}
+
+| | test error, % |
+|---|---|
+| these weights | {100 - metrics['top1']:.2f} ({recipe['epochs']} epochs, one run) |
+| the paper | {paper} |"""
+
+
+def check_run_records(folder: Path) -> dict[str, Any]:
+    """What `recipe.json` of a weights folder says of the run that made it, which its card tells.
+
+    Raises:
+        FileNotFoundError: It, or `history.csv`, is not there.
+        ValueError: It is damaged, or tells of no run.
+    """
+    for name in ('recipe.json', 'history.csv'):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f'{folder} holds no {name}: only folders that train.py or finetune.py wrote can be '
+                                    f'finished by --write')
+    run = read_record(folder / 'recipe.json')
+    if not any(isinstance(run.get(key), dict) for key in ('recipe', 'finetune')) or 'environment' not in run:
+        raise ValueError(f'{folder / "recipe.json"} tells of no run of train.py or finetune.py')
+    return run
+
+
+def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str:
+    """The card (README.md) of a weights folder, from its `config.json`, `metrics.json` and `recipe.json`.
+
+    Fine-tuned weights have no licence until their owner writes one into the card's first lines, where it stays.
+
+    Args:
+        folder: Weights folder, of `train.py` or `finetune.py`.
+        metrics: In place of those in `metrics.json`.
+    """
+    folder = Path(folder)
+    config, run = json.loads((folder / 'config.json').read_text(encoding='utf-8')), check_run_records(folder)
+    metrics = metrics or json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
+    arch, cfg = config['architecture'], config['pretrained_cfg']
+    tuned, wide = 'finetune' in run, arch.startswith('wrn')
+    settings = metrics.get('used') or run['finetune'] if tuned else run['recipe']
+    name, dataset, title, size = f"{arch}.{cfg['tag']}", metrics['dataset'], _title(metrics, run), cfg['input_size'][-1]
+    licence = cfg.get('license') or _owners_licence(folder / 'README.md')
+    data = ModelCardData(
+        library_name='timm', license=licence or None, pipeline_tag='image-classification',
+        tags=['timm', *['wide-residual-network'] * wide, 'wrn_timm'],
+        datasets=[dataset] if title != dataset else None, model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type='image-classification', dataset_type=dataset, dataset_name=title,
+                dataset_split=_part(metrics), metric_type='accuracy', metric_name='Top-1 accuracy',
+                metric_value=metrics['top1']),
+        ])
+    limits = _LIMITS.get(dataset) if title != dataset else None
+    network, trained, usage = arch, 'trained', name
+    if wide:
+        network = (f"{arch.replace('wrn', 'WRN-').replace('_', '-')} ([Wide Residual Networks]"
+                   f'(https://arxiv.org/abs/1605.07146))')
+    if tuned:
+        begun = 'fine-tuned from' if settings['pretrained'] else 'trained from random weights, with the settings of'
+        trained, usage = f"{begun} `{settings['model']}`", 'local-dir:RUN/best'
+    return _TEMPLATES.get_template('card.md').render(
+        header=data.to_yaml(), licence=licence, name=name, network=network, trained=trained, title=title, usage=usage,
+        accuracy=_accuracy(name, metrics, run), size=size, mean=tuple(cfg['mean']), std=tuple(cfg['std']),
+        golden=GOLDEN_FILE, training=_training(folder, metrics, run), command=_command(run), settings=settings,
+        limits=limits, num_classes=config['num_classes'], wide=wide)
+
+
+def _golden_photographs() -> list[str]:
+    """The first photograph of each class of the sample of Caltech 101: the checkout's, or those in the wheel."""
+    package = Path(__file__).resolve().parent
+    places = package / '_photographs', package.parent / 'tests' / 'data' / 'caltech101_sample'
+    sample = next(place for place in places if place.is_dir())
+    return [next(walk_files(folder)) for folder in sorted(sample.iterdir()) if folder.is_dir()]
+
+
+def finish_weights_folder(folder: str | Path, metrics: dict[str, Any]) -> None:
+    """Write what a measured weights folder has beside its weights: metrics, golden logits and the card.
+
+    The golden logits are of photographs of Caltech 101, never of the user's own: they are published with the folder.
+
+    Args:
+        folder: Weights folder.
+        metrics: From `validate` or `finetune`.
+    """
+    folder = Path(folder)
+    there = folder / 'metrics.json'  # what another measurement does not know of the training
+    before = json.loads(there.read_text(encoding='utf-8')) if there.is_file() else {}
+    kept = ('chosen_by', 'penalty', 'holdout_files', 'used', 'train_seconds')
+    metrics = {k: before[k] for k in kept if k in before} | metrics
+    metrics = {k: v for k, v in metrics.items() if k not in ('skipped', 'leaks')}  # paths of this machine
+    model = open_model(str(folder))
+    config = resolve_model_data_config(model)
+    size = config['input_size'][-1]
+    images = torch.stack([
+        pil_to_tensor(center_crop(resize(read_rgb(p), size), [size, size])) for p in _golden_photographs()])
+    with torch.inference_mode():
+        inputs = normalise(images, config['mean'], config['std'])
+        logits = torch.cat([model(one) for one in inputs.split(1)])  # however little the memory
+    card = model_card(folder, metrics)
+    atomic_write(
+        folder / GOLDEN_FILE, lambda p: np.savez_compressed(p, images=images.numpy(), logits=logits.numpy()))
+    atomic_write(folder / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
+    atomic_write(folder / 'README.md', card)
+
+
+def check_golden(folder: str | Path) -> float:
+    """Largest difference between the logits that a weights folder keeps and those that its model gives now."""
+    with np.load(Path(folder) / GOLDEN_FILE) as golden:
+        images, logits = (torch.from_numpy(golden[k]) for k in ('images', 'logits'))
+    model = open_model(str(folder))
+    config = resolve_model_data_config(model)
+    with torch.inference_mode():
+        return (model(normalise(images, config['mean'], config['std'])) - logits).abs().max().item()
