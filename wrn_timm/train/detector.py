@@ -247,8 +247,8 @@ def _resolved(config: DetectConfig, scan: BoxScan, train: BoxedImages) -> Detect
     """The settings with image size and anchors that fit the data, where they were left open."""
     longest = statistics.median(max(size) for size in scan.sizes.elements())
     image_size = config.image_size or min(640, max(320, 32 * round(longest / 32)))
-    if config.anchor_scale:
-        return dataclasses.replace(config, image_size=image_size)
+    if config.anchor_scale or config.model == PEER:
+        return dataclasses.replace(config, image_size=image_size, anchor_scale=config.anchor_scale or 8.)
     boxes = torch.cat(train.boxes)
     sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt() * image_size / longest
     # the first level's anchors are as large as the smaller boxes, and the last one's 16 times that
