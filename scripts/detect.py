@@ -51,11 +51,10 @@ def main(argv: Sequence[str]) -> int:
             found = draw(detector, classes, args.draw, Path(args.out) / 'drawn', args.device, args.threshold)
             print(json.dumps(found, indent=2))
             return 0
-        kind, _, root = (args.data or '').partition(':')
-        if kind not in ('bccd', 'voc') or not root:
-            parser.error(f'--data {args.data} is not bccd:DIR or voc:DIR')
+        if not args.data:
+            parser.error('--data is missing: the folder of a data set with boxes')
         config = tyro.cli(DetectConfig, args=overrides, prog='detect.py ...')
-        metrics = detect(config, root, args.out, Machine(
+        metrics = detect(config, args.data, args.out, Machine(
             args.device, args.workers, on_bad=args.on_bad, time_budget=args.time_budget, resume=args.resume))
     except KeyboardInterrupt:
         print('stopped; go on with --resume' if holds_checkpoint(args.out) else 'stopped before anything was saved; to '

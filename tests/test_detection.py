@@ -23,7 +23,7 @@ from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops import FrozenBatchNorm2d
 
 import wrn_timm  # noqa: F401
-from wrn_timm.data.boxes import read_voc
+from wrn_timm.data.boxes import divide, read_boxes
 from wrn_timm.detection import faster_rcnn, fpn_backbone, retinanet
 from wrn_timm.train.detector import _backbone_in_bfloat16, evaluate_detector, load_detector
 from wrn_timm.weights import sha256_of
@@ -121,13 +121,15 @@ def test_backbone_errors():
 
 
 def test_boxes_of_the_sample():
-    images, bad = read_voc(BCCD, 'trainval')
+    scan = read_boxes(BCCD)
+    images, _, _ = divide(scan)
+    bad = scan.bad
     written = sum((BCCD / 'Annotations' / f'{Path(p).stem}.xml').read_text().count('<object>') for p in images.paths)
     assert sum(map(len, images.boxes)) == written - 1 and images.classes == ('Platelets', 'RBC', 'WBC')
     assert len(bad) == 1 and bad[0].endswith(
         'BloodImage_00338.xml, object 13 (RBC): box 504, 337, 504, 337 has no area')
     with pytest.raises(ValueError, match='1 boxes or files of .* are bad: .*BloodImage_00338.xml, object 13'):
-        read_voc(BCCD, 'trainval', on_bad='fail')
+        read_boxes(BCCD, on_bad='fail')
     image, target = images.as_dataset(lambda *pair: pair)[0]
     assert target['boxes'].canvas_size == (480, 640) == image.size[::-1] and set(target['labels'].tolist()) <= {1, 2, 3}
 
@@ -148,30 +150,28 @@ def voc(folder, boxes, name='cat', size=(40, 30)):
 def test_bad_boxes_and_files_are_named(tmp_path):
     good, cases = (1, 2, 40, 30), {
         (5, 5, 5, 9): 'box 5, 5, 5, 9 has no area', (9, 5, 5, 9): 'has no area', ('nan', 1, 5, 9): 'has no area',
-        (-1, 0, 5, 5): 'box -1, 0, 5, 5 exceeds the image of 40 x 30', (0, 0, 41, 5): 'exceeds the image',
+        (-1, 0, 5, 5): 'box -1, 0, 5, 5 is not within the image of 40 x 30', (0, 0, 41, 5): 'is not within the image',
         (1, 2, 3): 'the name or a coordinate is missing', (1, 2, 'x', 4): 'the name or a coordinate is missing'}
-    images, bad = read_voc(voc(tmp_path / 'boxes', [good, *cases]), 'train')
-    assert images.boxes[0].tolist() == [list(good)]
-    assert all(expected in reason for expected, reason in zip(cases.values(), bad, strict=True))
-    with pytest.raises(ValueError, match="class 'cat' is not one of dog"):
-        read_voc(tmp_path / 'boxes', 'train', classes=('dog',))
-    with pytest.raises(FileNotFoundError, match='no list of images at .*val.txt'):
-        read_voc(tmp_path / 'boxes', 'val')
+    scan = read_boxes(voc(tmp_path / 'boxes', [good, *cases]))
+    assert scan.parts['train'].boxes[0].tolist() == [list(good)]
+    assert all(expected in reason for expected, reason in zip(cases.values(), scan.bad, strict=True))
+    with pytest.raises(FileNotFoundError, match='there is no part val; there are train'):
+        divide(scan, 'train', 'val')
     (tmp_path / 'boxes/JPEGImages/a.jpg').write_text('no')
-    with pytest.raises(ValueError, match='lists 1 images, none with a valid box: .*a.jpg is not an image'):
-        read_voc(tmp_path / 'boxes', 'train')
+    with pytest.raises(ValueError, match='has 1 images, none with a good box: .*a.jpg is not an image'):
+        read_boxes(tmp_path / 'boxes')
     broken = voc(tmp_path / 'broken', [good])
     (broken / 'Annotations/a.xml').write_text('<annotation>')
     with pytest.raises(ValueError, match='1 boxes or files of .*a.xml: no element found'):
-        read_voc(broken, 'train', on_bad='fail')
+        read_boxes(f'voc:{broken}', on_bad='fail')
     for encoding, message in (('klingon', 'unknown encoding: klingon'), ('hex', "'hex' is not a text encoding"),
                               ('utf-32', 'multi-byte encodings are not supported')):
         (broken / 'Annotations/a.xml').write_text(f'<?xml version="1.0" encoding="{encoding}"?><annotation/>')
         with pytest.raises(ValueError, match=f'a.xml: {message}'):
-            read_voc(broken, 'train', on_bad='fail')
+            read_boxes(f'voc:{broken}', on_bad='fail')
     (broken / 'Annotations/a.xml').unlink()
-    with pytest.raises(ValueError, match='a.xml does not exist'):
-        read_voc(broken, 'train', on_bad='fail')
+    with pytest.raises(ValueError, match='a.xml is not there'):
+        read_boxes(f'voc:{broken}', on_bad='fail')
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='where names are bytes')
@@ -180,8 +180,8 @@ def test_names_that_are_not_utf8(tmp_path):
     (data / 'JPEGImages/a.jpg').rename(data / f'JPEGImages/{name}.jpg')
     (data / 'Annotations/a.xml').rename(data / f'Annotations/{name}.xml')
     (data / 'ImageSets/Main/train.txt').write_bytes(b'\xe9\n')
-    images, bad = read_voc(data, 'train')
-    assert len(images) == 1 and not bad
+    scan = read_boxes(data)
+    assert len(scan.parts['train']) == 1 and not scan.bad
 
 
 @pytest.mark.parametrize(('text', 'message'), [
@@ -256,7 +256,7 @@ def whole_epochs(tmp_path_factory):
 def test_run_directory(run):
     metrics = json.loads((run / 'metrics.json').read_text())
     assert metrics['images'] == 2 and set(metrics['map_per_class']) == {'Platelets', 'RBC', 'WBC'}
-    assert metrics['left_out'][0].endswith('has no area') and metrics['split'] == 'test'
+    assert metrics['left_out'][0].endswith('has no area') and metrics['split'] == 'given: trainval and test'
     assert len((run / 'history.csv').read_text().splitlines()) == 3
     for name in ('BloodImage_00007', 'BloodImage_00011'):
         with Image.open(run / 'drawn' / f'{name}.png') as drawing:
@@ -352,7 +352,7 @@ def test_draw_by_a_finished_run(run, tmp_path, capsys):
 def test_script_errors(run, tmp_path, capsys):
     sample, new = ['--data', f'voc:{BCCD}'], ['--out', str(tmp_path / 'a')]
     for args, expected in (
-            (['--data', 'coco:x', *new], '--data coco:x is not bccd:DIR or voc:DIR'),
+            (new, '--data is missing'),
             ([*sample, *new, '--epochs', '0'], 'epochs is 0; it must be at least 1'),
             ([*sample, *new, '--detector', 'yolo'], "detector 'yolo' is unknown; choose of faster_rcnn, retinanet"),
     ):
@@ -360,7 +360,7 @@ def test_script_errors(run, tmp_path, capsys):
             detect_script.main(args)
         assert expected in ' '.join(capsys.readouterr().err.split())
     for args, expected in (
-            (['--data', f'voc:{tmp_path}', *new], 'no list of images at'),
+            (['--data', str(tmp_path), *new], 'holds no annotations of a known form'),
             ([*sample, '--out', str(run), *SMALL], 'already holds a run'),
             ([*sample, *new, '--on-bad', 'fail'], 'has no area'),
             ([*sample, *new, '--model', 'resnet50'], "is not a network of this package"),

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import shutil
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,15 +25,15 @@ from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, save_image
 from tqdm import tqdm
 
-from ..data.boxes import BoxedImages, read_voc
-from ..data.folders import read_rgb
+from ..data.boxes import BoxedImages, BoxScan, data_folder, divide, read_box_split, read_boxes, write_box_split
+from ..data.folders import read_rgb, some
 from ..detection import DETECTORS, anchor_generator
 from ..files import atomic_write
 from ..recipes import check_numbers
 from ..schemas import check_detector, read_json
 from ..weights import WEIGHTS_FILE, check_weights, sha256_of, verify
 from .machine import Machine, fast_bfloat16, fused
-from .run import RunControl, RunDir, environment, progress_bar
+from .run import RunControl, RunDir, config_of, environment, progress_bar
 
 __all__ = ['DetectConfig', 'detect', 'draw', 'evaluate_detector', 'load_detector']
 
@@ -56,12 +57,12 @@ class DetectConfig:
     """Stages not trained, with the stem."""
     out_channels: int = 256
     """Channels of the feature pyramid."""
-    anchor_scale: float = 8.
-    """Side of a level's anchors, in strides of the level."""
+    anchor_scale: float = 0.
+    """Side of a level's anchors, in strides of the level; 0 finds it from the sizes of the boxes."""
     rois: int = 512
     """Regions per image that the second stage of Faster R-CNN is trained on."""
-    image_size: int = 640
-    """Longer side to which photographs are resized, in pixels."""
+    image_size: int = 0
+    """Longer side to which photographs are resized, in pixels; 0 takes that of the photographs, from 320 to 640."""
     epochs: int = 40
     """Passes over the training images."""
     batch_size: int = 8
@@ -74,19 +75,21 @@ class DetectConfig:
     """Decay of the weights, not of norms and biases."""
     warmup_steps: int = 100
     """Linear rise from lr / 100."""
-    train_split: str = 'trainval'
-    """List of the images to train on."""
-    test_split: str = 'test'
-    """List of the images measured once, at the end."""
+    train_split: str = ''
+    """Part of the data to train on; '' finds it, or splits by the seed."""
+    test_split: str = ''
+    """Part of the data that is measured once, at the end; '' finds it."""
     seed: int = 0
     """Of the weights, the order and the augmentation."""
 
     def __post_init__(self):
         if self.detector not in DETECTORS:
             raise ValueError(f'detector {self.detector!r} is unknown; choose of {", ".join(DETECTORS)}')
-        for name, low in (('epochs', 1), ('batch_size', 1), ('rois', 4), ('image_size', 32), ('out_channels', 1)):
+        for name, low in (('epochs', 1), ('batch_size', 1), ('rois', 4), ('out_channels', 1)):
             if getattr(self, name) < low:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least {low}')
+        if self.image_size and self.image_size < 32:
+            raise ValueError(f'image_size is {self.image_size}; it must be at least 32, or 0')
         check_numbers(vars(self))
         fixed = {'detector': 'faster_rcnn', 'pretrained': False, 'frozen_stages': 0, 'out_channels': 256}
         for name, value in fixed.items() if self.model == PEER else ():
@@ -172,7 +175,7 @@ def detect(
 
     Args:
         config: How.
-        data: Folder as `read_voc` reads it.
+        data: Folder or file as `read_boxes` reads it.
         out: Run directory.
         machine: Device, workers, time budget...
 
@@ -182,35 +185,75 @@ def detect(
 
     Raises:
         FloatingPointError: The loss is no longer finite.
-        What `read_voc`, `fpn_backbone` and `RunDir` raise.
+        What `read_boxes`, `divide`, `fpn_backbone` and `RunDir` raise.
     """
     deadline, device = machine.deadline(), torch.device(machine.device)
-    train, bad = read_voc(data, config.train_split, on_bad=machine.on_bad)
-    test, bad_test = read_voc(data, config.test_split, train.classes, machine.on_bad)
-    for reason in bad + bad_test:
-        _logger.warning('left out: %s', reason)
-    name = Path(data).resolve().name
+    root = data_folder(data)
+    scan = read_boxes(data, machine.on_bad)
+    for line in scan.summary():
+        _logger.info('%s', line)
+    kept = Path(out) / 'split.csv'
+    if machine.resume and kept.is_file():
+        (train, test), how = read_box_split(kept, scan, root), f'that of {kept}'
+    else:
+        train, test, how = divide(scan, config.train_split, config.test_split, config.seed)
+    leaks = _leaks(scan, train, test)
+    config = _resolved(_kept(config, Path(out), machine), scan, train)
+    name = root.resolve().name
     settings = {'detect': config, 'data': name, 'classes': train.classes}
     RunDir.check(out, settings, machine.resume)
     torch.manual_seed(config.seed)
     detector = _build(config, len(train.classes), config.pretrained).to(device)
     run = RunDir(out, settings, machine.resume, device=device)
+    atomic_write(kept, write_box_split(train, test, root))
     loop = _Loop(detector, train, config, RunControl(run, deadline), machine)
     if machine.resume and (saved := run.load_checkpoint()):
         loop.load_state_dict(saved)
         del saved
-    run.log('%d classes, %d images to train on, %d to test; %s on %s at %d px on %s', len(train.classes), len(train),
-            len(test), config.detector, config.model, config.image_size, device)
+    run.log('%d classes, %d photographs to train on, %d to test on (split: %s); %s on %s at %d px on %s',
+            len(train.classes), len(train), len(test), how, config.detector, config.model, config.image_size, device)
     if not loop.run():
         return None
     _export(detector, run)
     in_order = list(BatchSampler(range(len(test)), config.batch_size, drop_last=False))
     loader = _loader(test, v2.Compose(_AS_TENSOR), in_order, machine.workers, config.seed)
     metrics = evaluate_detector(detector, loader, test.classes, device) | {
-        'dataset': name, 'split': config.test_split, 'left_out': bad + bad_test, 'environment': environment(device)}
+        'dataset': name, 'split': how, 'left_out': scan.bad, 'leaks': leaks, 'environment': environment(device)}
     atomic_write(run.path / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
     draw(detector, test.classes, test.paths[:4], run.path / 'drawn', device)
     return metrics
+
+
+def _leaks(scan: BoxScan, train: BoxedImages, test: BoxedImages) -> list[tuple[str, str]]:
+    """Files to train on and files to test on that have the same content."""
+    sides = {path: side for side, part in enumerate((train, test)) for path in part.paths}
+    leaks = [(a, b) for twins in scan.twins for a in twins for b in twins if (sides.get(a), sides.get(b)) == (0, 1)]
+    if leaks:
+        _logger.warning('%d photographs to test on have the content of photographs to train on: %s', len(leaks),
+                        some([f'{b} = {a}' for a, b in leaks], '; '))
+    return leaks
+
+
+def _kept(config: DetectConfig, out: Path, machine: Machine) -> DetectConfig:
+    """The settings, with what a run that is resumed found for those that were left open."""
+    if not (machine.resume and (out / 'recipe.json').is_file()):
+        return config
+    found = config_of(out / 'recipe.json', 'detect', DetectConfig)
+    return dataclasses.replace(config, image_size=config.image_size or found.image_size,
+                               anchor_scale=config.anchor_scale or found.anchor_scale)
+
+
+def _resolved(config: DetectConfig, scan: BoxScan, train: BoxedImages) -> DetectConfig:
+    """The settings with image size and anchors that fit the data, where they were left open."""
+    longest = statistics.median(max(size) for size in scan.sizes.elements())
+    image_size = config.image_size or min(640, max(320, 32 * round(longest / 32)))
+    if config.anchor_scale or config.model == PEER:
+        return dataclasses.replace(config, image_size=image_size, anchor_scale=config.anchor_scale or 8.)
+    boxes = torch.cat(train.boxes)
+    sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt() * image_size / longest
+    # the first level's anchors are as large as the smaller boxes, and the last one's 16 times that
+    scale = float(sides.quantile(0.1)) / (4 if config.detector == 'faster_rcnn' else 8) if len(sides) else 8.
+    return dataclasses.replace(config, image_size=image_size, anchor_scale=round(min(8., max(2., scale)), 1))
 
 
 @dataclasses.dataclass

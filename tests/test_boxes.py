@@ -1,0 +1,235 @@
+"""Data sets with boxes as people have them, each recognised without options and read to the same boxes."""
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from wrn_timm.data.boxes import divide, read_box_split, read_boxes, write_box_split
+
+BOXES = {'a': [('cat', (2, 3, 20, 25)), ('dog', (10, 0, 40, 30))], 'b': [('dog', (0, 0, 8, 8))], 'c': [],
+         'd': [('cat', (5, 5, 15, 25))]}
+WIDTH, HEIGHT = 40, 30
+
+
+def images(folder, names=BOXES, suffix='.jpg'):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        Image.new('RGB', (WIDTH, HEIGHT), (10 * i, 40, 200)).save(folder / f'{name}{suffix}')
+
+
+def xml(name, suffix='.jpg', size=(WIDTH, HEIGHT)):
+    objects = ''.join(
+        f'<object><name>{label}</name><bndbox>' + ''.join(
+            f'<{k}>{v}</{k}>' for k, v in zip(('xmin', 'ymin', 'xmax', 'ymax'), box, strict=True))
+        + '</bndbox></object>' for label, box in BOXES[name])
+    return (f'<annotation><filename>{name}{suffix}</filename><size><width>{size[0]}</width><height>{size[1]}</height>'
+            f'</size>{objects}</annotation>')
+
+
+def voc(root, annotations='Annotations', folder='JPEGImages', suffix='.jpg', lists=()):
+    images(root / folder, suffix=suffix)
+    (root / annotations).mkdir(parents=True, exist_ok=True)
+    for name in BOXES:
+        (root / annotations / f'{name}.xml').write_text(xml(name, suffix))
+    for part, names in dict(lists).items():
+        (root / 'ImageSets/Main').mkdir(parents=True, exist_ok=True)
+        (root / f'ImageSets/Main/{part}.txt').write_text('\n'.join(names) + '\n')
+    return root
+
+
+def coco(names=BOXES):
+    rows = [(i, label, box) for i, name in enumerate(names) for label, box in BOXES[name]]
+    return {
+        'images': [{'id': i, 'file_name': f'{name}.jpg', 'width': WIDTH, 'height': HEIGHT}
+                   for i, name in enumerate(names)],
+        'categories': [{'id': 0, 'name': 'animals'}, {'id': 3, 'name': 'dog'}, {'id': 7, 'name': 'cat'}],
+        'annotations': [{'id': n, 'image_id': i, 'category_id': {'dog': 3, 'cat': 7}[label],
+                         'bbox': [box[0], box[1], box[2] - box[0], box[3] - box[1]]}
+                        for n, (i, label, box) in enumerate(rows)]}
+
+
+def yolo_lines(name):
+    lines = []
+    for label, (x0, y0, x1, y1) in BOXES[name]:
+        box = (x0 + x1) / 2 / WIDTH, (y0 + y1) / 2 / HEIGHT, (x1 - x0) / WIDTH, (y1 - y0) / HEIGHT
+        lines.append(' '.join(map(str, (['dog', 'cat'].index(label), *box))))
+    return '\n'.join(lines)
+
+
+def yolo(root, parts=('',)):
+    for part in parts:
+        images(root / 'images' / part)
+        (root / 'labels' / part).mkdir(parents=True)
+        for name in BOXES:
+            if BOXES[name]:
+                (root / 'labels' / part / f'{name}.txt').write_text(yolo_lines(name))
+    return root
+
+
+def as_voc(root):
+    return voc(root)
+
+
+def as_voc_with_other_names_and_png(root):
+    return voc(root, 'annotations', 'images', '.png')
+
+
+def as_xml_beside_images(root):
+    return voc(root, '', '')
+
+
+def as_coco_in_one_folder(root):
+    images(root)
+    (root / 'some.json').write_text(json.dumps(coco()))
+    return f'coco:{root}/some.json'
+
+
+def as_coco_with_images_beside(root):
+    images(root / 'images')
+    (root / 'annotations.json').write_text(json.dumps(coco()))
+    return root
+
+
+def as_yolo(root):
+    (yolo(root) / 'classes.txt').write_text('dog\ncat\n')
+    return root
+
+
+def as_yolo_with_names_in_order(root):
+    (yolo(root) / 'data.yaml').write_text('train: images\nnames: [dog, cat]\n')
+    return root
+
+
+@pytest.mark.parametrize('make', [
+    as_voc, as_voc_with_other_names_and_png, as_xml_beside_images, as_coco_in_one_folder, as_coco_with_images_beside,
+    as_yolo, as_yolo_with_names_in_order])
+def test_each_form_is_read_to_the_same_boxes(tmp_path, make):
+    scan = read_boxes(make(tmp_path / 'data'))
+    part, = scan.parts.values()
+    assert not scan.bad and len(part) == len(BOXES) and set(part.classes) == {'cat', 'dog'}
+    for path, boxes, labels in zip(part.paths, part.boxes, part.labels, strict=True):
+        expected = BOXES[path.rpartition('/')[2].partition('.')[0]]
+        assert [part.classes[i - 1] for i in labels.tolist()] == [label for label, _ in expected]
+        torch.testing.assert_close(boxes, torch.tensor([box for _, box in expected]).float().reshape(-1, 4))
+    assert any('1 photographs have no box' in line for line in scan.summary())
+    assert any('4 boxes: ' in line and 'cat 2' in line and 'dog 2' in line for line in scan.summary())
+
+
+def test_parts_that_are_given_are_taken(tmp_path):
+    lists = {'train': 'ab', 'val': 'c', 'trainval': 'abc', 'test': 'd'}
+    train, test, how = divide(read_boxes(voc(tmp_path / 'voc', lists=lists)))
+    assert (len(train), len(test), how) == (3, 1, 'given: trainval and test')
+
+    for part in ('train', 'valid'):  # Roboflow's folders
+        images(tmp_path / 'coco' / part)
+        (tmp_path / 'coco' / part / '_annotations.coco.json').write_text(json.dumps(coco()))
+        images(tmp_path / 'xml' / part)
+        for name in BOXES:
+            (tmp_path / 'xml' / part / f'{name}.xml').write_text(xml(name))
+    (yolo(tmp_path / 'yolo', ('train', 'valid')) / 'data.yaml').write_text(
+        'train: ../images/train\nval: ../images/valid\nnames:\n  0: dog\n  1: cat\n')
+    for form in ('coco', 'xml', 'yolo'):
+        scan = read_boxes(tmp_path / form)
+        train, test, how = divide(scan)
+        assert (len(train), len(test), how) == (4, 4, 'given: train and val') and len(scan.twins) == 4
+
+
+def test_a_split_is_drawn_by_seed_by_class_and_kept(tmp_path):
+    scan = read_boxes(voc(tmp_path / 'data'))
+    names = [f'{label}{i}' for label in ('a', 'b', 'd') for i in range(10)]
+    root = tmp_path / 'more'
+    images(root / 'images', names)
+    (root / 'annotations').mkdir()
+    for name in names:
+        (root / 'annotations' / f'{name}.xml').write_text(xml(name[0], size=(WIDTH, HEIGHT)))
+    scan = read_boxes(root)
+    train, test, how = divide(scan, seed=1)
+    assert (len(train), len(test), how) == (24, 6, '80-20 by seed 1') and not set(train.paths) & set(test.paths)
+    assert {i for labels in test.labels for i in labels.tolist()} == {1, 2}
+    assert divide(scan, seed=1)[1].paths == test.paths != divide(scan, seed=2)[1].paths
+    (tmp_path / 'split.csv').write_text(write_box_split(train, test, root))
+    again = read_box_split(tmp_path / 'split.csv', scan, root)
+    assert [part.paths for part in again] == [train.paths, test.paths]
+    (root / 'images' / f'{names[0]}.jpg').unlink()
+    with pytest.raises(ValueError, match=f'{names[0]}.jpg: there is no such image any more'):
+        read_box_split(tmp_path / 'split.csv', read_boxes(root), root)
+
+
+def change(file, before, after):
+    assert before in file.read_text()
+    file.write_text(file.read_text().replace(before, after))
+
+
+def damaged_coco(tmp_path, **changes):
+    images(tmp_path)
+    found = coco() | changes
+    (tmp_path / 'x.json').write_text(json.dumps(found))
+    return f'coco:{tmp_path / "x.json"}'
+
+
+@pytest.mark.parametrize(('changes', 'message'), [
+    ({'annotations': [{'id': 4, 'image_id': 99, 'category_id': 3, 'bbox': [0, 0, 1, 1]}]},
+     'annotation 4 is of image 99, which is not in its images'),
+    ({'annotations': [{'id': 4, 'image_id': 0, 'category_id': 5, 'bbox': [0, 0, 1, 1]}]},
+     'annotation 4 is of category 5; its categories are 0, 3, 7'),
+    ({'images': 2 * [{'id': 0, 'file_name': 'a.jpg'}]}, 'the image id 0 stands there twice'),
+    ({'images': [{'id': 0}]}, 'a field is missing'), ({'images': 3}, 'a field is missing or of another kind'),
+    ({'annotations': []}, 'has 4 images, none with a good box'),
+])
+def test_damaged_coco(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_boxes(damaged_coco(tmp_path, **changes))
+    file = tmp_path / 'x.json'
+    file.write_text(json.dumps(coco())[:-20])
+    with pytest.raises(ValueError, match='x.json is no COCO annotation file: Unterminated'):
+        read_boxes(f'coco:{file}')
+
+
+def test_bad_things_are_left_out_and_named(tmp_path):
+    root = voc(tmp_path / 'voc')
+    change(root / 'Annotations/a.xml', '<xmin>2</xmin><ymin>3</ymin><xmax>20</xmax><ymax>25</ymax>',
+           '<xmin>0.1</xmin><ymin>0.1</ymin><xmax>0.5</xmax><ymax>0.8</ymax>')
+    change(root / 'Annotations/b.xml', '<width>40</width>', '<width>30</width>')
+    (root / 'JPEGImages/d.jpg').unlink()
+    scan = read_boxes(root)
+    text = '\n'.join(scan.bad)
+    assert 'box 0.1, 0.1, 0.5, 0.8 seems to be in fractions of the image; pixels are wanted' in text
+    assert 'b.jpg is 40 x 30 pixels, but its annotation says 30 x 30' in text and 'd.jpg' in text
+    assert len(scan.parts['all']) == 2 and sum(map(len, scan.parts['all'].boxes)) == 1
+    with pytest.raises(ValueError, match='3 boxes or files of .* are bad'):
+        read_boxes(root, 'fail')
+
+    root = as_yolo(tmp_path / 'yolo')
+    (root / 'labels/a.txt').write_text('2 0.5 0.5 0.1 0.1\n')
+    (root / 'labels/b.txt').write_text('0 20 15 8 8\n1 0.5 0.5 0.2\n')
+    text = '\n'.join(read_boxes(root).bad)
+    assert 'a.txt, line 1: class 2 is none of the 2 classes, 0 to 1' in text
+    assert 'b.txt, line 1: box 20, 15, 8, 8 is not within the image; YOLO has centre' in text
+    assert 'b.txt, line 2: the name or a coordinate is missing' in text
+
+
+def test_what_is_no_data_set_with_boxes(tmp_path):
+    with pytest.raises(FileNotFoundError, match='nowhere is not there'):
+        read_boxes(tmp_path / 'nowhere')
+    images(tmp_path / 'only')
+    with pytest.raises(ValueError, match='holds no annotations of a known form'):
+        read_boxes(tmp_path / 'only')
+    (tmp_path / 'only/data.yaml').write_text('train: x\n')
+    with pytest.raises(ValueError, match='data.yaml is no data.yaml of YOLO.*must name its classes'):
+        read_boxes(tmp_path / 'only')
+    (tmp_path / 'only/data.yaml').write_text('train: x\nnames: [a]\n')
+    with pytest.raises(ValueError, match='data.yaml names x, which is no folder in'):
+        read_boxes(tmp_path / 'only')
+
+
+def test_an_outline_of_yolo_is_boxed(tmp_path):
+    root = as_yolo(tmp_path)
+    (root / 'labels/a.txt').write_text('1 0.25 0.5 0.5 0.1 0.75 0.5 0.5 0.9\n')
+    part = read_boxes(root).parts['all']
+    torch.testing.assert_close(part.boxes[0], torch.tensor([[10., 3., 30., 27.]]))
+
+
+def test_a_class_that_is_only_tested_on_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="class 'cat' is on images to test on, and on none to train on"):
+        divide(read_boxes(voc(tmp_path, lists={'train': 'b', 'test': 'd'})))
