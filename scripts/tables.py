@@ -155,7 +155,7 @@ def training_table() -> str:
 
 
 def trainers_table() -> str:
-    """Accuracy that each library's trainer reaches from the same weights, as `compare_trainers.py` measured it."""
+    """Accuracy that each library's trainer reaches from the same weights, as `benchmark.py trainers` measured it."""
     found = [read(file) for file in sorted(BENCHMARKS.glob('trainers_*.json'), reverse=True)]
     rows = []
     for i, row in enumerate(found[0]['rows']):

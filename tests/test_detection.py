@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import detect as detect_script
 import numpy as np
 import pytest
 import timm
@@ -23,6 +22,7 @@ from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops import FrozenBatchNorm2d
 
 import wrn_timm  # noqa: F401
+from wrn_timm.cli import detect as detect_script
 from wrn_timm.data.boxes import read_voc
 from wrn_timm.detection import faster_rcnn, fpn_backbone, retinanet
 from wrn_timm.train.detector import _backbone_in_bfloat16, evaluate_detector, load_detector
@@ -265,7 +265,7 @@ def test_run_directory(run):
 
 def test_stopped_and_resumed_gives_the_same_detector(run, tmp_path, capsys):
     args = ['--data', f'bccd:{BCCD}', '--out', str(tmp_path / 'run'), '--epochs', '2', *SMALL]
-    assert detect_script.main([*args, '--time-budget', '0']) == 0
+    assert detect_script.main([*args, '--time-budget', '0']) == 130
     assert not (tmp_path / 'run' / 'weights').exists()
     assert detect_script.main(['--out', str(tmp_path / 'run'), '--draw', 'x.jpg']) == 1
     assert 'holds no detector' in capsys.readouterr().err
@@ -283,7 +283,7 @@ def test_sigterm_leaves_a_run_that_resumes_to_the_same_detector(whole_epochs, tm
         time.sleep(0.01)
     process.terminate()
     errors = process.communicate()[1]
-    assert process.returncode == 0 and 'stopped by SIGTERM' in errors
+    assert process.returncode == 130 and 'stopped by SIGTERM' in errors
     checkpoint, = (out / 'checkpoints').iterdir()
     assert checkpoint.name in ('epoch-0000-step-000001.pt', 'epoch-0000-step-000002.pt')
     assert detect_script.main([*IN_STEPS, '--out', str(out), '--resume']) == 0

@@ -17,14 +17,14 @@ from multiprocessing import forkserver
 import pytest
 import timm
 import torch
-import train as train_script
-import validate as validate_script
 from conftest import ROOT, SAMPLE
 from distributed_gradients import gradients
 from safetensors.torch import load_file
 from timm.optim.muon import _COEFFICIENTS, resolve_ns_coefficients, zeropower_via_newtonschulz
 from torchvision.transforms.functional import gaussian_blur, resize
 
+from wrn_timm.cli import train as train_script
+from wrn_timm.cli import validate as validate_script
 from wrn_timm.data.on_device import DeviceLoader
 from wrn_timm.data.small_sets import load
 from wrn_timm.hub import check_golden, model_card
@@ -312,7 +312,7 @@ def test_signals_leave_a_run_that_resumes_to_the_same_weights(run, tmp_path, num
     process.send_signal(number)
     errors = process.communicate()[1]
     if number != signal.SIGKILL:
-        assert process.returncode == 0 and f'stopped by {signal.Signals(number).name}' in errors
+        assert process.returncode == 130 and f'stopped by {signal.Signals(number).name}' in errors
     done = subprocess.run(script(out, '--resume'), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert final_weights(out) == final_weights(run)
