@@ -135,7 +135,7 @@ def test_options_are_read_as_their_types_say():
     assert train.read(['--recipe', 'smoke', '--out', 'a', '--no-compile'])[0].compile is False
 
 
-MISSING = [('predict', 'torchmetrics', 'train'), ('train', 'torchmetrics', 'train'),
+MISSING = [('predict', 'torchmetrics', 'train'), ('train', 'docstring_parser', 'train'),
            ('detect', 'pycocotools', 'detect'), ('export', 'torchmetrics', 'train,export')]
 
 

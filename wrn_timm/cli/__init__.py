@@ -22,8 +22,8 @@ _EXTRAS = {'detect': 'detect', 'export': 'train,export'}  # the others need [tra
 
 def what_to_install(error: ModuleNotFoundError, name: str) -> str:
     """What to do about a package that the command `name` needs and that is not installed."""
-    extra = _EXTRAS.get(name, 'train')
-    return f'{name} needs {error.name}, which is not installed: pip install "wrn_timm[{extra}]"'
+    package, extra = error.name.partition('.')[0], _EXTRAS.get(name, 'train')
+    return f'{name} needs {package}, which is not installed: pip install "wrn_timm[{extra}]"'
 
 
 def command(name: str) -> Callable[[Sequence[str] | None], int]:
