@@ -196,7 +196,7 @@ def training_table() -> str:
 
 
 def trainers_table() -> str:
-    """Accuracy of each library's trainer from the same weights, as measured by `compare_trainers.py`."""
+    """Accuracy that each library's trainer reaches from the same weights, as `benchmark.py trainers` measured it."""
     found = [read(file) for file in sorted(BENCHMARKS.glob('trainers_*.json'), reverse=True)]
     rows = []
     for i, row in enumerate(found[0]['rows']):

@@ -7,11 +7,11 @@ import shutil
 import subprocess
 import sys
 
-import finetune as finetune_script
 import pytest
 from conftest import ROOT, SAMPLE
 from PIL import Image
 
+from wrn_timm.cli import finetune as finetune_script
 from wrn_timm.recipes import FinetuneConfig
 from wrn_timm.train.finetune import _settings, finetune, prepare_split
 from wrn_timm.train.machine import Machine
@@ -31,9 +31,12 @@ def data(tmp_path):
 
 
 def tune(data, weights, out, *argv):
-    return finetune_script.main([
-        '--data', str(data), '--model', str(weights), '--out', str(out), '--device', 'cpu', '--input-size', '32',
-        '--epochs', '1', '--messages', 'quiet', *argv])
+    try:
+        return finetune_script.main([
+            '--data', str(data), '--model', str(weights), '--out', str(out), '--device', 'cpu', '--input-size', '32',
+            '--epochs', '1', '--messages', 'quiet', *argv])
+    except SystemExit as e:  # a wrong option
+        return e.code
 
 
 def class_of_the_test_part_alone(data):
@@ -107,6 +110,17 @@ def as_it_is(data):
     return data
 
 
+# what is seen to be wrong before anything is looked at
+WRONG_OPTIONS = (
+    "split 'half' is unknown; choose first30 or random30", 'epochs is 0; it must be at least 1',
+    'label_smoothing is 1.0; it must be from 0 to 0.999', 'holdout is -1.0; it must be from 0 to 0.9',
+    'stem imagenet needs an input_size', 'image_memory is nan; it must be at least 0',
+    'time_budget is nan; it must be at least 0', 'lr is nan; it must be at least 1e-09',
+    'weight_decay is nan; it must be finite and at least 0', 'mixup is inf; it must be finite and at least 0',
+    'color_jitter is -1; it must be finite and at least 0', 'patience needs held-out files',
+    'seeds is 0; it must be at least 1', 'workers is -1; it must be at least 0')
+
+
 @pytest.mark.parametrize(('prepare', 'argv', 'message'), [
     (class_of_the_test_part_alone, (), 'classes in test but not in train: watch; add images of them to train'),
     (one_image_in_a_class, (), 'classes with a single image cannot be split: watch'),
@@ -149,7 +163,7 @@ def as_it_is(data):
 ])
 def test_what_cannot_be_trained(data, weights, tmp_path, capsys, prepare, argv, message):
     source = prepare(data) or data
-    assert tune(source, weights, tmp_path / 'run', *argv) == 1
+    assert tune(source, weights, tmp_path / 'run', *argv) == (2 if message in WRONG_OPTIONS else 1)
     error = capsys.readouterr().err
     assert error.startswith('error: ') and message in error and 'Traceback' not in error
     if '1e30' not in argv:
@@ -337,7 +351,8 @@ def test_disk_full_at_a_checkpoint(data, weights, tmp_path):
 # As `finetune.py`, but the process may take so many bytes more than it has when it is loaded.
 LIMITED = '''
 import re, resource, sys
-import finetune, torch
+import torch
+from wrn_timm.cli import finetune
 torch.backends.mkldnn.enabled = False  # it does not survive a lack of memory: then it crashes, or fails ever after
 has = 1024 * int(re.search('VmData:\\\\s*(\\\\d+) kB', open('/proc/self/status').read())[1])
 resource.setrlimit(resource.RLIMIT_DATA, (has + int(sys.argv[1]),) * 2)

@@ -7,6 +7,7 @@ import benchmark as benchmark_script
 import pytest
 import timm
 import torch
+from benchmarks import inference, measuring, training
 from conftest import SAMPLE
 
 import wrn_timm  # noqa: F401
@@ -49,7 +50,7 @@ def test_every_section_gives_its_figures(capsys, photographs):
     assert 'cifar10:DIR' in sections['int8'][0]['rows'][0]['absent']
 
     for row in sections['evaluate'][0]['rows'][:3]:
-        rate = row['images_per_second'] * benchmark_script.flops('wrn16_1', 32)
+        rate = row['images_per_second'] * measuring.flops('wrn16_1', 32)
         assert row['matmul'] == pytest.approx(rate / result['matmul_gflops_float32'] / 1e9, rel=0.01)
         assert row['images_per_second'] == pytest.approx(2000 / row['ms']) and row['logits_differ'] < 1e-5
     assert all(row['p95_ms'] >= row['ms'] > 0 for row in sections['latency'][0]['rows'] if 'absent' not in row)
@@ -64,41 +65,41 @@ def test_operations_are_those_of_the_paper():
         return pixels * (9 * before * channels + 3 * 9 * channels * channels + shortcut)
 
     expected = 1024 * 27 * 16 + of(1024, 16) + of(256, 32) + of(64, 64) + 64 * 10
-    assert benchmark_script.flops('wrn16_1', 32) == 2 * expected
-    assert benchmark_script.flops('wrn50_2', 224) / 2 == pytest.approx(11.40e9, rel=1e-3)  # torchvision's figure
+    assert measuring.flops('wrn16_1', 32) == 2 * expected
+    assert measuring.flops('wrn50_2', 224) / 2 == pytest.approx(11.40e9, rel=1e-3)  # torchvision's figure
 
 
 def test_ratios_are_of_the_same_round_and_rates_of_the_median():
     seconds = {'quick': [0.05, 0.05, 0.5], 'slow': [0.2, 0.2, 2.]}  # a disturbed round slows both
-    slow = benchmark_script.summarise(seconds, items=2)[1]
+    slow = measuring.summarise(seconds, items=2)[1]
     assert slow['ratio'] == slow['ratio_low'] == slow['ratio_high'] == pytest.approx(0.25)
     assert slow['ms'] == pytest.approx(200) and slow['images_per_second'] == pytest.approx(10)
-    slow = benchmark_script.summarise(seconds, items={'quick': 1, 'slow': 4})[1]
+    slow = measuring.summarise(seconds, items={'quick': 1, 'slow': 4})[1]
     assert slow['ratio'] == pytest.approx(1) and slow['images_per_second'] == pytest.approx(20)
 
 
 def test_a_slowed_contestant_is_slower_and_an_absent_one_is_named(capsys):
     calls = {'quick': lambda: time.sleep(0.02), 'slow': lambda: time.sleep(0.2), 'none': 'not installed'}
-    rows, _ = benchmark_script.measure(calls, 3, 'cpu', items=2)
+    rows, _ = measuring.measure(calls, 3, 'cpu', items=2)
     assert [row['name'] for row in rows] == ['quick', 'slow', 'none']
     assert rows[1]['ratio'] < 0.5 and rows[1]['ms'] >= 200
-    benchmark_script.show('section', benchmark_script.Case('case', rows))
+    measuring.show('section', measuring.Case('case', rows))
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == 'section: case' and lines[2].split()[0] == 'ratio'
     assert lines[3].split()[0] == '1.00' and lines[5].endswith('none  absent: not installed')
 
 
 def test_contestants_have_the_same_weights():
-    ours, others = benchmark_script.peers('wrn16_4')
+    ours, others = inference.peers('wrn16_4')
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
-        assert benchmark_script.difference(others['pytorchcv'](x), ours(x)) < 1e-4
+        assert inference.difference(others['pytorchcv'](x), ours(x)) < 1e-4
     assert others['timm'] == others['torchvision'] == 'it has no such network'
 
 
 def test_other_logits_are_refused_and_a_contestant_that_fails_is_absent(capsys, monkeypatch):
     def others(**models):
-        monkeypatch.setattr(benchmark_script, 'peers', lambda name: (timm.create_model(name).eval(), models))
+        monkeypatch.setattr(inference, 'peers', lambda name: (timm.create_model(name).eval(), models))
 
     others(fixed_pool=torch.nn.AvgPool2d(64))
     case, = run(capsys, 'evaluate')['sections']['evaluate']
@@ -110,7 +111,7 @@ def test_other_logits_are_refused_and_a_contestant_that_fails_is_absent(capsys, 
 
 
 def test_peak_memory_counts_weights_gradients_and_momentum():
-    peak = benchmark_script.peak_memory('plain eager', 'wrn16_8', 16, 1, 'cpu')
+    peak = training.peak_memory('plain eager', 'wrn16_8', 16, 1, 'cpu')
     assert 3 * 4 * 10.96 < peak < 20 * 4 * 10.96  # MB of 10.96 million float32 values
 
 

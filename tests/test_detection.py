@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import detect as detect_script
 import numpy as np
 import pytest
 import timm
@@ -23,6 +22,7 @@ from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops import FrozenBatchNorm2d
 
 import wrn_timm  # noqa: F401
+from wrn_timm.cli import detect as detect_script
 from wrn_timm.data.boxes import divide, read_boxes
 from wrn_timm.detection import faster_rcnn, fpn_backbone, retinanet
 from wrn_timm.train.detector import _backbone_in_bfloat16, evaluate_detector, load_detector

@@ -1,7 +1,6 @@
 """Fast inference and export: against the network as it stands, on photographs."""
 import json
 
-import export as export_script
 import onnx
 import pytest
 import timm
@@ -10,6 +9,7 @@ from conftest import SAMPLE, randomise
 from torch import nn
 
 import wrn_timm
+from wrn_timm.cli import export as export_script
 from wrn_timm.data.folders import read_rgb
 from wrn_timm.export import fold_batchnorm, inference_forms, optimize, run_exported
 from wrn_timm.weights import eval_transform, export_weights, open_model

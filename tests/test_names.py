@@ -6,10 +6,10 @@ import shutil
 import subprocess
 import sys
 
-import predict as predict_script
 import pytest
 from conftest import ROOT, SAMPLE
 
+from wrn_timm.cli import predict as predict_script
 from wrn_timm.names import as_cell, from_cell, printable
 
 linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='where names are bytes')

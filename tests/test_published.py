@@ -5,7 +5,6 @@ import json
 import re
 import zipfile
 
-import finetune as finetune_script
 import pytest
 import tables as tables_script
 import timm
@@ -17,6 +16,7 @@ from test_supply_chain import Evil
 
 import wrn_timm
 from wrn_timm import download
+from wrn_timm.cli import finetune as finetune_script
 from wrn_timm.weights import default_tag, export_weights, more_accurate, published, released, sources
 
 DATA = {'cifar10': 10, 'cifar100': 100, 'svhn': 10}

@@ -5,12 +5,12 @@ import re
 import shutil
 import time
 
-import finetune as finetune_script
 import pytest
 import torch
 from conftest import SAMPLE
 from matplotlib.figure import Figure
 
+from wrn_timm.cli import finetune as finetune_script
 from wrn_timm.train.measure import Predictions
 from wrn_timm.train.report import draw_confusion
 from wrn_timm.train.run import plot_history

@@ -5,14 +5,14 @@ import math
 import random
 import zipfile
 
-import finetune as finetune_script
-import predict as predict_script
 import pytest
 import timm
 import torch
-import validate as validate_script
 from conftest import SAMPLE
 
+from wrn_timm.cli import finetune as finetune_script
+from wrn_timm.cli import predict as predict_script
+from wrn_timm.cli import validate as validate_script
 from wrn_timm.recipes import RECIPES, FinetuneConfig
 from wrn_timm.train.run import RunDir, config_of
 from wrn_timm.weights import export_weights

@@ -5,8 +5,6 @@ import os
 import random
 import re
 
-import finetune as finetune_script
-import predict as predict_script
 import pytest
 import timm
 import torch
@@ -14,6 +12,8 @@ from conftest import SAMPLE
 from safetensors.torch import load_file, save_file
 
 from wrn_timm.checkpoints import fit_to_model
+from wrn_timm.cli import finetune as finetune_script
+from wrn_timm.cli import predict as predict_script
 from wrn_timm.hub import publish
 from wrn_timm.schemas import check_config
 from wrn_timm.weights import HEADER_LIMIT, export_weights, open_model, verify

@@ -17,8 +17,6 @@ from multiprocessing import forkserver
 import pytest
 import timm
 import torch
-import train as train_script
-import validate as validate_script
 from conftest import ROOT, SAMPLE
 from distributed_gradients import gradients
 from safetensors.torch import load_file
@@ -26,6 +24,8 @@ from timm.optim.muon import _COEFFICIENTS, resolve_ns_coefficients, zeropower_vi
 from torchvision.transforms.functional import gaussian_blur, resize
 
 from wrn_timm.card import check_golden, model_card
+from wrn_timm.cli import train as train_script
+from wrn_timm.cli import validate as validate_script
 from wrn_timm.data.on_device import DeviceLoader
 from wrn_timm.data.small_sets import load
 from wrn_timm.recipes import RECIPES, get_recipe

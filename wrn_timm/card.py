@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm.data import resolve_model_data_config
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
+from .data.bundled import golden_photographs
 from .data.folders import read_rgb, walk_files
 from .data.small_sets import normalise
 from .files import atomic_write
@@ -202,14 +203,6 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
         limits=limits, num_classes=config['num_classes'], wide=wide)
 
 
-def _golden_photographs() -> list[str]:
-    """The first photograph of each class of the sample of Caltech 101: the checkout's, or those in the wheel."""
-    package = Path(__file__).resolve().parent
-    places = package / '_photographs', package.parent / 'tests' / 'data' / 'caltech101_sample'
-    sample = next(place for place in places if place.is_dir())
-    return [next(walk_files(folder)) for folder in sorted(sample.iterdir()) if folder.is_dir()]
-
-
 def finish_weights_folder(folder: str | Path, metrics: dict[str, Any]) -> None:
     """Write what a measured weights folder has beside its weights: metrics, golden logits and the card.
 
@@ -228,8 +221,9 @@ def finish_weights_folder(folder: str | Path, metrics: dict[str, Any]) -> None:
     model = open_model(str(folder))
     config = resolve_model_data_config(model)
     size = config['input_size'][-1]
+    first = [next(walk_files(folder)) for folder in sorted(golden_photographs().iterdir()) if folder.is_dir()]
     images = torch.stack([
-        pil_to_tensor(center_crop(resize(read_rgb(p), size), [size, size])) for p in _golden_photographs()])
+        pil_to_tensor(center_crop(resize(read_rgb(p), size), [size, size])) for p in first])
     with torch.inference_mode():
         inputs = normalise(images, config['mean'], config['std'])
         logits = torch.cat([model(one) for one in inputs.split(1)])  # however little the memory

@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """Fine-tune the same weights on the same split by other libraries' trainers, and measure all of them in one way.
 
     pip install fastai ultralytics
-    python scripts/compare_trainers.py --data caltech101:DIR --split random30 --input-size 32 --epochs 10 --seeds 3
+    python scripts/benchmark.py trainers --data caltech101:DIR --split random30 --input-size 32 --epochs 10 --seeds 3
 
-Contestants are `scripts/finetune.py`, timm's own `train.py` (a checkout of timm in $TIMM_SOURCE), fastai's `fine_tune`
+Contestants are `wrn-timm finetune`, timm's own `train.py` (a checkout of timm in $TIMM_SOURCE), fastai's `fine_tune`
 and ultralytics' classification trainer. Each gets the same folders `train/`, `val/` and `test/`, weights, input size,
 epochs and batch size; all else is its default, and which epoch to keep by `val/` too. `test/` is measured once, through
 the contestant's own preprocessing.
@@ -30,12 +29,13 @@ from typing import Any
 
 import timm
 import torch
-import tyro
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader
 
-from wrn_timm.command import reports_errors
+from wrn_timm.cli.common import Options, reports_errors
+from wrn_timm.cli.options import option, parse
+from wrn_timm.data.bundled import sample
 from wrn_timm.data.folders import ImageFiles, examine, list_folder
 from wrn_timm.data.splits import data_name, list_source, make_split
 from wrn_timm.files import atomic_write
@@ -47,18 +47,18 @@ from wrn_timm.train.probe import summarise
 from wrn_timm.train.run import environment
 from wrn_timm.weights import eval_transform, open_model
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command(Options):
     """What is compared."""
-    trainers: tyro.conf.Positional[tuple[str, ...]] = ()
+    trainers: tuple[str, ...] = option((), 'TRAINER', positional=True)
     """wrn_timm, timm, fastai, ultralytics; by default all."""
-    data: str = str(ROOT / 'tests' / 'data' / 'caltech101_sample')
-    """Folder of class folders, FILE.csv or caltech101:DIR, as in finetune.py."""
+    data: str = str(sample())
+    """Folder of class folders, FILE.csv or caltech101:DIR, as for finetune; the default is the bundled sample."""
     split: str = '70-30'
-    """As in finetune.py."""
+    """As for finetune."""
     model: str = 'wrn16_1.cifar10'
     """timm name with tag."""
     input_size: int = 64
@@ -71,10 +71,9 @@ class Command:
     """Splits and runs."""
     out: str = ''
     """JSON file to write the figures to."""
-    traceback: bool = False
-    """Show where an error arose."""
 
     def __post_init__(self):
+        super().__post_init__()
         if unknown := set(self.trainers) - set(TRAINERS):
             raise ValueError(f'trainer {sorted(unknown)[0]} is unknown; choose of {", ".join(TRAINERS)}')
 
@@ -209,7 +208,7 @@ def compare(command: Command) -> dict[str, Any]:
 
 @reports_errors
 def main(argv: Sequence[str]) -> int:
-    command = tyro.cli(Command, args=argv, description=__doc__)
+    command, _ = parse(argv, ('benchmark', __doc__), Command)
     logging.basicConfig(level=logging.ERROR)
     names = command.trainers or TRAINERS  # whether they are there, before minutes are spent
     if absent := [n for n in ('fastai', 'ultralytics') if n in names and not find_spec(n)]:
@@ -220,7 +219,3 @@ def main(argv: Sequence[str]) -> int:
     if command.out:
         atomic_write(Path(command.out), json.dumps(result, indent=2) + '\n')
     return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -1,10 +1,10 @@
 """Every trainer gets the same files and is measured in one way."""
 import json
 
-import compare_trainers as script
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks import trainers as script
 from conftest import SAMPLE
 
 

@@ -1,0 +1,159 @@
+"""What every command does alike: shared options, errors as one line on standard error, exit codes, log lines."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from ..names import printable, terminal_handler
+from ..recipes import check_numbers
+from ..train.machine import Machine
+from ..train.run import holds_checkpoint
+from . import what_to_install
+from .options import option
+
+__all__ = [
+    'STOPPED', 'OnDevice', 'Options', 'Training', 'is_main_process', 'log_to_terminal', 'machine_of', 'reports_errors',
+    'resumable', 'show_error']
+
+STOPPED = 130  # 128 + SIGINT: the exit code of what was stopped before its end
+_EXPECTED = (FloatingPointError, ImportError, OSError, RuntimeError, ValueError)  # whose messages are for the user
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Of every command."""
+    traceback: bool = False
+    """Show where an error arose."""
+
+    def __post_init__(self):
+        check_numbers(vars(self), math.inf)
+        for name, least in (('batch_size', 1), ('seeds', 1), ('top_k', 1), ('workers', 0)):
+            value = getattr(self, name, None)
+            if value is not None and value < least:
+                raise ValueError(f'{name} is {value}; it must be at least {least}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnDevice(Options):
+    """Of a command that computes."""
+    device: str = 'cuda' if torch.cuda.is_available() else 'cpu'
+    """Where to compute: 'cpu' or 'cuda'."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training(OnDevice):
+    """Of a command that trains."""
+    out: str
+    """Run directory."""
+    resume: bool = False
+    """Go on with the run in --out."""
+    time_budget: float = option(math.inf, 'SECONDS')
+    """Seconds after which the run stops; --resume goes on with it."""
+
+
+_Machine = TypeVar('_Machine', bound=Machine)
+
+
+def machine_of(options: OnDevice, kind: type[_Machine], **more: Any) -> _Machine:
+    """What a command line says of the machine, and `more`."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in vars(options).items() if name in names}, **more)
+
+
+def show_error(error: Exception) -> None:
+    """Print an error as a line; one that nobody foresaw with its kind, and the file that was at hand."""
+    if isinstance(error, _EXPECTED):
+        print(f'error: {printable(error, lines=True)}', file=sys.stderr)
+        return
+    file = _file_at_hand(error)
+    said = f'{type(error).__name__}{f": {error}" if str(error) else ""}{f", at {file}" if file else ""}'
+    print(f'error: {printable(said, lines=True)}; --traceback shows where it arose', file=sys.stderr)
+
+
+def _file_at_hand(error: Exception) -> str:
+    """The file that the innermost function knew of which knew of any; '' where none did."""
+    for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        for value in frame.f_locals.values():
+            if isinstance(value, (str, os.PathLike)) and os.path.isfile(value):
+                return os.fspath(value)
+    return ''
+
+
+def reports_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str] | None], int]:
+    """Have a `main` print its errors by `show_error` and return 1, unless `--traceback` is among its arguments.
+
+    Ctrl-C and SIGTERM end it with 130.
+    """
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        argv = sys.argv[1:] if argv is None else argv
+        try:
+            with _sigterm_as_ctrl_c():
+                code = main(argv)
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt as e:
+            print(str(e) or 'stopped', file=sys.stderr)
+            return STOPPED
+        except BrokenPipeError:  # who reads it has read enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141  # 128 + SIGPIPE, as a shell has it of other programs
+        except Exception as e:
+            if '--traceback' in argv:
+                raise
+            if isinstance(e, ModuleNotFoundError) and e.name:
+                e = ImportError(what_to_install(e, main.__module__.rpartition('.')[2]))
+            show_error(e)
+            return 1
+
+    return run
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """A cluster's way to stop a job ends it as a person's does."""
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # signals can be handled in the main thread alone
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextlib.contextmanager
+def resumable(out: str) -> Iterator[None]:
+    """Have a Ctrl-C say whether the run in `out` has anything to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            'stopped; go on with --resume' if holds_checkpoint(out) else
+            'stopped before anything was saved; to begin again, run the same command') from None
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes, of those that `torchrun` started."""
+    return os.environ.get('RANK', '0') == '0'
+
+
+def log_to_terminal(level: int = logging.INFO) -> None:
+    """Print log messages from this level on, alone and printable; of timm's the warnings."""
+    logging.basicConfig(handlers=[terminal_handler()], level=level, force=True)
+    logging.getLogger('timm').setLevel(logging.WARNING)

@@ -1,0 +1,201 @@
+"""Fine-tune pretrained weights on photographs.
+
+    wrn-timm finetune                          # in a checkout: its sample of Caltech 101, a minute on a laptop
+    wrn-timm finetune --data DIR --out RUN     # DIR holds a folder of photographs per class
+    wrn-timm finetune --data caltech101:DIR --download --split random30 --train head --out RUN
+    wrn-timm finetune --data DIR --probe all   # rank all weights at hand, training none
+    torchrun --nproc-per-node 8 -m wrn_timm.cli finetune --data DIR --out RUN
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..data.bundled import sample
+from ..files import atomic_write
+from ..names import printable
+from ..recipes import FinetuneConfig
+from ..train.finetune import finetune_seeds
+from ..train.machine import Machine
+from ..train.probe import probe
+from ..train.run import check_place, config_of
+from ..train.transfer_results import record_transfer, transfer_folder
+from .common import STOPPED, Training, is_main_process, log_to_terminal, machine_of, reports_errors, resumable
+from .options import option, parse
+
+PURPOSES = {
+    'Options that matter first': (
+        'data', 'out', 'model', 'train', 'epochs', 'input_size', 'lr', 'batch_size', 'split', 'seeds', 'probe',
+        'resume'),
+    'Data': ('holdout', 'parts', 'num_classes', 'nested', 'download', 'on_bad'),
+    'Network': ('pretrained', 'stem', 'cache'),
+    'Optimisation': (
+        'accumulate', 'opt', 'momentum', 'weight_decay', 'layer_decay', 'schedule', 'warmup_epochs', 'label_smoothing',
+        'class_weights', 'ema_decay', 'patience', 'seed'),
+    'Augmentation': (
+        'augment', 'min_scale', 'color_jitter', 'auto_augment', 'random_erase', 'mixup', 'cutmix'),
+    'Machine': ('device', 'precision', 'workers', 'image_memory', 'time_budget'),
+    'Output': ('record', 'messages', 'traceback'),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(Training):
+    """Options beside the settings of the training."""
+    data: str = ''
+    """Folder of class folders, FILE.csv (path, label) or caltech101:DIR; in a checkout the default is its sample of
+    Caltech 101."""
+    out: str = 'runs/finetune'
+    resume: bool = False
+    """Go on with the run in --out, by its own settings; name its --data again."""
+    workers: int = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+    """Processes that read photographs."""
+    image_memory: float = option(1., 'GB')
+    """Memory for decoded photographs that each process keeps from epoch to epoch, in GB; those that do not fit are
+    decoded every time, to the same result."""
+    on_bad: Literal['skip', 'fail'] = 'skip'
+    """What to do with unreadable files: leave them out and name them, or stop."""
+    download: bool = False
+    """Download Caltech 101 if it is missing."""
+    time_budget: float = option(Training.time_budget, 'SECONDS')
+    """Seconds after which no epoch is begun that would not end within them."""
+    seeds: int = 1
+    """Runs, each with its own seed; their mean and standard deviation are written too."""
+    probe: tuple[str, ...] = option((), 'WEIGHTS')
+    """Train nothing; rank these weights ('all': every weight at hand) by nearest neighbours and a linear classifier on
+    their features, on files held out of training, measure the best on the test files, and write RUN/probe.json."""
+    record: bool = False
+    """Keep the figures in the folder of the weights too (transfer.json), for the table of README."""
+    messages: Literal['text', 'json', 'quiet'] = 'text'
+    """What is printed: lines and a progress bar, a JSON object per line, or errors only."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.data or sample()):
+            raise ValueError('--data is missing: name a folder with a folder of photographs per class, FILE.csv or '
+                             'caltech101:DIR (the sample of Caltech 101 comes with a checkout alone)')
+
+    @property
+    def source(self) -> str:
+        """What to train on."""
+        return self.data or str(sample())
+
+
+def begun_with(options: FinetuneOptions) -> FinetuneConfig:
+    """The settings that apply where none is given: with --resume, those that the run was started with."""
+    out = Path(options.out)
+    runs = [out, *sorted(out.glob('seed-*'), key=lambda p: (len(p.name), p.name))]  # of several the first
+    recipe = next((run / 'recipe.json' for run in runs if (run / 'recipe.json').is_file()), None)
+    return config_of(recipe, 'finetune', FinetuneConfig) if options.resume and recipe else FinetuneConfig()
+
+
+def emit(row: dict[str, Any], options: FinetuneOptions) -> None:
+    """Print a message for programs, if those are wanted."""
+    if options.messages == 'json':
+        print(json.dumps(row), flush=True)
+
+
+def run_probe(options: FinetuneOptions, config: FinetuneConfig, machine: Machine) -> None:
+    """Rank the weights; what is measured is kept as it comes, for the next weights may be damaged."""
+    if os.environ.get('WORLD_SIZE', '1') != '1':
+        raise ValueError('--probe runs in one process; start it without torchrun')
+    check_place(Path(options.out))
+    kept = {}
+
+    def write(rows: Iterable[dict[str, Any]]) -> None:
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        atomic_write(Path(options.out) / 'probe.json', json.dumps(list(rows), indent=2) + '\n')
+
+    def keep(row: dict[str, Any]) -> None:
+        kept[row['weights'], row['way']] = row
+        emit(row, options)
+        write(kept.values())
+
+    rows = probe(options.probe, options.source, config, options.seeds, options.record, machine, keep)
+    write(rows)
+    for row in rows if options.record else ():
+        record_transfer(row['weights'], [row])
+    if options.messages == 'text':
+        show_probe(rows, options, config)
+
+
+def run_training(options: FinetuneOptions, config: FinetuneConfig, machine: Machine) -> int:
+    """Fine-tune, and print the figures; the exit code."""
+    result = finetune_seeds(
+        config, options.source, options.out, options.seeds, machine, lambda row: emit(row, options))
+    if not is_main_process():
+        return 0
+    if result is None:
+        return STOPPED
+    if options.record:
+        record_transfer(config.model, [{k: v for k, v in result.items() if k != 'runs'}])
+    result = result if options.seeds > 1 else result['runs'][0]
+    emit(result, options)
+    if options.messages == 'text':
+        show(result, options.out)
+    return 0
+
+
+def show(result: dict[str, Any], out: str) -> None:
+    """Print the figures for people."""
+    if 'runs' in result:
+        for key in ('top1', 'mean_per_class', 'ece'):
+            print(f"{key:15} {spread(result[key])} %, {result['seeds']} seeds")
+    else:
+        tested = f"photographs of {printable(result['tested_on'])}" if result['tested_on'] else 'test photographs'
+        print(f"accuracy {result['top1']:.1f} % on {result['images']} {tested}, mean per-class accuracy "
+              f"{result['mean_per_class']:.1f} %; see {printable(out)}/report.html")
+
+
+def spread(score: dict[str, Any]) -> str:
+    """Mean, and the standard deviation where there are several values."""
+    return f"{score['mean']:.1f}" + (f" ± {score['std']:.1f}" if len(score['values']) > 1 else '')
+
+
+def show_probe(rows: list[dict[str, Any]], options: FinetuneOptions, config: FinetuneConfig) -> None:
+    """Print the ranking, and the command that trains the best weights."""
+    print(f"{'accuracy, % (mean per-class accuracy, %)':46}{'held-out files':>26}{'test files':>26}  seconds")
+    for row in rows:
+        held_out, test = (f"{spread(scores['top1'])} ({spread(scores['mean_per_class'])})" if 'top1' in scores else '-'
+                          for scores in (row['holdout'], row))
+        print(f"{printable(row['weights']):26} {row['input_size']:>3} px  {row['way']:13}{held_out:>26}{test:>26} "
+              f"{row['seconds']:8.0f}")
+    config = dataclasses.replace(config, model=rows[0]['weights'])
+    flags = ['--data', options.data] if options.data else []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in ('model', 'split', 'holdout', 'input_size', 'nested', 'seed') and value != field.default:
+            name = '--' + field.name.replace('_', '-')
+            flags += [name] if value is True else [name, str(value)]
+    print(f"\nThe best by held-out files is {rows[0]['weights']}. Train all its layers (or, with --train head, the "
+          f"classifier alone, in seconds):\n\n  {shlex.join(['wrn-timm', 'finetune', *flags, '--out', options.out])}")
+
+
+def read(argv: Sequence[str]) -> tuple[FinetuneOptions, FinetuneConfig]:
+    """What a command line says."""
+    return parse(argv, ('finetune', __doc__), FinetuneOptions, FinetuneConfig, begun_with, PURPOSES)
+
+
+@reports_errors
+def main(argv: Sequence[str]) -> int:
+    options, config = read(argv)
+    text = options.messages == 'text'
+    log_to_terminal(logging.INFO if text and is_main_process() else logging.ERROR)
+    if options.record:
+        for name in options.probe or [config.model]:
+            if name != 'all':
+                transfer_folder(name)  # before hours are spent
+    machine = machine_of(options, Machine, progress=None if text else False)
+    if options.probe:
+        run_probe(options, config, machine)
+        return 0
+    with resumable(options.out):
+        return run_training(options, config, machine)

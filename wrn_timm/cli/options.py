@@ -1,0 +1,209 @@
+"""A command's options from dataclasses: their fields, types and defaults, with the fields' docstrings as help."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+
+from ..names import printable
+
+__all__ = ['called', 'option', 'parse']
+
+_Options = TypeVar('_Options')
+_Settings = TypeVar('_Settings')
+
+
+def option(default: Any = dataclasses.MISSING, metavar: str = '', positional: bool = False) -> Any:
+    """A field of options that says more than its default: what its value is called, or that it is given by place."""
+    return dataclasses.field(default=default, metadata={'metavar': metavar, 'positional': positional})
+
+
+def called(command: str) -> str:
+    """What the user calls a command: its script in a checkout, or `wrn-timm COMMAND`."""
+    return f'scripts/{command}.py' if Path(sys.argv[0]).name == f'{command}.py' else f'wrn-timm {command}'
+
+
+def parse(
+        argv: Sequence[str],
+        about: tuple[str, str],
+        options: type[_Options],
+        settings: type[_Settings] | None = None,
+        start: Callable[[_Options], _Settings] | None = None,
+        purposes: Mapping[str, Sequence[str]] | None = None,
+) -> tuple[_Options, _Settings | None]:
+    """Read a command line.
+
+    Args:
+        argv: The arguments.
+        about: The command's name, and what --help says before the options.
+        options: Dataclass of the command's own options; a field without a default has to be given.
+        settings: Dataclass of what is trained, whose fields are options too.
+        start: From the options, the settings that apply where none is given; by default those of `settings()`.
+        purposes: Names of the options by purpose, as --help shows them.
+
+    Returns:
+        Both dataclasses, the second None without `settings`.
+
+    Raises:
+        SystemExit: With code 2 for a wrong option, after saying why; with 0 after --help.
+        What `start` raises.
+    """
+    own = _options(options)
+    known = own | (_options(settings, to_be_given=False) if settings else {})
+    parser = _Parser(about, known, purposes or {'Options': list(known)})
+    given = parser.given(argv)
+    try:
+        chosen = options(**{k: v for k, v in given.items() if k in own})
+    except ValueError as e:
+        parser.error(str(e))
+    if not settings:
+        return chosen, None
+    begun = start(chosen) if start else settings()
+    try:
+        return chosen, dataclasses.replace(begun, **{k: v for k, v in given.items() if k not in own})
+    except ValueError as e:
+        parser.error(str(e))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Option:
+    """An option: the field it sets, its type, what it does, and its default (MISSING: none is to be shown)."""
+    name: str
+    hint: Any
+    text: str
+    default: Any
+    required: bool
+    metadata: Mapping[str, Any]
+
+
+def _options(kind: type, to_be_given: bool = True) -> dict[str, _Option]:
+    """Options by name from the fields that have a docstring, those of the class before those of its bases.
+
+    Args:
+        kind: A dataclass.
+        to_be_given: Whether a field without a default is required. Else it has its value, as all others, from
+            elsewhere (a recipe), and no default is shown of any.
+    """
+    hints, fields = get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
+    elsewhere = not to_be_given and any(f.default is dataclasses.MISSING for f in fields.values())
+    found: dict[str, _Option] = {}
+    for base in filter(dataclasses.is_dataclass, kind.__mro__):
+        for told in docstring_parser.parse_from_object(base).params:
+            name, field = told.arg_name, fields[told.arg_name]
+            default = dataclasses.MISSING if elsewhere else field.default
+            found.setdefault(name, _Option(name, hints[name], ' '.join(told.description.split()), default,
+                                           to_be_given and default is dataclasses.MISSING, field.metadata))
+    return found
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, whose errors look as all errors of the commands do and name the nearest option."""
+
+    def __init__(self, about: tuple[str, str], options: Mapping[str, _Option], purposes: Mapping[str, Sequence[str]]):
+        name, text = about
+        prog = called(name)
+        if prog.endswith('.py'):
+            text = text.replace(f'wrn-timm {name}', f'python {prog}')
+        usage = ' '.join(['%(prog)s [OPTIONS]', *(
+            f"{o.metadata['metavar']} ..." for o in options.values() if o.metadata.get('positional'))])
+        super().__init__(prog=prog, usage=usage, description=text.strip(), add_help=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.options = options
+        for purpose, names in purposes.items():
+            group = self.add_argument_group(purpose)
+            for each in names:
+                _add(group, options[each])
+        self.add_argument('-h', '--help', action='help', help=argparse.SUPPRESS)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'error: {printable(message, lines=True)}\n{self.prog} --help shows the options\n')
+
+    def given(self, argv: Sequence[str]) -> dict[str, Any]:
+        """What the arguments say, and nothing of what they do not."""
+        found, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = next((word for word in unknown if word.startswith('-')), unknown[0]).partition('=')[0]
+            nearest = difflib.get_close_matches(name, [o for o in self._option_string_actions if len(o) > 2], n=1)
+            self.error(f'option {name} is unknown' + (f'; nearest: {nearest[0]}' if nearest else ''))
+        try:
+            return {k: _converted(self.options[k].hint, v) for k, v in vars(found).items()}
+        except ValueError as e:
+            self.error(str(e))
+
+
+def _add(group: argparse._ArgumentGroup, option: _Option) -> None:
+    """Add an option to a group. It leaves nothing behind where it is not given."""
+    flag = option.name.replace('_', '-')
+    shown = '(required)' if option.required else _shown(option.default)
+    told = {'help': f'{option.text} {shown}'.strip().replace('%', '%%'), 'default': argparse.SUPPRESS}
+    metavar = option.metadata.get('metavar') or flag.rpartition('-')[2].upper()
+    if option.metadata.get('positional'):
+        group.add_argument(option.name, nargs='+' if option.required else '*', metavar=metavar, **told)
+    elif bool in (option.hint, *get_args(option.hint)):
+        names = [f'--{flag}', f'--no-{flag}']
+        told |= {'dest': option.name, 'action': _Switch}
+        group.add_argument(*names[:1 if option.default is False else 2], **told)
+        if option.default is False:  # to turn off what a recipe or a run to go on with turns on
+            group.add_argument(names[1], **told | {'help': argparse.SUPPRESS})
+    else:
+        reading = _reading(option.hint)
+        group.add_argument(f'--{flag}', required=option.required,
+                           **told, **reading, **({} if 'choices' in reading else {'metavar': metavar}))
+
+
+class _Switch(argparse.Action):
+    def __init__(self, **kwargs: Any):
+        super().__init__(nargs=0, **kwargs)
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
+        setattr(namespace, self.dest, not option_string.startswith('--no-'))
+
+
+def _shown(default: Any) -> str:
+    if default is False or default in (dataclasses.MISSING, None, '', (), math.inf):
+        return ''
+    if default is True:
+        return '(default: yes)'
+    return f'(default: {" ".join(map(str, default)) if isinstance(default, tuple) else default})'
+
+
+def _reading(hint: Any) -> dict[str, Any]:
+    """How argparse is to read values of a type."""
+    parts = [part for part in get_args(hint) if part is not NoneType]
+    if get_origin(hint) is Literal:
+        return {'choices': parts}
+    if get_origin(hint) is tuple:
+        return {'nargs': '*', **(_reading(parts[0]) if get_origin(parts[0]) is not tuple else {'type': float})}
+    if get_origin(hint) in (Union, UnionType):
+        words = [word for part in parts for word in get_args(part)]
+        if len(parts) == 1:
+            return _reading(parts[0])
+        kind = next(part for part in parts if not get_args(part))
+
+        def read(text: str) -> Any:
+            return text if text in words else kind(text)
+
+        read.__name__ = f'{kind.__name__} or {" or ".join(words)}'  # for argparse's message
+        return {'type': read}
+    return {'type': hint}
+
+
+def _converted(hint: Any, value: Any) -> Any:
+    """A value as argparse gives it, as the type has it; tuples of tuples are given one after the other."""
+    if not isinstance(value, list):
+        return value
+    kinds = get_args(get_args(hint)[0])
+    if get_origin(get_args(hint)[0]) is not tuple:
+        return tuple(value)
+    if len(value) % len(kinds):
+        raise ValueError(f'{" ".join(f"{v:g}" for v in value)}: give {len(kinds)} numbers at a time')
+    return tuple(tuple(kind(v) for kind, v in zip(kinds, value[i:i + len(kinds)], strict=True))
+                 for i in range(0, len(value), len(kinds)))

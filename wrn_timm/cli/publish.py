@@ -1,0 +1,59 @@
+"""Publish weights folders on the Hugging Face Hub.
+
+    wrn-timm publish RUN/best --namespace NAME --dry-run
+    wrn-timm publish RUN/weights --namespace NAME --private
+    wrn-timm publish --all --namespace NAME    # in a checkout, every folder of weights/
+
+Each is checked, uploaded, tagged and read back. The token is the one of `hf auth login` or $HF_TOKEN. What is there
+already is not uploaded again.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..hub import preview, publish
+from .common import Options, reports_errors, show_error
+from .options import option, parse
+
+WEIGHTS = Path(__file__).resolve().parents[2] / 'weights'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublishOptions(Options):
+    folders: tuple[str, ...] = option((), 'FOLDER', positional=True)
+    """Weights folders, made by train or finetune."""
+    namespace: str = option(metavar='NAME')
+    """User or organisation on the Hub."""
+    private: bool = False
+    """Make the repositories private."""
+    dry_run: bool = False
+    """Check, and show each file, its size and the card."""
+    endpoint: str | None = option(None, 'URL')
+    """Another Hub than $HF_ENDPOINT or, where that is not set, the Hub itself."""
+    all: bool = False
+    """Publish every folder of the checkout's weights/."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.all == bool(self.folders):
+            raise ValueError('name folders, or --all')
+        if self.all and not WEIGHTS.is_dir():
+            raise ValueError('--all publishes the weights/ of a checkout, and this is none; name folders')
+
+
+@reports_errors
+def main(argv: Sequence[str]) -> int:
+    options, _ = parse(argv, ('publish', __doc__), PublishOptions)
+    failed = 0
+    for folder in sorted(p for p in WEIGHTS.iterdir() if p.is_dir()) if options.all else options.folders:
+        try:
+            print(preview(folder, options.namespace) if options.dry_run
+                  else publish(folder, options.namespace, options.private, options.endpoint))
+        except Exception as e:  # the others are published all the same
+            if options.traceback:
+                raise
+            show_error(e)
+            failed += 1
+    return 1 if failed else 0
