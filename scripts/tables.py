@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import re
 import sys
 from collections.abc import Callable
@@ -21,9 +20,7 @@ from typing import Any
 
 import timm
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from PIL import Image
+from benchmarks.charts import chart_is_current, draw_minutes, draw_transfer, write_chart
 from torch.utils.flop_counter import FlopCounterMode
 
 from wrn_timm.card import PAPER_ERROR
@@ -69,7 +66,7 @@ def models_table() -> str:
 def weights_folders() -> list[tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any]]]:
     """Each released folder, with its metrics, recipe and configuration."""
     folders = sorted((p for p in (ROOT / 'weights').iterdir() if p.is_dir()),
-                     key=lambda p: timm.models._registry._natural_key(p.name))
+                     key=lambda p: [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', p.name)])
     return [(f, *(read(f / f'{n}.json') for n in ('metrics', 'recipe', 'config'))) for f in folders]
 
 
@@ -221,25 +218,10 @@ TABLES: dict[str, Callable[[], str]] = {
     'transfer': transfer_table, 'inference': inference_table, 'training': training_table, 'trainers': trainers_table}
 
 
-INK = '#7d858f'  # readable on GitHub's light and dark pages alike
-COLORS = ('#9aa7b5', '#4c8dff', '#f0803c', '#2da44e', '#a475f9', '#d4a72c')
-
-
 def minutes_data() -> dict[str, list[Any]]:
     """Training minutes, test accuracy in % and data set of each of our weights."""
     return {folder.name: [round(training_minutes(folder), 1), metrics['top1'], metrics['dataset']]
             for folder, metrics, *_ in weights_folders()}
-
-
-def draw_minutes(axes: Axes, data: dict[str, list[Any]]) -> None:
-    """Test accuracy against training time, one point per weights and one colour per data set."""
-    sets = sorted({dataset for *_, dataset in data.values()})
-    for name, (minutes, accuracy, dataset) in data.items():
-        axes.plot(minutes, accuracy, 'o', markersize=9, color=COLORS[1 + sets.index(dataset)])
-        axes.annotate(f'{name}, {accuracy:.1f} %', (minutes, accuracy), xytext=(8, 0), textcoords='offset points',
-                      va='center', color=INK)
-    axes.set(xlabel='training time in minutes, on the hardware named in the table', ylabel='test accuracy, %',
-             xlim=(0, 1.5 * max(minutes for minutes, *_ in data.values())), ylim=(60, 100))
 
 
 def transfer_data() -> dict[str, dict[str, list[float | None]]]:
@@ -253,44 +235,8 @@ def transfer_data() -> dict[str, dict[str, list[float | None]]]:
     return {name: scores for name, scores in found.items() if scores}
 
 
-def draw_transfer(axes: Axes, data: dict[str, dict[str, list[float | None]]]) -> None:
-    """One group of bars per method, one colour per weights; the whiskers are standard deviations over the seeds."""
-    methods = [m for m in METHODS.values() if any(m in scores for scores in data.values())]
-    width = 0.84 / len(data)
-    for i, (name, scores) in enumerate(data.items()):
-        at = [methods.index(m) + (i - (len(data) - 1) / 2) * width for m in scores]
-        heights, spread = zip(*scores.values(), strict=True)
-        whiskers = [math.nan if s is None else s for s in spread]
-        bars = axes.bar(at, heights, 0.9 * width, yerr=whiskers, label=name, color=COLORS[i],
-                        error_kw={'ecolor': INK, 'capsize': 3})
-        axes.bar_label(bars, fmt='%.0f', padding=2, color=INK, fontsize=9)
-    axes.set(xticks=range(len(methods)), xticklabels=methods, ylabel='mean per-class accuracy, %', ylim=(0, 90))
-    axes.legend(frameon=False, labelcolor=INK, loc='upper left')
-
-
-CHARTS: dict[str, tuple[Callable[[], Any], Callable[[Axes, Any], None]]] = {
+CHARTS: dict[str, tuple[Callable[[], Any], Callable[..., None]]] = {
     'accuracy_by_minutes.png': (minutes_data, draw_minutes), 'caltech101.png': (transfer_data, draw_transfer)}
-
-
-def chart_is_current(path: Path, data: Any) -> bool:
-    """Whether a chart shows this data, which is kept in the file; its pixels depend on fonts and versions."""
-    if not path.is_file():
-        return False
-    with Image.open(path) as image:
-        return image.text.get('Description') == json.dumps(data)
-
-
-def write_chart(path: Path, data: Any, draw: Callable[[Axes, Any], None]) -> None:
-    """Draw a chart on a transparent background."""
-    figure = Figure(figsize=(8, 3.6), layout='constrained', facecolor='none')
-    axes = figure.add_subplot(facecolor='none')
-    axes.tick_params(colors=INK)
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.spines[['left', 'bottom']].set_color(INK)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    draw(axes, data)
-    figure.savefig(path, dpi=150, metadata={'Description': json.dumps(data), 'Software': None})
 
 
 def rewritten(text: str) -> str:

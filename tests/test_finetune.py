@@ -21,7 +21,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from conftest import ROOT, SAMPLE
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -511,7 +510,7 @@ def test_the_classifier_alone_is_fitted_without_a_learning_rate(weights, photogr
     with open(tmp_path / 'run' / 'split.csv') as f:
         rows = [row for row in csv.DictReader(f) if row['part'] != 'test']
     files = ImageFiles.of([(str(photographs / row['path']), row['label']) for row in rows])
-    found = extract_features(model, files.as_dataset(eval_transform(model)), Accelerator(cpu=True))
+    found = extract_features(model, files.as_dataset(eval_transform(model)), accelerator_on('cpu'))
     scale = (found.logits - found.logits.mean(0)).square().mean().sqrt()
     loss = F.cross_entropy(model.fc(found.logits), found.labels)
     loss = loss + metrics['penalty'] / 2 * (scale * model.fc.weight).square().sum()
@@ -724,7 +723,7 @@ def test_a_linear_fit_is_at_the_minimum_of_its_loss():
 
 def test_features_are_what_the_classifier_is_given(weights, photographs):
     model, files = open_model(weights), list_folder(photographs).train
-    data, accelerator = files.as_dataset(eval_transform(model)), Accelerator(cpu=True)
+    data, accelerator = files.as_dataset(eval_transform(model)), accelerator_on('cpu')
     features, logits = (f(model, data, accelerator).logits for f in (extract_features, predict))
     torch.testing.assert_close(model.fc(features), logits)
     again = predict(model.fc, Features(features, torch.tensor(files.labels)), accelerator)
@@ -744,7 +743,7 @@ def test_where_no_image_can_be_read_it_is_said(weights, tmp_path):
     (tmp_path / 'x.jpg').write_bytes(b'')
     files = ImageFiles([str(tmp_path / 'x.jpg')], [0], ('x',))
     with pytest.raises(ValueError, match='no image can be read: .*x.jpg is not an image'):
-        predict(open_model(weights), files.as_dataset(None), Accelerator(cpu=True))
+        predict(open_model(weights), files.as_dataset(None), accelerator_on('cpu'))
 
 
 def test_grad_cam_of_a_pooled_classifier_is_its_class_activation_map():
