@@ -120,7 +120,7 @@ class _Parser(argparse.ArgumentParser):
         for purpose, names in purposes.items():
             group = self.add_argument_group(purpose)
             for each in names:
-                _add(group, options[each])
+                _add(group.add_argument, options[each])
         self.add_argument('-h', '--help', action='help', help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
@@ -131,7 +131,7 @@ class _Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(argv)
         if unknown:
             name = next((word for word in unknown if word.startswith('-')), unknown[0]).partition('=')[0]
-            nearest = difflib.get_close_matches(name, [o for o in self._option_string_actions if len(o) > 2], n=1)
+            nearest = difflib.get_close_matches(name, map(_flag, self.options), n=1)
             self.error(f'option {name} is unknown' + (f'; nearest: {nearest[0]}' if nearest else ''))
         try:
             return {k: _converted(self.options[k].hint, v) for k, v in vars(found).items()}
@@ -139,24 +139,28 @@ class _Parser(argparse.ArgumentParser):
             self.error(str(e))
 
 
-def _add(group: argparse._ArgumentGroup, option: _Option) -> None:
-    """Add an option to a group. It leaves nothing behind where it is not given."""
-    flag = option.name.replace('_', '-')
+def _flag(name: str) -> str:
+    return f'--{name.replace("_", "-")}'
+
+
+def _add(add_argument: Callable[..., Any], option: _Option) -> None:
+    """Add an option to a group of a parser. It leaves nothing behind where it is not given."""
+    flag = _flag(option.name)
     shown = '(required)' if option.required else _shown(option.default)
     told = {'help': f'{option.text} {shown}'.strip().replace('%', '%%'), 'default': argparse.SUPPRESS}
     metavar = option.metadata.get('metavar') or flag.rpartition('-')[2].upper()
     if option.metadata.get('positional'):
-        group.add_argument(option.name, nargs='+' if option.required else '*', metavar=metavar, **told)
+        add_argument(option.name, nargs='+' if option.required else '*', metavar=metavar, **told)
     elif bool in (option.hint, *get_args(option.hint)):
-        names = [f'--{flag}', f'--no-{flag}']
+        names = [flag, flag.replace('--', '--no-', 1)]
         told |= {'dest': option.name, 'action': _Switch}
-        group.add_argument(*names[:1 if option.default is False else 2], **told)
+        add_argument(*names[:1 if option.default is False else 2], **told)
         if option.default is False:  # to turn off what a recipe or a run to go on with turns on
-            group.add_argument(names[1], **told | {'help': argparse.SUPPRESS})
+            add_argument(names[1], **told | {'help': argparse.SUPPRESS})
     else:
         reading = _reading(option.hint)
-        group.add_argument(f'--{flag}', required=option.required,
-                           **told, **reading, **({} if 'choices' in reading else {'metavar': metavar}))
+        add_argument(flag, required=option.required, **told, **reading,
+                     **({} if 'choices' in reading else {'metavar': metavar}))
 
 
 class _Switch(argparse.Action):
