@@ -243,9 +243,9 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(('recipe', 'message'), [
-    (None, 'wrn16_1.test holds no recipe.json: only folders that train.py or finetune.py wrote can be finished'),
+    (None, 'wrn16_1.test holds no recipe.json: only folders that wrn-timm train or finetune wrote can be finished'),
     ('{"recipe": {}', 'recipe.json is damaged: '),
-    ('{"converted_from": "x"}', 'recipe.json tells of no run of train.py or finetune.py'),
+    ('{"converted_from": "x"}', 'recipe.json tells of no run of wrn-timm train or finetune'),
 ])
 def test_a_card_is_written_of_our_runs_alone(folder, capsys, recipe, message):
     (folder / 'history.csv').write_text('epoch\n1\n')

@@ -172,7 +172,7 @@ def test_card_of_a_fine_tuned_run(run, photographs, tmp_path):
     assert validate_script.main(['--model', str(folder), '--data', f'folder:{photographs}', '--write']) == 0
     assert json.loads((folder / 'metrics.json').read_text())['split'] == 'all files'
     card = (folder / 'README.md').read_text()
-    assert 'python scripts/finetune.py --model' in card
+    assert 'wrn-timm finetune --model' in card
     assert 'weights of the last epoch' in card
     assert check_golden(folder) < 1e-5
 
@@ -220,7 +220,7 @@ def test_a_folder_without_its_recipe_is_not_finished(run, photographs, tmp_path,
     shutil.copytree(run / 'best', tmp_path / 'best')
     (tmp_path / 'best' / 'recipe.json').unlink()
     assert validate_script.main(['--model', str(tmp_path / 'best'), '--data', 'nowhere', '--write']) == 1
-    assert 'best holds no recipe.json: only folders that train.py or finetune.py wrote' in capsys.readouterr().err
+    assert 'best holds no recipe.json: only folders that wrn-timm train or finetune wrote' in capsys.readouterr().err
 
 
 def test_published_and_loaded_by_the_same_command_as_ours(run, hub, tmp_path, capsys):
@@ -234,7 +234,7 @@ def test_published_and_loaded_by_the_same_command_as_ours(run, hub, tmp_path, ca
     name = f"acme/wrn16_1.{json.loads((folder / 'config.json').read_text())['pretrained_cfg']['tag']}"
     card = hub.repositories[name].commits[hub.repositories[name].resolve('main')]['README.md'].decode()
     assert f'create_model("hf-hub:{name}", pretrained=True)' in card
-    flags = re.search('```\npython scripts/finetune.py (.*)\n```', card)[1]
+    flags = re.search('```\nwrn-timm finetune (.*)\n```', card)[1]
     config = dataclasses.asdict(finetune_script.read(shlex.split(flags))[1])
     assert json.loads(json.dumps(config)) == json.loads((folder / 'recipe.json').read_text())['finetune']
     model = timm.create_model(f'hf-hub:{name}', pretrained=True, cache_dir=tmp_path).eval()

@@ -270,7 +270,7 @@ def test_the_command_of_the_card_gives_the_same_recipe(folder):
     recipe = dataclasses.replace(
         RECIPES['quick'], model='wrn40_2', lr=0.07, schedule='step', drop_epochs=(3, 5), flip=False, mixup=0.2)
     spoil_json(folder, 'recipe.json', lambda r: r.update(recipe=dataclasses.asdict(recipe), seed=3))
-    command = re.search('```\npython scripts/train.py --recipe (.*)\n```', model_card(folder))[1]
+    command = re.search('```\nwrn-timm train --recipe (.*)\n```', model_card(folder))[1]
     name, *flags = command.partition(' --data DIR --out RUN --seed 3')[0].split()
     assert read(['--recipe', name, '--out', 'RUN', *flags])[1] == recipe
 

@@ -81,7 +81,7 @@ except ImportError as e:
     assert done.stdout.startswith('wrn_timm.finetune needs torchmetrics') and '[train]' in done.stdout, done.stderr
 
 
-COMMAND = re.compile(r'^.*?(?:python|torchrun --nproc-per-node \d+) scripts/(\w+)\.py([^|>#\n]*)', flags=re.M)
+COMMAND = re.compile(r'^.*?(?:wrn-timm|torchrun --nproc-per-node \d+ -m wrn_timm\.cli) (\w+)([^|>#\n]*)', flags=re.M)
 
 
 def commands():

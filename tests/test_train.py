@@ -180,7 +180,7 @@ def test_validate_reloads_measures_and_finishes_the_folder(run, capsys):
     assert card == model_card(folder)
     assert card.split('```python\n')[1].startswith('import wrn_timm\n')
     assert 'library_name: timm' in card
-    assert 'python scripts/train.py --recipe smoke --data DIR --out RUN --seed 0' in card
+    assert 'wrn-timm train --recipe smoke --data DIR --out RUN --seed 0' in card
 
 
 @pytest.mark.parametrize('most', [3, 0])

@@ -69,7 +69,7 @@ def _command(run: dict[str, Any]) -> str:
     candidates = {name: settings_flags(settings, recipe) for name, recipe in recipes.items()}
     nearest = min(candidates, key=lambda name: len(candidates[name]))
     return ' '.join([
-        f'python scripts/train.py --recipe {nearest}', *candidates[nearest],
+        f'wrn-timm train --recipe {nearest}', *candidates[nearest],
         f"--data DIR --out RUN --seed {run['seed']}"])
 
 
@@ -126,7 +126,7 @@ def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
         weights = f"{'averaged ' if averaged else ''}weights of the epoch most accurate on files held out of training"
     text = (
         f"Top-1 **{metrics['top1']:.2f} %** (error {100 - metrics['top1']:.2f} %){top5}; expected calibration error "
-        f"{metrics['ece']:.2f} %. Measured by `{metrics.get('measured_by', 'scripts/validate.py')}` on "
+        f"{metrics['ece']:.2f} %. Measured by `{metrics.get('measured_by', 'wrn-timm validate')}` on "
         f"{metrics['images']:,} images of {title} ({_part(metrics)}), from the weights as they lie here; one seed, "
         f"{weights}{'; nothing was chosen by the test set' if recipe else ''}.")
     if recipe.get('dataset') not in ('cifar10', 'cifar100'):
@@ -153,11 +153,11 @@ def check_run_records(folder: Path) -> dict[str, Any]:
     """
     for name in ('recipe.json', 'history.csv'):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f'{folder} holds no {name}: only folders that train.py or finetune.py wrote can be '
-                                    f'finished by --write')
+            raise FileNotFoundError(f'{folder} holds no {name}: only folders that wrn-timm train or finetune wrote can '
+                                    f'be finished by --write')
     run = read_record(folder / 'recipe.json')
     if not any(isinstance(run.get(key), dict) for key in ('recipe', 'finetune')) or 'environment' not in run:
-        raise ValueError(f'{folder / "recipe.json"} tells of no run of train.py or finetune.py')
+        raise ValueError(f'{folder / "recipe.json"} tells of no run of wrn-timm train or finetune')
     return run
 
 
@@ -167,7 +167,7 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
     Fine-tuned weights have no licence until their owner writes one into the card's first lines, where it stays.
 
     Args:
-        folder: Weights folder, of `train.py` or `finetune.py`.
+        folder: Weights folder, of a training or fine-tuning run.
         metrics: In place of those in `metrics.json`.
     """
     folder = Path(folder)

@@ -36,7 +36,7 @@ def _file_faults(folder: Path) -> Iterator[str]:
             yield f'{path.name} has {path.stat().st_size:,} bytes; the limit is {SIZE_LIMIT:,}'
     for name in FILES:
         if not (folder / name).exists():
-            yield f'{name} is missing: write it by scripts/train.py or finetune.py, and scripts/validate.py --write'
+            yield f'{name} is missing: wrn-timm train or finetune writes it, and wrn-timm validate --write'
 
 
 def _content_faults(folder: Path) -> Iterator[str]:
@@ -77,7 +77,7 @@ def _card_faults(text: str, cfg: dict[str, Any], metrics: dict[str, Any]) -> Ite
         yield 'README.md names no licence: write yours after "license:" in its first lines'
     for part, there in complete.items():
         if not there:
-            yield f'README.md lacks {part}: scripts/validate.py --write makes it anew'
+            yield f'README.md lacks {part}: wrn-timm validate --write makes it anew'
 
 
 def check_folder(folder: str | Path) -> str:

@@ -285,7 +285,7 @@ def finetune_command(settings: Mapping[str, Any], data: str = 'DIR', out: str = 
     """
     defaults = json.loads(json.dumps(dataclasses.asdict(FinetuneConfig())))
     flags = settings_flags(settings, {**defaults, 'model': ''})
-    return ' '.join(['python scripts/finetune.py', *flags, shlex.join(['--data', data, '--out', out])])
+    return ' '.join(['wrn-timm finetune', *flags, shlex.join(['--data', data, '--out', out])])
 
 
 _PAPER = dict(model='wrn28_10', epochs=200, schedule='step', drop_epochs=(60, 120, 160), drop_factor=0.2)
@@ -295,25 +295,25 @@ PAPER_CIFAR10 = Recipe(dataset='cifar10', tag='paper_cifar10', **_PAPER)
 
 Expected error: 4.00 % (table 5, median of five runs). Not run here: no GPU was at hand.
 
-    python scripts/train.py --recipe paper_cifar10 --data DIR --out RUN
+    wrn-timm train --recipe paper_cifar10 --data DIR --out RUN
 """
 
 PAPER_CIFAR100 = Recipe(dataset='cifar100', tag='paper_cifar100', **_PAPER)
 """The same on CIFAR-100. Expected error: 19.25 % (table 5, median of five runs). Not run here.
 
-    python scripts/train.py --recipe paper_cifar100 --data DIR --out RUN
+    wrn-timm train --recipe paper_cifar100 --data DIR --out RUN
 """
 
 PAPER_CIFAR10_DROPOUT = Recipe(dataset='cifar10', tag='paper_cifar10_dropout', conv_drop_rate=0.3, **_PAPER)
 """With dropout. Expected error: 3.89 % (table 6, median of five runs). Not run here.
 
-    python scripts/train.py --recipe paper_cifar10_dropout --data DIR --out RUN
+    wrn-timm train --recipe paper_cifar10_dropout --data DIR --out RUN
 """
 
 PAPER_CIFAR100_DROPOUT = Recipe(dataset='cifar100', tag='paper_cifar100_dropout', conv_drop_rate=0.3, **_PAPER)
 """With dropout. Expected error: 18.85 % (table 6, median of five runs). Not run here.
 
-    python scripts/train.py --recipe paper_cifar100_dropout --data DIR --out RUN
+    wrn-timm train --recipe paper_cifar100_dropout --data DIR --out RUN
 """
 
 PAPER_SVHN = Recipe(
@@ -323,7 +323,7 @@ PAPER_SVHN = Recipe(
 
 Expected error: 1.54 %, and 1.81 % with `--conv-drop-rate 0` (table 6). Untested: the set could not be had.
 
-    python scripts/train.py --recipe paper_svhn --data DIR --download --out RUN
+    wrn-timm train --recipe paper_svhn --data DIR --download --out RUN
 """
 
 _GPU = dict(
@@ -338,13 +338,13 @@ Optimizer, schedule and image sizes are those of `cpu_cifar10`, which were measu
 cutout are the augmentation of the best published 200-epoch runs without SAM (arXiv:2010.01412, table 1: 2.3 % on
 CIFAR-10 and 15.8 % on CIFAR-100). Not run yet: no GPU was at hand, so there is no error to expect.
 
-    python scripts/train.py --recipe cifar10 --data DIR --out RUN --time-budget 1320
+    wrn-timm train --recipe cifar10 --data DIR --out RUN --time-budget 1320
 """
 
 CIFAR100 = Recipe(dataset='cifar100', cutout=8, **_GPU)
 """The same for CIFAR-100, whose best cutout is the smaller one (arXiv:1708.04552). Not run yet.
 
-    python scripts/train.py --recipe cifar100 --data DIR --out RUN --time-budget 1320
+    wrn-timm train --recipe cifar100 --data DIR --out RUN --time-budget 1320
 """
 
 _CPU = dict(
@@ -366,14 +366,14 @@ WRN-16-2, 14 epochs with 5,000 held out, one seed: 92.9 % (the last weights with
 `--compile` (it needs a C++ compiler) trains WRN-16-2 at 32 px with 1,114 images/s where plain bfloat16 has 587 and
 float32 261. Wide networks gain little: WRN-28-10 has 24 images/s in both.
 
-    python scripts/train.py --recipe cpu_cifar10 --data DIR --out RUN --compile
+    wrn-timm train --recipe cpu_cifar10 --data DIR --out RUN --compile
 """
 
 CPU_CIFAR100 = Recipe(dataset='cifar100', **_CPU)
 """The same for CIFAR-100. It made `wrn16_2.cifar100`; then with `--lr 0.08`. Its settings were
 taken from CIFAR-10, not chosen on CIFAR-100.
 
-    python scripts/train.py --recipe cpu_cifar100 --data DIR --out RUN --compile
+    wrn-timm train --recipe cpu_cifar100 --data DIR --out RUN --compile
 """
 
 QUICK = Recipe(dataset='cifar10', model='wrn16_1', epochs=50, warmup_epochs=2, ema_decay=0.999)
@@ -381,13 +381,13 @@ QUICK = Recipe(dataset='cifar10', model='wrn16_1', epochs=50, warmup_epochs=2, e
 
 It made `wrn16_1.cifar10`, whose card has the accuracy and the minutes (one seed).
 
-    python scripts/train.py --recipe quick --data DIR --out RUN
+    wrn-timm train --recipe quick --data DIR --out RUN
 """
 
 SMOKE = Recipe(dataset='synthetic', model='wrn16_1', epochs=3, batch_size=64, ema_decay=0.9, holdout=128)
 """Random images, seconds on a CPU: shows that training, checkpoint, resume and export work.
 
-    python scripts/train.py --recipe smoke --out RUN
+    wrn-timm train --recipe smoke --out RUN
 """
 
 RECIPES = {

@@ -427,7 +427,7 @@ def _nearest_models(name: str | None) -> str:
 
 
 def weights_folder(path: str | Path) -> Path:
-    """A weights folder, or that of a run directory: the best one of `finetune.py`, the one of `train.py`.
+    """A weights folder, or that of a run directory: `best/` of a fine-tuning run, `weights/` of one from scratch.
 
     Raises:
         FileNotFoundError: It is neither.

@@ -160,7 +160,7 @@ def _test(job: _Job, fitted: Fitted, best_epoch: int, train_seconds: float, star
         'train_seconds': round(train_seconds, 1),
         'seconds': round(fitted.earlier + time.monotonic() - started, 1),
         'mixed_precision': accelerator.mixed_precision, 'environment': environment(accelerator.device),
-        'measured_by': 'scripts/finetune.py'}
+        'measured_by': 'wrn-timm finetune'}
     if accelerator.is_main_process:
         _finish(job, metrics, best, result, transform)
     accelerator.wait_for_everyone()
