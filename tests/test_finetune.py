@@ -268,7 +268,7 @@ def test_what_is_about_to_happen_and_how_long_it_takes_is_said(weights, photogra
     text = caplog.text
     assert 'wrn16_1.test at 32 px on cpu: 4 epochs, batch size 3' in text
     assert 'only 3 files are held out, too few to choose the epoch by (each is 33.3 points)' in text
-    assert text.index('4 epochs, 3 files') < text.index('seconds to go') < text.index('epoch  1/4')
+    assert text.index('4 epochs, batch size 3') < text.index('seconds to go') < text.index('epoch  1/4')
     assert text.count('to go, besides') == 1
 
 
@@ -510,7 +510,7 @@ def test_the_classifier_alone_is_fitted_without_a_learning_rate(weights, photogr
     with open(tmp_path / 'run' / 'split.csv') as f:
         rows = [row for row in csv.DictReader(f) if row['part'] != 'test']
     files = ImageFiles.of([(str(photographs / row['path']), row['label']) for row in rows])
-    found = extract_features(model, files.as_dataset(eval_transform(model)), accelerator_on('cpu'))
+    found = extract_features(model, files.as_dataset(eval_transform(model)), accelerator_on('cpu', 'auto'))
     scale = (found.logits - found.logits.mean(0)).square().mean().sqrt()
     loss = F.cross_entropy(model.fc(found.logits), found.labels)
     loss = loss + metrics['penalty'] / 2 * (scale * model.fc.weight).square().sum()
@@ -879,7 +879,7 @@ def test_data_sets_of_the_hub(weights, parts, tmp_path, offline, capsys):
         metrics = json.loads((tmp_path / name / 'metrics.json').read_text())
         assert metrics['images'] == 12 and tuple(metrics['per_class']) == CLASSES
         reasons = [f'hfds/{parts} train 8 cannot be read: it is 40,000 x 1 pixels']
-        assert [r.partition(', and')[0] for r in metrics['skipped']] == (reasons if name == 'hfds' else [])
+        assert [r.partition(';')[0] for r in metrics['skipped']] == (reasons if name == 'hfds' else [])
 
 
 def test_weights_of_other_networks_beside_ours(photographs, no_weights, tmp_path):

@@ -232,7 +232,7 @@ def spoil_golden(folder):
     (lambda f: (f / 'notes').mkdir(), 'notes is no part of a weights folder'),
     (lambda f: (f / 'history.csv').write_bytes(bytes(5_000_001)), 'history.csv has 5,000,001 bytes; the limit is 5,0'),
     (lambda f: ((f / 'recipe.json').unlink(), (f / 'recipe.json').symlink_to('/etc/passwd')), 'recipe.json is a link'),
-    (lambda f: (f / 'golden.npz').unlink(), r'golden.npz is missing: .*validate.py --write'),
+    (lambda f: (f / 'golden.npz').unlink(), r'golden.npz is missing: .*validate --write'),
     (lambda f: (f / 'golden.npz').write_bytes(b'x'), 'Error: '),
     (lambda f: (f / 'model.safetensors').write_bytes(b'x'), 'is damaged or is another file: sha256'),
     (lambda f: spoil_json(f, 'config.json', lambda c: c.pop('sha256')), 'config.json names no sha256'),

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3, distribute_bn
+from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -460,8 +460,6 @@ class _Loop:
         progress.end_epoch(self.learner.optimizer.param_groups[0]['lr'], size, self.steps, self.recipe.batch_size,
                            self.loader.world_size)
         row = progress.history[-1]
-        if self.loader.world_size > 1:  # each process has statistics of its share of the batches
-            distribute_bn(self.learner.averaged, self.loader.world_size, reduce=True)
         if self.held_out:
             measured = evaluate(self.learner.averaged, self.held_out, self.device, self.learner.precision)
             self.control.check_finite(measured['loss'], 'the loss on held-out images', progress.epoch)
