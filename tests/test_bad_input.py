@@ -248,7 +248,7 @@ def test_safetensors_opens_no_path_that_is_not_utf8(data, weights, tmp_path, cap
     """Which is said before a run is begun there."""
     assert tune(data, weights, tmp_path / NOT_UTF8 / 'run') == 1
     error = capsys.readouterr().err
-    assert r'\udce9t\udce9/run is not UTF-8, and safetensors opens no such path; choose another --out' in error
+    assert r'\udce9t\udce9/run is not UTF-8, which safetensors cannot open; choose another --out' in error
     assert not (tmp_path / NOT_UTF8).exists()
     shutil.copytree(weights, tmp_path / NOT_UTF8)
     assert tune(data, tmp_path / NOT_UTF8, tmp_path / 'run') == 1
@@ -260,7 +260,7 @@ def test_a_run_that_is_there_is_left_as_it_is(data, weights, tmp_path, capsys):
     assert tune(data, weights, tmp_path / 'run') == 0
     before = (tmp_path / 'run' / 'metrics.json').read_bytes()
     assert tune(data, weights, tmp_path / 'run') == 1
-    assert 'already holds a run; choose another --out, or go on with --resume' in capsys.readouterr().err
+    assert 'already holds a run; choose another --out, or continue with --resume' in capsys.readouterr().err
     assert tune(data, weights, tmp_path / 'run', '--resume', '--lr', '0.01') == 1
     assert 'was started with other settings (finetune.lr: 0.05 there, 0.01 now)' in capsys.readouterr().err
     assert (tmp_path / 'run' / 'metrics.json').read_bytes() == before

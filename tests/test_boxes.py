@@ -173,16 +173,16 @@ def damaged_coco(tmp_path, **changes):
      'annotation 4 is of image 99, which is not in its images'),
     ({'annotations': [{'id': 4, 'image_id': 0, 'category_id': 5, 'bbox': [0, 0, 1, 1]}]},
      'annotation 4 is of category 5; its categories are 0, 3, 7'),
-    ({'images': 2 * [{'id': 0, 'file_name': 'a.jpg'}]}, 'the image id 0 stands there twice'),
+    ({'images': 2 * [{'id': 0, 'file_name': 'a.jpg'}]}, 'the image id 0 occurs twice'),
     ({'images': [{'id': 0}]}, 'a field is missing'), ({'images': 3}, 'a field is missing or of another kind'),
-    ({'annotations': []}, 'has 4 images, none with a good box'),
+    ({'annotations': []}, 'has 4 images, none with a usable box'),
 ])
 def test_damaged_coco(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         read_boxes(damaged_coco(tmp_path, **changes))
     file = tmp_path / 'x.json'
     file.write_text(json.dumps(coco())[:-20])
-    with pytest.raises(ValueError, match='x.json is no COCO annotation file: Unterminated'):
+    with pytest.raises(ValueError, match='x.json is not a COCO annotation file: Unterminated'):
         read_boxes(f'coco:{file}')
 
 
@@ -194,7 +194,7 @@ def test_bad_things_are_left_out_and_named(tmp_path):
     (root / 'JPEGImages/d.jpg').unlink()
     scan = read_boxes(root)
     text = '\n'.join(scan.bad)
-    assert 'box 0.1, 0.1, 0.5, 0.8 seems to be in fractions of the image; pixels are wanted' in text
+    assert 'box 0.1, 0.1, 0.5, 0.8 seems to be in fractions of the image; it must be in pixels' in text
     assert 'b.jpg is 40 x 30 pixels, but its annotation says 30 x 30' in text and 'd.jpg' in text
     assert len(scan.parts['all']) == 2 and sum(map(len, scan.parts['all'].boxes)) == 1
     with pytest.raises(ValueError, match='3 boxes or files of .* are bad'):
@@ -204,7 +204,7 @@ def test_bad_things_are_left_out_and_named(tmp_path):
     (root / 'labels/a.txt').write_text('2 0.5 0.5 0.1 0.1\n')
     (root / 'labels/b.txt').write_text('0 20 15 8 8\n1 0.5 0.5 0.2\n')
     text = '\n'.join(read_boxes(root).bad)
-    assert 'a.txt, line 1: class 2 is none of the 2 classes, 0 to 1' in text
+    assert 'a.txt, line 1: class 2 is not one of the 2 classes, 0 to 1' in text
     assert 'b.txt, line 1: box 20, 15, 8, 8 is not within the image; YOLO has centre' in text
     assert 'b.txt, line 2: the name or a coordinate is missing' in text
 
@@ -216,10 +216,10 @@ def test_what_is_no_data_set_with_boxes(tmp_path):
     with pytest.raises(ValueError, match='holds no annotations of a known form'):
         read_boxes(tmp_path / 'only')
     (tmp_path / 'only/data.yaml').write_text('train: x\n')
-    with pytest.raises(ValueError, match='data.yaml is no data.yaml of YOLO.*must name its classes'):
+    with pytest.raises(ValueError, match='data.yaml is not a YOLO data.yaml.*must name its classes'):
         read_boxes(tmp_path / 'only')
     (tmp_path / 'only/data.yaml').write_text('train: x\nnames: [a]\n')
-    with pytest.raises(ValueError, match='data.yaml names x, which is no folder in'):
+    with pytest.raises(ValueError, match='data.yaml names x, which is not a folder in'):
         read_boxes(tmp_path / 'only')
 
 
@@ -231,5 +231,5 @@ def test_an_outline_of_yolo_is_boxed(tmp_path):
 
 
 def test_a_class_that_is_only_tested_on_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="class 'cat' is on images to test on, and on none to train on"):
+    with pytest.raises(ValueError, match="class 'cat' occurs in test images but in no training image"):
         divide(read_boxes(voc(tmp_path, lists={'train': 'b', 'test': 'd'})))

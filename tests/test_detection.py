@@ -158,7 +158,7 @@ def test_bad_boxes_and_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='there is no part val; there are train'):
         divide(scan, 'train', 'val')
     (tmp_path / 'boxes/JPEGImages/a.jpg').write_text('no')
-    with pytest.raises(ValueError, match='has 1 images, none with a good box: .*a.jpg is not an image'):
+    with pytest.raises(ValueError, match='has 1 images, none with a usable box: .*a.jpg is not an image'):
         read_boxes(tmp_path / 'boxes')
     broken = voc(tmp_path / 'broken', [good])
     (broken / 'Annotations/a.xml').write_text('<annotation>')
@@ -354,7 +354,7 @@ def test_script_errors(run, tmp_path, capsys):
     for args, expected in (
             (new, '--data is missing'),
             ([*sample, *new, '--epochs', '0'], 'epochs is 0; it must be at least 1'),
-            ([*sample, *new, '--detector', 'yolo'], "detector 'yolo' is unknown; choose of faster_rcnn, retinanet"),
+            ([*sample, *new, '--detector', 'yolo'], "detector 'yolo' is unknown; choose one of faster_rcnn, retinanet"),
     ):
         with pytest.raises(SystemExit):
             detect_script.main(args)

@@ -435,12 +435,13 @@ def test_sigterm_is_answered_as_ctrl_c_is(weights, photographs, tmp_path):
         time.sleep(0.05)
     process.terminate()
     errors = process.communicate()[1]
-    assert re.search(r'stopped by SIGTERM after epoch \d+; go on with --resume', errors) and process.returncode == 130
+    assert re.search(r'stopped by SIGTERM after epoch \d+; continue with --resume', errors)
+    assert process.returncode == 130
 
 
 @pytest.mark.parametrize(('saved', 'message'), [
     ((), 'stopped before anything was saved; to begin again, run the same command'),
-    (('run',), 'stopped; go on with --resume'), (('run', 'seed-0'), 'stopped; go on with --resume')])
+    (('run',), 'stopped; continue with --resume'), (('run', 'seed-0'), 'stopped; continue with --resume')])
 def test_ctrl_c_says_whether_there_is_something_to_go_on_from(
         weights, photographs, tmp_path, monkeypatch, capsys, saved, message):
     def interrupted(*args, **kwargs):

@@ -86,7 +86,7 @@ def test_dropout_runs_resume_with_the_same_random_numbers(tmp_path):
 def test_another_run_is_not_written_over(run, tmp_path, capsys):
     before = (run / 'recipe.json').read_bytes()
     assert train_script.main(['--recipe', 'smoke', '--out', str(run)]) == 1
-    assert f'{run} already holds a run; choose another --out, or go on with --resume' in capsys.readouterr().err
+    assert f'{run} already holds a run; choose another --out, or continue with --resume' in capsys.readouterr().err
     assert train_script.main(['--recipe', 'smoke', '--out', str(run), '--resume', '--seed', '7']) == 1
     assert 'was started with other settings (seed: 0 there, 7 now)' in capsys.readouterr().err
     assert train_script.main(['--recipe', 'smoke', '--out', str(tmp_path / 'none'), '--resume']) == 1

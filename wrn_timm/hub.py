@@ -77,7 +77,7 @@ def _card_faults(text: str, cfg: dict[str, Any], metrics: dict[str, Any]) -> Ite
         yield 'README.md names no licence: write yours after "license:" in its first lines'
     for part, there in complete.items():
         if not there:
-            yield f'README.md lacks {part}: wrn-timm validate --write makes it anew'
+            yield f'README.md lacks {part}: wrn-timm validate --write writes it again'
 
 
 def check_folder(folder: str | Path) -> str:

@@ -40,7 +40,7 @@ HUB_NAMESPACE = ''
 
 WEIGHTS_FILE = 'model.safetensors'
 _PICKLES = ('.bin', '.pth', '.pt', '.ckpt')
-_RESTORE = 'Restore the folder from where it came.'
+_RESTORE = 'Restore the folder from its source.'
 HEADER_LIMIT = 1 << 20  # bytes; the longest of ours has 0.1 MB, and safetensors would parse 100 MB
 _PACKAGE = Path(__file__).resolve().parent
 SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
@@ -185,11 +185,11 @@ def verify(
     if not file.is_file():
         pickle = next((p.name for p in sorted(folder.glob('*')) if p.suffix in _PICKLES), None)
         raise FileNotFoundError(f'{folder} holds no {WEIGHTS_FILE}' + (
-            f'; {pickle} is a pickle, and pickles are not read: write its tensors anew, by '
+            f'; {pickle} is a pickle, and pickles are not read: convert it with '
             f"safetensors.torch.save_file(torch.load('{pickle}', weights_only=True), '{WEIGHTS_FILE}')"
             if pickle else ''))
     if not is_utf8(file):
-        raise RuntimeError(f'{file} is not UTF-8, and safetensors opens no such path: rename it')
+        raise RuntimeError(f'{file} is not UTF-8, which safetensors cannot open: rename it')
     expected = sha256 or read_config(folder, remedy).get('sha256')
     named_by = named_by if sha256 else 'config.json'
     if not expected and re.fullmatch('[0-9a-f]{64}', blob := file.resolve().name):
@@ -232,7 +232,7 @@ def _download(hub_id: str, cache_dir: str | Path | None) -> str:
     folder = snapshot(hub_id, ('config.json', WEIGHTS_FILE), cache_dir)
     return str(verify(
         folder, pinned().get(hub_id, {}).get('sha256'),
-        f'Delete {folder.parents[1]} and load again, which downloads it anew.'))
+        f'Delete {folder.parents[1]} and load again, which downloads it again.'))
 
 
 def _published_at(url: str | None) -> dict[str, Any] | None:
@@ -411,7 +411,7 @@ def source_of(name: str) -> str:
     if ':' in name:
         return name
     if Path(name).is_file():
-        raise FileNotFoundError(f'{name} is a file; give the weights folder that it stands in')
+        raise FileNotFoundError(f'{name} is a file; give the weights folder that contains it')
     if '/' in name or os.sep in name:
         raise FileNotFoundError(f'no weights folder at {name}')
     if not timm.is_model(name):

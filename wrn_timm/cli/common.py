@@ -144,7 +144,7 @@ def resumable(out: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            'stopped; go on with --resume' if holds_checkpoint(out) else
+            'stopped; continue with --resume' if holds_checkpoint(out) else
             'stopped before anything was saved; to begin again, run the same command') from None
 
 

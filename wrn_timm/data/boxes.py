@@ -162,7 +162,7 @@ def read_boxes(source: str | Path, on_bad: str = 'skip') -> BoxScan:
     good = {path: found for path, found in examined.items() if found.size}
     named = {label for found in good.values() for label, _ in found.objects}
     if not named:
-        raise ValueError(f'{root} has {len(examined)} images, none with a good box' + (f': {bad[0]}' if bad else ''))
+        raise ValueError(f'{root} has {len(examined)} images, none with a usable box' + (f': {bad[0]}' if bad else ''))
     classes = tuple(name for name in declared if name in named) if declared else tuple(sorted(named))
     content = defaultdict(list)
     for path, found in good.items():
@@ -255,7 +255,7 @@ def _fault(label: str, box: Box | None, size: tuple[int, int], fractions: bool) 
     if not (box[0] < box[2] and box[1] < box[3]):
         return f'box {written} has no area'
     if max(box) <= 1 < min(size):
-        return f'box {written} seems to be in fractions of the image; pixels are wanted'
+        return f'box {written} seems to be in fractions of the image; it must be in pixels'
     if min(box) < 0 or box[2] > size[0] or box[3] > size[1]:
         return f'box {written} is not within the image of {size[0]} x {size[1]}'
     return ''
@@ -350,9 +350,9 @@ def _read_coco(root: Path) -> tuple[_Parts, list[str]]:
             found = json.loads(file.read_text(encoding='utf-8'))
             parts[name], named = _coco_images(found, file)
         except (ValueError, RecursionError, OSError) as e:
-            raise ValueError(f'{file} is no COCO annotation file: {e}') from e
+            raise ValueError(f'{file} is not a COCO annotation file: {e}') from e
         except (AttributeError, KeyError, TypeError) as e:
-            raise ValueError(f'{file} is no COCO annotation file: a field is missing or of another kind '
+            raise ValueError(f'{file} is not a COCO annotation file: a field is missing or of another kind '
                              f'({type(e).__name__}: {e})') from e
         classes += [label for label in named if label not in classes]
     return parts, classes
@@ -363,7 +363,7 @@ def _coco_images(found: dict[str, Any], file: Path) -> tuple[list[_Annotated], l
     images: dict[Any, _Annotated] = {}
     for row in found['images']:
         if row['id'] in images:
-            raise ValueError(f"the image id {row['id']} stands there twice")
+            raise ValueError(f"the image id {row['id']} occurs twice")
         size = row.get('width'), row.get('height')
         images[row['id']] = _Annotated(_coco_image(file, row['file_name']), size=size if all(size) else None)
     for row in found['annotations']:
@@ -404,7 +404,7 @@ def _read_yolo(root: Path) -> tuple[_Parts, list[str]]:
             settings = yaml.safe_load(file.read_text(encoding='utf-8'))
             names = settings['names']
         except (yaml.YAMLError, KeyError, TypeError, ValueError) as e:
-            raise ValueError(f'{file} is no data.yaml of YOLO: {e!r}; it must name its classes under "names"') from e
+            raise ValueError(f'{file} is not a YOLO data.yaml: {e!r}; it must name its classes under "names"') from e
         classes = [str(names[i]) for i in sorted(names)] if isinstance(names, dict) else [str(n) for n in names]
         root = file.parent
         if (root / str(settings.get('path') or '')).is_dir():
@@ -432,7 +432,7 @@ def _yolo_folder(root: Path, entry: str) -> Path:
     places = [root / entry, root / entry.removeprefix('../'), Path(entry)]
     found = next((place for place in places if place.is_dir()), None)
     if not found:
-        raise ValueError(f'data.yaml names {entry}, which is no folder in {root}')
+        raise ValueError(f'data.yaml names {entry}, which is not a folder in {root}')
     return found / 'images' if (found / 'images').is_dir() else found
 
 
@@ -459,7 +459,7 @@ def _read_yolo_labels(image: Path, file: Path, classes: Sequence[str]) -> _Annot
         except ValueError:
             number, box = -1, ()
         if number < 0 or classes and number >= len(classes):
-            return _Annotated(image, fault=f'{what}: class {cells[0]} is none of the {len(classes)} classes, 0 to '
+            return _Annotated(image, fault=f'{what}: class {cells[0]} is not one of the {len(classes)} classes, 0 to '
                                            f'{len(classes) - 1}')
         if len(box) > 4 and len(box) % 2 == 0:  # an outline
             box = _around(box)
@@ -517,7 +517,7 @@ def divide(
     unseen = {i for labels in chosen[1].labels for i in labels.tolist()} - seen
     if unseen:
         raise ValueError(
-            f'class {chosen[0].classes[min(unseen) - 1]!r} is on images to test on, and on none to train on')
+            f'class {chosen[0].classes[min(unseen) - 1]!r} occurs in test images but in no training image')
     return *chosen, how
 
 

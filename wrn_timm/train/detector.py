@@ -84,7 +84,7 @@ class DetectConfig:
 
     def __post_init__(self):
         if self.detector not in DETECTORS:
-            raise ValueError(f'detector {self.detector!r} is unknown; choose of {", ".join(DETECTORS)}')
+            raise ValueError(f'detector {self.detector!r} is unknown; choose one of {", ".join(DETECTORS)}')
         for name, low in (('epochs', 1), ('batch_size', 1), ('rois', 4), ('out_channels', 1)):
             if getattr(self, name) < low:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least {low}')

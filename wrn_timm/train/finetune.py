@@ -108,7 +108,7 @@ def finetune(
         return None
     train_seconds = fitted.earlier + time.monotonic() - began
     if fitted.stopped:
-        _logger.info('stopped by %s after epoch %d; it can go on with --resume', fitted.stopped,
+        _logger.info('stopped by %s after epoch %d; it can be continued with --resume', fitted.stopped,
                      fitted.history[-1]['epoch'])
     best_epoch = _export(job, network, fitted) if accelerator.is_main_process else fitted.best_epoch()
     accelerator.wait_for_everyone()

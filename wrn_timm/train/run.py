@@ -221,12 +221,12 @@ class RunDir:
     def check(path: str | Path, settings: dict[str, Any], resume: bool | None = False) -> None:
         """Raise what opening the run directory would, and leave nothing: for before the work that comes first."""
         if not is_utf8(path):
-            raise ValueError(f'{path} is not UTF-8, and safetensors opens no such path; choose another --out')
+            raise ValueError(f'{path} is not UTF-8, which safetensors cannot open; choose another --out')
         recipe_file = Path(path) / _RECIPE
         if not resume:
             if any((Path(path) / name).exists() for name in _MADE):  # one that failed before has made nothing
                 raise FileExistsError(f'{path} already holds a run; choose another --out'
-                                      f'{", or go on with --resume" * (resume is not None)}')
+                                      f'{", or continue with --resume" * (resume is not None)}')
             return
         if not recipe_file.is_file():
             raise FileNotFoundError(f'{path} holds no run to resume')
@@ -276,7 +276,7 @@ class RunDir:
         try:
             atomic_write(newest, lambda p: _save(state, p))
         except OSError as e:
-            raise OSError(f'{e}. What was written before is whole: make room and go on with --resume') from e
+            raise OSError(f'{e}. What was written before is whole: make room and continue with --resume') from e
         if state['step'] == 0 and is_best(history):
             self._keep_best(newest)
         for old in _newest_first(self.checkpoints)[2:]:
@@ -424,7 +424,7 @@ class RunControl:
     def log_stop(self, reason: str, epoch: int, step: int = 0) -> None:
         """Say that the run stopped, and how it goes on."""
         where = f'after epoch {epoch}' + f', step {step}' * bool(step)
-        further = 'go on with --resume' if holds_checkpoint(self.run.path) else \
+        further = 'continue with --resume' if holds_checkpoint(self.run.path) else \
             'nothing was saved yet; to begin again, run the same command'
         self.run.log('stopped by %s %s; %s', reason, where, further)
 
