@@ -293,8 +293,8 @@ class Finetuner:
         if reasons and self.machine.on_bad == 'fail':
             raise ValueError(some(reasons, '; '))
         if none_left:
-            raise ValueError(f'no file of a whole batch can be read any more: {some(reasons, "; ")}. The checkpoints are '
-                             f'kept; fix the files and continue with --resume')
+            raise ValueError(f'no file of a whole batch can be read any more: {some(reasons, "; ")}. The checkpoints '
+                             f'are kept; fix the files and continue with --resume')
         self._state.note_bad(reasons)
 
     def _step(
