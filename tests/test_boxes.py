@@ -119,7 +119,7 @@ def test_each_form_is_read_to_the_same_boxes(tmp_path, make):
 def test_parts_that_are_given_are_taken(tmp_path):
     lists = {'train': 'ab', 'val': 'c', 'trainval': 'abc', 'test': 'd'}
     train, test, how = divide(read_boxes(voc(tmp_path / 'voc', lists=lists)))
-    assert (len(train), len(test), how) == (3, 1, 'given: trainval and test')
+    assert (len(train), len(test), how) == (3, 1, 'given: trainval; tested on test')
 
     for part in ('train', 'valid'):  # Roboflow's folders
         images(tmp_path / 'coco' / part)
@@ -132,7 +132,7 @@ def test_parts_that_are_given_are_taken(tmp_path):
     for form in ('coco', 'xml', 'yolo'):
         scan = read_boxes(tmp_path / form)
         train, test, how = divide(scan)
-        assert (len(train), len(test), how) == (4, 4, 'given: train and val') and len(scan.twins) == 4
+        assert (len(train), len(test), how) == (4, 4, 'given: train; tested on val') and len(scan.twins) == 4
 
 
 def test_a_split_is_drawn_by_seed_by_class_and_kept(tmp_path):
@@ -219,7 +219,7 @@ def test_what_is_no_data_set_with_boxes(tmp_path):
     with pytest.raises(ValueError, match='data.yaml is not a YOLO data.yaml.*must name its classes'):
         read_boxes(tmp_path / 'only')
     (tmp_path / 'only/data.yaml').write_text('train: x\nnames: [a]\n')
-    with pytest.raises(ValueError, match='data.yaml names x, which is not a folder in'):
+    with pytest.raises(ValueError, match='data.yaml names x to train on, which is not a folder in'):
         read_boxes(tmp_path / 'only')
 
 
@@ -233,3 +233,53 @@ def test_an_outline_of_yolo_is_boxed(tmp_path):
 def test_a_class_that_is_only_tested_on_is_refused(tmp_path):
     with pytest.raises(ValueError, match="class 'cat' occurs in test images but in no training image"):
         divide(read_boxes(voc(tmp_path, lists={'train': 'b', 'test': 'd'})))
+
+
+def parts_of(tmp_path, **lists):
+    train, test, how = divide(read_boxes(voc(tmp_path, lists=lists)))
+    return *(''.join(path.rpartition('/')[2][0] for path in part.paths) for part in (train, test)), how
+
+
+def test_no_image_is_on_both_sides(tmp_path):
+    assert parts_of(tmp_path / 'voc2012', train='ab', val='cd', trainval='abcd') == (
+        'ab', 'cd', 'given: train; tested on val')
+    assert parts_of(tmp_path / 'three', train='a', val='b', test='d') == (
+        'ab', 'd', 'given: train and val; tested on test')
+    assert parts_of(tmp_path / 'shared', train='abc', val='c')[:2] == ('ab', 'c')
+    train, test, how = parts_of(tmp_path / 'one', train='abcd')
+    assert sorted(train + test) == ['a', 'b', 'c', 'd'] and test and how == '80-20 by seed 0'
+
+
+def test_the_rarest_class_by_images_decides_where_an_image_is_drawn(tmp_path):
+    """One image with ten boxes of a class that no other has stays on the side that is trained on."""
+    images(tmp_path / 'images', 'abcdef')
+    (tmp_path / 'labels').mkdir()
+    (tmp_path / 'classes.txt').write_text('often\nonce\n')
+    line = '{} 0.5 0.5 0.2 0.2\n'
+    for name in 'abcdef':
+        (tmp_path / 'labels' / f'{name}.txt').write_text(line.format(0) + (name == 'a') * 10 * line.format(1))
+    for seed in range(6):
+        divide(read_boxes(tmp_path), seed=seed)
+
+
+def test_coco_as_other_tools_write_it(tmp_path):
+    found = coco()
+    found['images'] += [{'id': 9, 'file_name': 'a.jpg'}]  # listed twice, its boxes shared out
+    found['annotations'][0]['image_id'] = 9
+    found['annotations'] += [{'id': 50, 'image_id': 0, 'category_id': 3, 'bbox': [0, 0, 40, 30], 'iscrowd': 1},
+                             {'id': 51, 'image_id': 2, 'category_id': 3, 'bbox': [-0.3, 0, 10, 30.2]}]
+    found['categories'] += [{'id': 8, 'name': 'cat'}]
+    images(tmp_path)
+    (tmp_path / 'x.json').write_text(json.dumps(found))
+    scan = read_boxes(f'coco:{tmp_path / "x.json"}')
+    part = scan.parts['all']
+    assert part.classes == ('dog', 'cat') and [len(b) for b in part.boxes] == [2, 1, 1, 1] and not scan.bad
+    assert part.boxes[2].tolist() == [[0., 0., pytest.approx(9.7), 30.]]
+
+
+def test_names_of_yolo_are_numbered_from_0(tmp_path):
+    (yolo(tmp_path) / 'data.yaml').write_text('train: images\ntest: ../nowhere\nnames:\n  1: dog\n  2: cat\n')
+    with pytest.raises(ValueError, match='numbers its classes 1, 2; they must be 0 to 1'):
+        read_boxes(tmp_path)
+    (tmp_path / 'data.yaml').write_text("train: images\ntest: ../nowhere\nnames:\n  '1': cat\n  '0': dog\n")
+    assert read_boxes(tmp_path).parts['train'].classes == ('dog', 'cat')

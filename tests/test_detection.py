@@ -256,7 +256,7 @@ def whole_epochs(tmp_path_factory):
 def test_run_directory(run):
     metrics = json.loads((run / 'metrics.json').read_text())
     assert metrics['images'] == 2 and set(metrics['map_per_class']) == {'Platelets', 'RBC', 'WBC'}
-    assert metrics['left_out'][0].endswith('has no area') and metrics['split'] == 'given: trainval and test'
+    assert metrics['left_out'][0].endswith('has no area') and metrics['split'] == 'given: trainval; tested on test'
     assert len((run / 'history.csv').read_text().splitlines()) == 3
     for name in ('BloodImage_00007', 'BloodImage_00011'):
         with Image.open(run / 'drawn' / f'{name}.png') as drawing:

@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 import torch
 from huggingface_hub import EvalResult, ModelCardData
+from markupsafe import Markup
 from timm.data import resolve_model_data_config
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
@@ -195,7 +196,7 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
                    f'(https://arxiv.org/abs/1605.07146))')
     if tuned:
         begun = 'fine-tuned from' if settings['pretrained'] else 'trained from random weights, with the settings of'
-        trained, usage = f"{begun} `{settings['model']}`", 'local-dir:RUN/best'
+        trained, usage = Markup(f"{begun} `{settings['model']}`"), 'local-dir:RUN/best'  # code needs no escaping
     return _TEMPLATES.get_template('card.md').render(
         header=data.to_yaml(), licence=licence, name=name, network=network, trained=trained, title=title, usage=usage,
         accuracy=_accuracy(name, metrics, run), size=size, mean=tuple(cfg['mean']), std=tuple(cfg['std']),

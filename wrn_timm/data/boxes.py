@@ -28,6 +28,7 @@ _IMAGES = ('JPEGImages', 'images', 'Images', 'imgs', '')
 _ANNOTATIONS = ('Annotations', 'annotations', 'xmls', 'labels', '')
 _PARTS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test', 'trainval': 'trainval'}
 _ALL = 'all'
+_ROUNDING = 0.5  # pixels by which a box may overhang its image, at which it is cut
 Box = tuple[float, float, float, float]
 
 
@@ -230,14 +231,17 @@ def _examined(annotated: _Annotated) -> _Found:
     if annotated.fault:
         return _Found(None, bad=[annotated.fault])
     if annotated.size and annotated.size != size:
-        return _Found(None, bad=[f'{annotated.image} is {size[0]} x {size[1]} pixels, but its annotation says '
+        rotated = ' (its EXIF data rotate it)' * (annotated.size == size[::-1])
+        return _Found(None, bad=[f'{annotated.image} is {size[0]} x {size[1]} pixels{rotated}, but its annotation says '
                                  f'{annotated.size[0]} x {annotated.size[1]}: its boxes are of another image'])
     objects, bad = [], []
     for what, label, box in annotated.objects:
         if fault := _fault(label, box, size, annotated.fractions):
             bad.append(f'{what}: {fault}')
         else:
-            objects.append((label, _in_pixels(box, size) if annotated.fractions else box))
+            box = tuple(v * side for v, side in zip(_corners(box), (*size, *size), strict=True)
+                        ) if annotated.fractions else box
+            objects.append((label, tuple(min(max(v, 0.), side) for v, side in zip(box, (*size, *size), strict=True))))
     return _Found(size, digest(annotated.image), objects, bad)
 
 
@@ -249,14 +253,17 @@ def _fault(label: str, box: Box | None, size: tuple[int, int], fractions: bool) 
     if fractions:
         if not (box[2] > 0 and box[3] > 0):
             return f'box {written} has no area'
-        if not all(-1e-3 <= v <= 1 + 1e-3 for v in (box[0], box[1], *_corners(box))):
+        if not (all(0 <= v <= 1 for v in box[:2]) and all(
+                -_ROUNDING / side <= v <= 1 + _ROUNDING / side
+                for v, side in zip(_corners(box), (*size, *size), strict=True))):
             return f'box {written} is not within the image; YOLO has centre, width and height as fractions of its sides'
         return ''
     if not (box[0] < box[2] and box[1] < box[3]):
         return f'box {written} has no area'
     if max(box) <= 1 < min(size):
         return f'box {written} seems to be in fractions of the image; it must be in pixels'
-    if min(box) < 0 or box[2] > size[0] or box[3] > size[1]:
+    if min(box) < -_ROUNDING or box[2] > size[0] + _ROUNDING or box[3] > size[1] + _ROUNDING or not (
+            box[0] < size[0] and box[1] < size[1] and box[2] > 0 and box[3] > 0):
         return f'box {written} is not within the image of {size[0]} x {size[1]}'
     return ''
 
@@ -265,10 +272,6 @@ def _corners(box: Box) -> Box:
     """xmin, ymin, xmax, ymax of centre, width and height."""
     x, y, w, h = box
     return x - w / 2, y - h / 2, x + w / 2, y + h / 2
-
-
-def _in_pixels(box: Box, size: tuple[int, int]) -> Box:
-    return tuple(min(max(v, 0.), 1.) * side for v, side in zip(_corners(box), (*size, *size), strict=True))
 
 
 def _folder(root: Path, names: Sequence[str], suffix: str = '') -> Path:
@@ -354,7 +357,7 @@ def _read_coco(root: Path) -> tuple[_Parts, list[str]]:
         except (AttributeError, KeyError, TypeError) as e:
             raise ValueError(f'{file} is not a COCO annotation file: a field is missing or of another kind '
                              f'({type(e).__name__}: {e})') from e
-        classes += [label for label in named if label not in classes]
+        classes = list(dict.fromkeys([*classes, *named]))
     return parts, classes
 
 
@@ -367,6 +370,8 @@ def _coco_images(found: dict[str, Any], file: Path) -> tuple[list[_Annotated], l
         size = row.get('width'), row.get('height')
         images[row['id']] = _Annotated(_coco_image(file, row['file_name']), size=size if all(size) else None)
     for row in found['annotations']:
+        if row.get('iscrowd'):  # a region with many, which is no box to learn from
+            continue
         if row['image_id'] not in images:
             raise ValueError(f"annotation {row.get('id')} is of image {row['image_id']}, which is not in its images")
         if row['category_id'] not in categories:
@@ -379,7 +384,10 @@ def _coco_images(found: dict[str, Any], file: Path) -> tuple[list[_Annotated], l
             box = None
         label = categories[row['category_id']]
         images[row['image_id']].objects.append((f"{file}, annotation {row.get('id')} ({label})", label, box))
-    return list(images.values()), [categories[i] for i in sorted(categories)]
+    merged: dict[Path, _Annotated] = {}
+    for image in images.values():  # files that were joined list some images twice
+        merged.setdefault(image.image, dataclasses.replace(image, objects=[])).objects.extend(image.objects)
+    return list(merged.values()), [categories[i] for i in sorted(categories)]
 
 
 def _coco_image(file: Path, name: str) -> Path:
@@ -405,12 +413,17 @@ def _read_yolo(root: Path) -> tuple[_Parts, list[str]]:
             names = settings['names']
         except (yaml.YAMLError, KeyError, TypeError, ValueError) as e:
             raise ValueError(f'{file} is not a YOLO data.yaml: {e!r}; it must name its classes under "names"') from e
-        classes = [str(names[i]) for i in sorted(names)] if isinstance(names, dict) else [str(n) for n in names]
+        classes = _yolo_names(names, file)
         root = file.parent
         if (root / str(settings.get('path') or '')).is_dir():
             root /= str(settings.get('path') or '')
-        folders = {_PARTS[key]: [_yolo_folder(root, entry) for entry in _as_list(settings[key])]
+        folders = {key: [_yolo_folder(root, entry) for entry in _as_list(settings[key])]
                    for key in ('train', 'val', 'test') if settings.get(key)}
+        # Roboflow names a test folder where none was exported
+        folders = {key: [f for f in there if f] for key, there in folders.items()}
+        if not all(folders.get('train') or [None]):
+            raise ValueError(f'{file} names {settings.get("train")} to train on, which is not a folder in {root}')
+        folders = {key: there for key, there in folders.items() if there}
     else:
         own = root / 'classes.txt'
         classes = own.read_text(encoding='utf-8').split('\n') if own.is_file() else []
@@ -423,17 +436,24 @@ def _read_yolo(root: Path) -> tuple[_Parts, list[str]]:
     return parts, classes or [str(i) for i in range(1000)]
 
 
+def _yolo_names(names: Any, file: Path) -> list[str]:
+    if not isinstance(names, dict):
+        return [str(name) for name in names]
+    numbered = {str(key): str(name) for key, name in names.items()}
+    if set(numbered) != set(map(str, range(len(numbered)))):
+        raise ValueError(f'{file} numbers its classes {", ".join(numbered)}; they must be 0 to {len(numbered) - 1}')
+    return [numbered[str(i)] for i in range(len(numbered))]
+
+
 def _as_list(value: Any) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list) else [str(value)]
 
 
-def _yolo_folder(root: Path, entry: str) -> Path:
+def _yolo_folder(root: Path, entry: str) -> Path | None:
     """A folder of images that `data.yaml` names; Roboflow writes `../train/images` for `train/images`."""
     places = [root / entry, root / entry.removeprefix('../'), Path(entry)]
     found = next((place for place in places if place.is_dir()), None)
-    if not found:
-        raise ValueError(f'data.yaml names {entry}, which is not a folder in {root}')
-    return found / 'images' if (found / 'images').is_dir() else found
+    return found / 'images' if found and (found / 'images').is_dir() else found
 
 
 def _yolo_images(folder: Path, classes: Sequence[str]) -> Iterator[_Annotated]:
@@ -483,9 +503,9 @@ def divide(
 ) -> tuple[BoxedImages, BoxedImages, str]:
     """The images to train on and to test on, and how they were told apart.
 
-    Parts that the data gives are taken: 'trainval' (or 'train', and 'val' where there is 'test' too) and 'test' (or
-    'val'). Where there are none, a fifth of the images is for testing, drawn by `seed` so that each class has its
-    share.
+    Parts that the data gives are taken: 'test' (or 'val') to test on, and the others to train on. Where there is only
+    one, a fifth of its images is for testing, drawn by `seed` so that each class has its share. No image is on both
+    sides.
 
     Args:
         scan: From `read_boxes`.
@@ -501,15 +521,18 @@ def divide(
     for name in filter(None, (train, test)):
         if name not in parts:
             raise FileNotFoundError(f'there is no part {name}; there are {", ".join(parts)}')
-    if set(parts) == {_ALL} and not (train or test):
-        first, second = _drawn(parts[_ALL], seed)
-        chosen, how = (parts[_ALL].subset(first), parts[_ALL].subset(second)), f'80-20 by seed {seed}'
+    if len(parts) == 1 and not (train and test):
+        only, = parts.values()
+        chosen, how = tuple(map(only.subset, _drawn(only, seed))), f'80-20 by seed {seed}'
     else:
         test = test or next((name for name in ('test', 'val') if name in parts and name != train), '')
-        train = train or next((name for name in ('trainval', 'train', _ALL) if name in parts and name != test), '')
-        if not (train and test):
+        trained_on = [train] if train else [name for name in _to_train_on(parts) if name != test]
+        if not (trained_on and test):
             raise ValueError(f'there are only {", ".join(parts)}; name the parts to train on and to test on')
-        chosen, how = (parts[train], parts[test]), f'given: {train} and {test}'
+        tested = set(parts[test].paths)
+        joined = _joined([parts[name] for name in trained_on])
+        joined = joined.subset([i for i, path in enumerate(joined.paths) if path not in tested])
+        chosen, how = (joined, parts[test]), f'given: {" and ".join(trained_on)}; tested on {test}'
     for name, part in zip(('train', 'test'), chosen, strict=True):
         if not len(part):
             raise ValueError(f'no image is left to {name} on')
@@ -521,9 +544,21 @@ def divide(
     return *chosen, how
 
 
+def _to_train_on(parts: dict[str, BoxedImages]) -> list[str]:
+    if 'trainval' in parts and 'test' in parts:
+        return ['trainval']
+    return [name for name in ('train', 'val', _ALL) if name in parts]
+
+
+def _joined(parts: Sequence[BoxedImages]) -> BoxedImages:
+    paths, boxes, labels = (tuple(v for part in parts for v in getattr(part, name)) for name in (
+        'paths', 'boxes', 'labels'))
+    return dataclasses.replace(parts[0], paths=paths, boxes=boxes, labels=labels)
+
+
 def _drawn(images: BoxedImages, seed: int) -> tuple[list[int], list[int]]:
     """Indices to train on and to test on; each image is drawn among those that share its rarest class."""
-    count = Counter(i for labels in images.labels for i in labels.tolist())
+    count = Counter(i for labels in images.labels for i in set(labels.tolist()))
     groups: dict[int, list[int]] = defaultdict(list)
     for i, labels in enumerate(images.labels):
         groups[min(labels.tolist(), key=lambda label: (count[label], label), default=0)].append(i)

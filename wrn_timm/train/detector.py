@@ -193,10 +193,9 @@ def detect(
     for line in scan.summary():
         _logger.info('%s', line)
     kept = Path(out) / 'split.csv'
+    train, test, how = divide(scan, config.train_split, config.test_split, config.seed)
     if machine.resume and kept.is_file():
-        (train, test), how = read_box_split(kept, scan, root), f'that of {kept}'
-    else:
-        train, test, how = divide(scan, config.train_split, config.test_split, config.seed)
+        train, test = read_box_split(kept, scan, root)
     leaks = _leaks(scan, train, test)
     config = _resolved(_kept(config, Path(out), machine), scan, train)
     name = root.resolve().name
@@ -311,7 +310,7 @@ class _Loop:
                     'model': self.detector.state_dict(), 'optimizer': self.optimizer.state_dict(),
                     'rng': torch.get_rng_state(), **vars(progress)}, progress.history)
                 if reason and progress.epoch < epochs:
-                    self.control.log_stop(reason, progress.epoch, progress.step)
+                    self.control.log_stop(reason)
                     return False
         self.control.run.write_history(progress.history)
         return True

@@ -47,7 +47,7 @@ from .machine import Machine, accelerator_on
 from .measure import Features, Predictions, classification_metrics, largest_batch, predict
 from .probe import extract_features, summarise
 from .report import write_report
-from .run import RunControl, RunDir, check_place, environment
+from .run import RunControl, RunDir, any_process, check_place, environment
 
 __all__ = ['build_model', 'finetune', 'finetune_seeds', 'make_accelerator', 'prepare_split', 'preprocessing',
            'size_advice', 'training_set']
@@ -103,8 +103,8 @@ def finetune(
                accelerator, machine, on_epoch)
     began = time.monotonic()
     network, fitted = _train_with_room(job)
-    if job.control.signalled:
-        job.control.log_stop(fitted.stopped, len(fitted.history))
+    if fitted.interrupted:
+        job.control.log_stop(job.control.reason_to_stop() or 'another process')
         return None
     train_seconds = fitted.earlier + time.monotonic() - began
     if fitted.stopped:
@@ -309,16 +309,20 @@ def _fit_classifier(classifier: torch.nn.Linear, linear: LinearFit, job: _Job) -
                         row['train_loss'], row['holdout_accuracy'], seconds)
                 if job.on_epoch:
                     job.on_epoch(history[-1])
-            if stopped := job.control.reason_to_stop():
+            stopped = job.control.reason_to_stop()
+            if any_process(bool(stopped), device=job.accelerator.device)[0]:
+                stopped = stopped or 'another process'
                 break
+    interrupted, = any_process(job.control.signalled, device=job.accelerator.device)
     best = max(history, key=lambda row: row['holdout_accuracy'])
     weight, bias = linear.weight(best['penalty'])
     with torch.no_grad():
         classifier.weight.copy_(weight)
         if classifier.bias is not None:
             classifier.bias.copy_(bias)
-    run.write_history(history)
-    return Fitted(classifier, history, [], stopped, penalty=best['penalty'])
+    if not interrupted:  # it has no checkpoints, and begins anew
+        run.write_history(history)
+    return Fitted(classifier, history, [], stopped, interrupted, penalty=best['penalty'])
 
 
 def _keep(found: Predictions, bad: list[str]) -> Features:

@@ -52,6 +52,7 @@ class Fitted:
         history: A row per epoch, or per penalty of the classifier on cached features.
         bad: Why files could not be read while training went on.
         stopped: Why it ended before the last epoch; '' if it did not.
+        interrupted: Whether a signal to any process stopped it.
         earlier: Seconds of it that a run it goes on with took.
         penalty: Of the classifier on cached features; 0 for other ways.
         last: Whether the last epoch is the one to take, whatever the held-out files say.
@@ -60,6 +61,7 @@ class Fitted:
     history: list[dict[str, float]]
     bad: list[str]
     stopped: str = ''
+    interrupted: bool = False
     earlier: float = 0.
     penalty: float = 0.
     last: bool = False
@@ -215,12 +217,14 @@ class Finetuner:
                 self._tell(state.history[-1])
         if saved_epoch != state.epoch and not amid:  # amid an epoch the weights are not those of its beginning
             self.control.save(self._saved(), state.history)
-        if state.history:
+            saved_epoch = state.epoch
+        if saved_epoch:
             self.control.run.write_history(state.history)
         self._clean_up(model)
         few = len(holdout or ()) < ENOUGH_TO_CHOOSE and not stopped  # before its end no epoch is the schedule's best
         bad = gather_object(state.bad) if accelerator.num_processes > 1 else state.bad
-        return Fitted(self.averaged, state.history, bad, stopped, earlier, last=few)
+        interrupted, = any_process(self.control.signalled, device=accelerator.device)
+        return Fitted(self.averaged, state.history, bad, stopped, interrupted, earlier, last=few)
 
     def _prepare(self, train: Dataset) -> tuple[torch.nn.Module, DataLoader]:
         """The network and the batches as accelerate shares them among the processes."""
@@ -246,8 +250,9 @@ class Finetuner:
         reason = self.control.reason_to_stop(state.epoch_seconds if state.epoch else -math.inf)
         if not reason and patience and state.epochs_without_gain() >= patience:
             reason = f'{patience} epochs without a better held-out accuracy'
-        stop, = any_process(bool(reason), device=self.accelerator.device)
-        return reason or 'another process' if stop else ''
+        if self.accelerator.num_processes > 1:
+            reason = next(filter(None, gather_object([reason])), '')
+        return reason
 
     def _begin_epoch(self, train: Dataset) -> None:
         epoch, seed = self._state.epoch, self.config.seed * 100_003 + self._state.epoch

@@ -421,12 +421,14 @@ class RunControl:
                 f'{what} is {value} in epoch {epoch}; the checkpoints in {self.run.checkpoints} are from before. Try a '
                 f'smaller learning rate (--lr)')
 
-    def log_stop(self, reason: str, epoch: int, step: int = 0) -> None:
-        """Say that the run stopped, and how it goes on."""
-        where = f'after epoch {epoch}' + f', step {step}' * bool(step)
-        further = 'continue with --resume' if holds_checkpoint(self.run.path) else \
-            'nothing was saved yet; to begin again, run the same command'
-        self.run.log('stopped by %s %s; %s', reason, where, further)
+    def log_stop(self, reason: str) -> None:
+        """Say that the run stopped, and from where it goes on."""
+        if newest := next(iter(_newest_first(self.run.checkpoints)), None):
+            epoch, step = map(int, newest.stem.split('-')[1::2])
+            self.run.log('stopped by %s after epoch %d%s; continue with --resume', reason, epoch,
+                         f', step {step}' if step else '')
+        else:
+            self.run.log('stopped by %s before anything was saved; to begin again, run the same command', reason)
 
 
 @contextlib.contextmanager

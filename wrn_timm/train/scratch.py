@@ -420,8 +420,7 @@ class _Loop:
                 else:  # an epoch can be shorter than writing its checkpoint, or drawing its curves, takes
                     run.write_history(progress.history, draw=False)
                 if stop and progress.epoch < self.recipe.epochs:
-                    self.control.log_stop(
-                        self.control.reason_to_stop() or 'another process', progress.epoch, progress.step)
+                    self.control.log_stop(self.control.reason_to_stop() or 'another process')
                     return False
         run.write_history(progress.history)
         return True
