@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ from wrn_timm.train.measure import classification_metrics, evaluate, validate
 from wrn_timm.train.optimizers import Muon, create_optimizer
 from wrn_timm.train.run import RunDir
 from wrn_timm.train.scratch import Learner, ScratchMachine, _climb, _schedule
-from wrn_timm.weights import open_model, sha256_of
+from wrn_timm.weights import export_weights, open_model, sha256_of
 
 
 def train(recipe, data, out, half=False, **machine):
@@ -181,6 +182,32 @@ def test_validate_reloads_measures_and_finishes_the_folder(run, capsys):
     assert card.split('```python\n')[1].startswith('import wrn_timm\n')
     assert 'library_name: timm' in card
     assert 'wrn-timm train --recipe smoke --data DIR --out RUN --seed 0' in card
+
+
+def test_the_card_has_mean_and_spread_over_seeds(run, tmp_path, capsys):
+    folders = [shutil.copytree(run / 'weights', tmp_path / str(seed)) for seed in range(3)]
+    for seed, folder in enumerate(folders[1:], start=1):  # other weights, of their own seed
+        recipe = json.loads((folder / 'recipe.json').read_text()) | {'seed': seed}
+        (folder / 'recipe.json').write_text(json.dumps(recipe))
+        model = open_model(str(run))
+        model.fc.weight.data[:seed].zero_()
+        export_weights(model, tmp_path / 'other', {k: model.pretrained_cfg[k] for k in ('label_names', 'mean', 'std')})
+        for name in ('config.json', 'model.safetensors'):
+            shutil.copy(tmp_path / 'other' / name, folder)
+    expected = [validate(str(folder), 'synthetic')['top1'] for folder in folders]
+    first, *others = map(str, folders)
+    args = ['--model', first, '--data', 'synthetic', '--device', 'cpu']
+    assert validate_script.main([*args, '--write', '--other-seeds', *others]) == 0
+    over = json.loads(capsys.readouterr().out)['seeds']['top1']
+    assert over['values'] == expected and over['mean'] == pytest.approx(statistics.mean(expected), abs=1e-3)
+    card = (folders[0] / 'README.md').read_text()
+    assert f'seed 0 of 3, over which the error is {100 - over["mean"]:.2f} ± {statistics.stdev(expected):.2f} %' in card
+    assert validate_script.main([*args, '--write', '--other-seeds', others[0], others[0]]) == 1
+    assert 'the seeds are 0, 1' in capsys.readouterr().err
+    recipe['recipe']['lr'] = 3.
+    (folders[2] / 'recipe.json').write_text(json.dumps(recipe))
+    assert validate_script.main([*args, '--write', '--other-seeds', *others]) == 1
+    assert 'is of another recipe than' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('most', [3, 0])

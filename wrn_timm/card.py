@@ -125,10 +125,14 @@ def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
     elif metrics.get('chosen_by') != 'the end of the schedule' and metrics.get(
             'holdout_files', run.get('finetune', {}).get('holdout')):
         weights = f"{'averaged ' if averaged else ''}weights of the epoch most accurate on files held out of training"
+    seed = 'one seed'
+    if over := metrics.get('seeds', {}).get('top1'):
+        seed = (f"seed {run['seed']} of {len(over['values'])}, over which the error is "
+                f"{100 - over['mean']:.2f} ± {over['std']:.2f} %")
     text = (
         f"Top-1 **{metrics['top1']:.2f} %** (error {100 - metrics['top1']:.2f} %){top5}; expected calibration error "
         f"{metrics['ece']:.2f} %. Measured by `{metrics.get('measured_by', 'wrn-timm validate')}` on "
-        f"{metrics['images']:,} images of {title} ({_part(metrics)}), from the weights as they lie here; one seed, "
+        f"{metrics['images']:,} images of {title} ({_part(metrics)}), from the weights as they lie here; {seed}, "
         f"{weights}{'; nothing was chosen by the test set' if recipe else ''}.")
     if recipe.get('dataset') not in ('cifar10', 'cifar100'):
         return text

@@ -9,6 +9,7 @@ The figures are printed as JSON.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,10 @@ from ..card import check_run_records, finish_weights_folder
 from ..recipes import Precision
 from ..train.machine import Machine
 from ..train.measure import validate
+from ..train.probe import summarise
 from ..weights import weights_folder
 from .common import OnDevice, machine_of, reports_errors
-from .options import parse
+from .options import option, parse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,9 @@ class ValidateOptions(OnDevice):
     """Measure under noise, blur and JPEG too."""
     write: bool = False
     """Write metrics, golden logits and the card into the weights folder that --model names."""
+    other_seeds: tuple[str, ...] = option((), 'FOLDER')
+    """With --write: weights trained by the same recipe from other seeds. They are measured too, and the card gives mean
+    and standard deviation over all of them."""
     precision: Precision | None = None
     """'auto' is bfloat16 on GPUs and CPUs that are faster in it, 'no' is float32. The default is auto, and no with
     --write, since published figures are float32."""
@@ -49,17 +54,39 @@ class ValidateOptions(OnDevice):
         if self.write and self.precision not in (None, 'no'):
             raise ValueError(f'--write publishes figures in float32; leave out --precision {self.precision}')
         if self.write and not Path(self.model).is_dir():
-            raise ValueError(f'--write needs a weights folder; {self.model} is none')
+            raise ValueError(f'--write needs a weights folder, and {self.model} is not one')
+        if self.other_seeds and not self.write:
+            raise ValueError('--other-seeds is for the card; add --write')
+
+
+def check_seeds(folders: Sequence[str]) -> None:
+    """Make sure that the card can tell of these weights: that they are of one recipe, and each of another seed.
+
+    Raises:
+        ValueError: They are not.
+        What `check_run_records` raises.
+    """
+    runs = {folder: check_run_records(weights_folder(folder)) for folder in folders}
+    for folder, run in runs.items():
+        if run.get('recipe') != runs[folders[0]].get('recipe'):
+            raise ValueError(f'{folder} is of another recipe than {folders[0]}; give weights that differ by the seed')
+    seeds = [run.get('seed') for run in runs.values()]
+    if len({*seeds}) < len(folders):
+        raise ValueError(f'the seeds are {", ".join(map(str, seeds))}; each of the weights must have its own')
 
 
 @reports_errors
 def main(argv: Sequence[str]) -> int:
     options, _ = parse(argv, ('validate', __doc__), ValidateOptions)
     if options.write:
-        check_run_records(weights_folder(options.model))  # before minutes are spent
-    metrics = validate(
-        options.model, options.data, machine_of(options, Machine), options.batch_size, options.corruptions,
-        options.split, options.precision or ('no' if options.write else 'auto'))
+        check_seeds([options.model, *options.other_seeds])  # before minutes are spent
+    measure = functools.partial(
+        validate, data=options.data, machine=machine_of(options, Machine), batch_size=options.batch_size,
+        split=options.split, precision=options.precision or ('no' if options.write else 'auto'))
+    metrics = measure(options.model, corruptions=options.corruptions)
+    if options.other_seeds:
+        others = [measure(folder)['top1'] for folder in options.other_seeds]
+        metrics['seeds'] = {'top1': summarise([metrics['top1'], *others])}
     print(json.dumps(metrics, indent=2))
     if options.write:
         finish_weights_folder(weights_folder(options.model), metrics)
