@@ -253,7 +253,7 @@ def test_safetensors_opens_no_path_that_is_not_utf8(data, weights, tmp_path, cap
     shutil.copytree(weights, tmp_path / NOT_UTF8)
     assert tune(data, tmp_path / NOT_UTF8, tmp_path / 'run') == 1
     error = capsys.readouterr().err
-    assert 'safetensors opens no such path: rename it' in error and 'damaged' not in error
+    assert 'which safetensors cannot open: rename it' in error and 'damaged' not in error
 
 
 def test_a_run_that_is_there_is_left_as_it_is(data, weights, tmp_path, capsys):

@@ -126,9 +126,10 @@ def test_a_wrong_option_names_the_nearest_and_how_it_was_called(capsys, monkeypa
 
 def test_options_are_read_as_their_types_say():
     recipe = train.read(['--recipe', 'cifar10', '--out', 'a', '--sizes', '16', '0.25', '24', '0.2', '--drop-epochs',
-                         '1', '2', '--no-auto-augment', '--no-flip', '--lr', '1e-2'])[1]
+                         '1', '2', '--no-auto-augment', '--no-flip', '--no-alternate-flip', '--lr', '1e-2'])[1]
     assert recipe == dataclasses.replace(
-        CIFAR10, sizes=((16, .25), (24, .2)), drop_epochs=(1, 2), auto_augment=False, flip=False, lr=.01)
+        CIFAR10, sizes=((16, .25), (24, .2)), drop_epochs=(1, 2), auto_augment=False, flip=False,
+        alternate_flip=False, lr=.01)
     options, config = finetune.read(['--data', 'a', '--batch-size', 'auto', '--parts', 'a', 'b'])
     assert (config.batch_size, config.parts, options.probe, options.resume) == ('auto', ('a', 'b'), (), False)
     assert finetune.read(['--data', 'a', '--batch-size', '8'])[1] == FinetuneConfig(batch_size=8)

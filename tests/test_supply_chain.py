@@ -299,7 +299,7 @@ def test_the_pickle_is_rewritten_as_the_message_says(others, monkeypatch):
     pickled(others / 'model.safetensors')
     with pytest.raises(FileNotFoundError) as refused:
         open_model(str(others))
-    code = re.search(r'by (safetensors\.torch\.save_file\(.*\))$', str(refused.value))[1]
+    code = re.search(r'with (safetensors\.torch\.save_file\(.*\))$', str(refused.value))[1]
     monkeypatch.chdir(others)
     exec(f'import safetensors.torch, torch\n{code}')
     change_config(others, sha256=None)

@@ -118,7 +118,7 @@ class Recipe:
             raise ValueError(f'sizes are {self.sizes}; each wants at least 8 pixels and a share of the epochs above 0, '
                              f'and the shares must leave epochs for the full size')
         if self.alternate_flip and not self.flip:
-            raise ValueError('alternate_flip needs flip; leave out --no-flip')
+            raise ValueError('alternate_flip needs flip: leave out --no-flip, or add --no-alternate-flip')
         if not 0 <= self.rand_magnitude <= 30:
             raise ValueError(f'rand_magnitude is {self.rand_magnitude}; it must be 0 to 30')
         if self.trivial_augment + bool(self.rand_augment) + self.auto_augment > 1:
