@@ -10,7 +10,7 @@ __all__ = ['COMMANDS', 'command', 'main', 'what_to_install']
 
 COMMANDS = {  # the first line of each module's docstring, without loading it
     'finetune': 'Fine-tune pretrained weights on photographs.',
-    'predict': 'Name what photographs show.',
+    'predict': 'Predict the classes of photographs.',
     'validate': 'Measure pretrained weights on a test set.',
     'train': 'Train a network from scratch by a recipe.',
     'detect': 'Train a detector on photographs with boxes, measure it, and draw what it finds.',

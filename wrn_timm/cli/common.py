@@ -57,7 +57,7 @@ class Training(OnDevice):
     out: str
     """Run directory."""
     resume: bool = False
-    """Go on with the run in --out."""
+    """Continue the run in --out."""
     time_budget: float = option(math.inf, 'SECONDS')
     """Seconds after which the run stops; --resume goes on with it."""
 

@@ -35,7 +35,7 @@ PURPOSES = {
 class DetectOptions(Training):
     """Options beside the settings of the detector."""
     data: str = option('', 'DIR')
-    """Photographs with boxes: a folder in the form of Pascal VOC, COCO or YOLO, which is recognised, or coco:FILE.json.
+    """Photographs with boxes: a folder in Pascal VOC, COCO or YOLO format (found automatically), or coco:FILE.json.
     """
     draw: tuple[str, ...] = option((), 'PHOTO')
     """Train nothing; draw what the detector of the run finds in these photographs into RUN/drawn."""

@@ -55,7 +55,7 @@ class FinetuneOptions(Training):
     Caltech 101."""
     out: str = 'runs/finetune'
     resume: bool = False
-    """Go on with the run in --out, by its own settings; name its --data again."""
+    """Continue the run in --out with its own settings; give its --data again."""
     workers: int = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
     """Processes that read photographs."""
     image_memory: float = option(1., 'GB')

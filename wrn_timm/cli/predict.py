@@ -1,4 +1,4 @@
-"""Name what photographs show.
+"""Predict the classes of photographs.
 
     wrn-timm predict --model wrn16_1.cifar10 photo.jpg FOLDER [...]
     find . -name '*.jpg' | wrn-timm predict --model RUN/best --csv -

@@ -33,7 +33,7 @@ class Machine:
     download: bool = False
     """Fetch the data set if it is missing."""
     resume: bool = False
-    """Go on with the run in the run directory."""
+    """Continue the run in the run directory."""
     time_budget: float = math.inf
     """Seconds after which the run stops, to be resumed."""
     progress: bool | None = None
