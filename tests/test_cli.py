@@ -25,7 +25,7 @@ from wrn_timm.weights import export_weights
 COMMANDS = {
     'benchmark': ('start', '--models', 'wrn16_1'),
     'benchmarks.trainers': ('wrn_timm',),
-    'detect': ('--out', 'RUN', '--draw', 'a.jpg'),
+    'detect': ('--model', 'RUN', 'a.jpg'),
     'export': ('--model', 'a', '--to', 'ts', '--out', 'RUN/a.ts'),
     'finetune': ('--out', 'RUN', '--messages', 'quiet'),
     'predict': ('a.jpg', '--model', 'a'),
@@ -45,7 +45,7 @@ def test_every_command_has_a_last_resort(name, monkeypatch, tmp_path, capsys):
         source = table  # noqa: F841
         raise KeyError('column')
 
-    for call in ('compare', 'load_detector', 'open_model', 'finetune_seeds', 'predict_files', 'publish',
+    for call in ('compare', 'open_detector', 'open_model', 'finetune_seeds', 'predict_files', 'publish',
                  'train', 'validate'):
         if hasattr(script, call):
             monkeypatch.setattr(script, call, broken)

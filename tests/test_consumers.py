@@ -73,6 +73,75 @@ def test_transformers_backbone(x):
             assert_same(backbone.eval()(x).feature_maps, expected)
 
 
+@timm.models.register_model
+def strided_wrn16_2(pretrained=False, **kwargs):
+    """WRN-16-2 with strides 4, 8 and 16 under a name of its own: transformers passes no other arguments to timm."""
+    return timm.create_model('wrn16_2', pretrained=pretrained, stem='imagenet', **kwargs)
+
+
+def trained_backbone(name, out_indices):
+    """A backbone whose BatchNorm has weights and statistics that differ from their first values."""
+    backbone = timm.create_model(name, features_only=True, out_indices=out_indices)
+    for norm in (m for m in backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        for positive in (norm.weight, norm.running_var):
+            torch.nn.init.uniform_(positive, 0.5, 1.5)
+        for centred in (norm.bias, norm.running_mean):
+            torch.nn.init.normal_(centred, std=0.1)
+    return backbone.eval()
+
+
+TINY_DETR = dict(
+    d_model=32, num_queries=4, num_labels=3, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
+    decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)
+
+
+@pytest.mark.parametrize(('name', 'last'), [('strided_wrn16_2', 2), ('wrn18_1', 4)])
+@pytest.mark.parametrize(
+    ('kind', 'levels'), [('Detr', 1), ('ConditionalDetr', 1), ('DeformableDetr', 3), ('RTDetr', 3)])
+def test_transformers_detr(kind, levels, name, last, x, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    out_indices = list(range(last + 1 - levels, last + 1))
+    own = trained_backbone(name, out_indices)
+    more = {'DeformableDetr': dict(num_feature_levels=3), 'RTDetr': dict(
+        encoder_in_channels=own.feature_info.channels(), feat_strides=own.feature_info.reduction(), num_denoising=0,
+        encoder_hidden_dim=32, decoder_in_channels=[32] * 3)}.get(kind, {})
+    # transformers 5.0 and older want the last three; 5.24 needs the configuration of the backbone alone
+    config = getattr(transformers, f'{kind}Config')(
+        backbone_config=transformers.TimmBackboneConfig(
+            backbone=name, out_indices=out_indices, use_pretrained_backbone=False),
+        **TINY_DETR, **more, use_timm_backbone=False, backbone=None, use_pretrained_backbone=False)
+    detector_class = getattr(transformers, f'{kind}ForObjectDetection')
+    detector = detector_class(config)
+    backbone = next(m for m in detector.modules() if type(m) is type(own))
+    backbone.load_state_dict(own.state_dict())
+
+    # the frozen BatchNorm that transformers puts in place of ours gives the features of evaluation, also in training
+    features = []
+    backbone.register_forward_hook(lambda module, args, out: features.extend(out))
+    labels = [{'class_labels': torch.tensor([0, 2]), 'boxes': torch.tensor([[.5, .5, .3, .2], [.3, .3, .2, .2]])}]
+    out = detector.train()(pixel_values=x, labels=labels)
+    for feature, expected in zip(features, own(x), strict=True):
+        torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-4)
+    assert out.logits.shape == (1, 4, 3 + (kind == 'Detr')) and out.pred_boxes.shape == (1, 4, 4)
+    assert out.pred_boxes.min() >= 0 and out.pred_boxes.max() <= 1
+    if levels == 1:
+        assert out.encoder_last_hidden_state.shape == (1, (64 // own.feature_info.reduction()[-1]) ** 2, 32)
+    out.loss.backward()
+    assert out.loss.isfinite() and all(p.grad.abs().sum() > 0 for p in backbone.parameters())
+
+    detector.eval().save_pretrained(tmp_path)
+    reloaded = detector_class.from_pretrained(tmp_path).eval()
+    assert_same([reloaded(x).logits, reloaded(x).pred_boxes], [detector(x).logits, detector(x).pred_boxes])
+
+
+def test_transformers_detr_by_name(x):
+    transformers = pytest.importorskip('transformers')
+    config = transformers.DetrConfig(
+        use_timm_backbone=True, backbone='wrn18_1', use_pretrained_backbone=False, **TINY_DETR)
+    assert transformers.DetrForObjectDetection(config)(x).logits.shape == (1, 4, 4)
+
+
 def test_anomalib_feature_extractor(x):
     extractors = pytest.importorskip('anomalib.models.components.feature_extractors')
     for name in ('wrn16_2', 'wrn18_1_5'):

@@ -16,16 +16,19 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from torch import nn
+from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.retinanet import _default_anchorgen
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 import wrn_timm  # noqa: F401
 from wrn_timm.cli import detect as detect_script
 from wrn_timm.data.boxes import divide, read_boxes
-from wrn_timm.detection import faster_rcnn, fpn_backbone, retinanet
-from wrn_timm.train.detector import _backbone_in_bfloat16, evaluate_detector, load_detector
+from wrn_timm.detection import faster_rcnn, fpn_backbone, open_detector, retinanet
+from wrn_timm.train import detector as detector_run
+from wrn_timm.train.detector import _backbone_in_bfloat16
+from wrn_timm.train.measure_boxes import detection_metrics, evaluate_detector
 from wrn_timm.weights import sha256_of
 
 BCCD = Path(__file__).parent / 'data' / 'bccd_sample'
@@ -199,7 +202,7 @@ def test_names_that_are_not_utf8(tmp_path):
 def test_a_detector_whose_record_is_wrong(run, tmp_path, capsys, text, message):
     shutil.copytree(run / 'weights', tmp_path / 'run' / 'weights')
     (tmp_path / 'run' / 'weights' / 'detector.json').write_text(text)
-    assert detect_script.main(['--out', str(tmp_path / 'run'), '--draw', 'x.jpg']) == 1
+    assert detect_script.main(['--model', str(tmp_path / 'run'), 'x.jpg']) == 1
     error = capsys.readouterr().err
     assert error.startswith('error: ') and re.search(message.replace('[', r'\['), error), error
 
@@ -222,10 +225,13 @@ def test_average_precision_of_known_detections():
     batch = [torch.rand(3, 30, 30)], [target]
     half = evaluate_detector(Finds([{'boxes': boxes[:1], 'labels': torch.tensor([1])}]), [batch], ('a', 'b'))
     assert half['map'] == half['map_50'] == pytest.approx(100 * 51 / 101, abs=0.01)
-    assert half['map_per_class'] == {'a': half['map'], 'b': None}
+    assert {name: row['map'] for name, row in half['per_class'].items()} == {'a': half['map'], 'b': None}
+    # the box found is right, and one of the two objects is missed, at every threshold up to its score
+    assert half['precision'] == 100 and half['recall'] == 50 and half['f1'] == pytest.approx(66.67, abs=0.01)
+    assert half['per_class']['a']['objects'] == 2 and half['per_class']['b']['recall'] is None
     # a class that is found and is not there has no precision
     also = {'boxes': boxes, 'labels': torch.tensor([1, 2])}
-    assert evaluate_detector(Finds([also]), [batch], ('a', 'b'))['map_per_class'] == half['map_per_class']
+    assert evaluate_detector(Finds([also]), [batch], ('a', 'b'))['per_class'] == half['per_class']
     # overlap 0.61: enough at the thresholds 0.5, 0.55 and 0.6 of the ten
     narrow = boxes - torch.tensor([0., 0, 3.9, 0])
     loose = evaluate_detector(Finds([{'boxes': narrow, 'labels': torch.tensor([1, 1])}]), [batch], ('a',))
@@ -255,19 +261,17 @@ def whole_epochs(tmp_path_factory):
 
 def test_run_directory(run):
     metrics = json.loads((run / 'metrics.json').read_text())
-    assert metrics['images'] == 2 and set(metrics['map_per_class']) == {'Platelets', 'RBC', 'WBC'}
+    assert metrics['images'] == 2 and set(metrics['per_class']) == {'Platelets', 'RBC', 'WBC'}
     assert metrics['left_out'][0].endswith('has no area') and metrics['split'] == 'given: trainval; tested on test'
     assert len((run / 'history.csv').read_text().splitlines()) == 3
-    for name in ('BloodImage_00007', 'BloodImage_00011'):
-        with Image.open(run / 'drawn' / f'{name}.png') as drawing:
-            assert drawing.size == (640, 480)
+    assert json.loads((run / 'weights' / 'detector.json').read_text())['detect']['model'] == 'wrn16_1'
 
 
 def test_stopped_and_resumed_gives_the_same_detector(run, tmp_path, capsys):
     args = ['--data', f'bccd:{BCCD}', '--out', str(tmp_path / 'run'), '--epochs', '2', *SMALL]
     assert detect_script.main([*args, '--time-budget', '0']) == 130
     assert not (tmp_path / 'run' / 'weights').exists()
-    assert detect_script.main(['--out', str(tmp_path / 'run'), '--draw', 'x.jpg']) == 1
+    assert detect_script.main(['--model', str(tmp_path / 'run'), 'x.jpg']) == 1
     assert 'holds no detector' in capsys.readouterr().err
     assert detect_script.main([*args, '--resume']) == 0
     a, b = (sha256_of(r / 'weights' / 'model.safetensors') for r in (run, tmp_path / 'run'))
@@ -295,16 +299,18 @@ def test_sigterm_leaves_a_run_that_resumes_to_the_same_detector(whole_epochs, tm
 
 def test_torchvisions_own_detector_by_the_same_script(tmp_path, capsys):
     args = ['--data', f'bccd:{BCCD}', '--out', str(tmp_path / 'run'), '--model', 'torchvision/resnet50_fpn', '--opt',
-            'sgd', '--epochs', '1', '--image-size', '64', '--rois', '16', '--batch-size', '3', '--device', 'cpu']
+            'sgd', '--epochs', '1', '--image-size', '64', '--rois', '16', '--batch-size', '3', '--anchor-scale', '8',
+            '--device', 'cpu']
     assert detect_script.main(args) == 0
-    detector, _ = load_detector(tmp_path / 'run')
+    detector = open_detector(tmp_path / 'run')
     own = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4)
     own.load_state_dict(detector.state_dict())
     assert detector.rpn.anchor_generator.sizes == own.rpn.anchor_generator.sizes
     assert any(isinstance(m, nn.BatchNorm2d) for m in detector.backbone.modules())
     assert own.backbone.body.bn1.running_mean.abs().max() > 0  # trained, not frozen
     assert json.loads((tmp_path / 'run/metrics.json').read_text())['images'] == 2
-    for option, expected in ((['--pretrained'], 'pretrained is True'), (['--out-channels', '64'], 'out_channels is 64'),
+    for option, expected in ((['--frozen-stages', '1'], 'frozen_stages is 1'),
+                             (['--out-channels', '64'], 'out_channels is 64'),
                              (['--detector', 'retinanet'], 'detector is retinanet')):
         with pytest.raises(SystemExit):
             detect_script.main([*args, *option])
@@ -317,44 +323,148 @@ def test_a_damaged_detector_is_refused(run, tmp_path, capsys):
     data = bytearray(file.read_bytes())
     data[-1000] ^= 1
     file.write_bytes(data)
-    assert detect_script.main(['--out', str(tmp_path / 'run'), '--draw', 'x.jpg']) == 1
+    assert detect_script.main(['--model', str(tmp_path / 'run'), 'x.jpg']) == 1
     error = capsys.readouterr().err
     assert error.startswith('error: ') and 'but detector.json names' in error
     record = json.loads((file.parent / 'detector.json').read_text())
     assert record.pop('sha256') == sha256_of(run / 'weights' / 'model.safetensors')
     (file.parent / 'detector.json').write_text(json.dumps(record))  # as runs of before left it
-    load_detector(tmp_path / 'run')
+    open_detector(tmp_path / 'run')
     file.write_bytes(data[:-1000])
     with pytest.raises(RuntimeError, match='model.safetensors is damaged: '):
-        load_detector(tmp_path / 'run')
+        open_detector(tmp_path / 'run')
 
 
-def test_draw_by_a_finished_run(run, tmp_path, capsys):
-    detector, classes = load_detector(run)
-    assert classes == ('Platelets', 'RBC', 'WBC') and not detector.training
-    photograph = tmp_path / 'photograph.jpg'
-    shutil.copy(BCCD / 'JPEGImages' / 'BloodImage_00007.jpg', photograph)
-    other = tmp_path / 'other' / photograph.name
+def test_finding_objects_with_a_finished_run(run, tmp_path, capsys):
+    detector = open_detector(run)
+    assert detector.classes == ('Platelets', 'RBC', 'WBC') and not detector.training
+    photograph, other, bad = (tmp_path / name for name in ('17.jpg', 'other/17.jpg', 'bad.jpg'))
     other.parent.mkdir()
+    shutil.copy(BCCD / 'JPEGImages' / 'BloodImage_00007.jpg', photograph)
     shutil.copy(BCCD / 'JPEGImages' / 'BloodImage_00011.jpg', other)
-    args = ['--out', str(run), '--draw', str(photograph), str(other), '--threshold', '0', '--device', 'cpu']
-    assert detect_script.main(args) == 0
-    result, second = json.loads(capsys.readouterr().out)
-    assert [Path(r['drawing']).name for r in (result, second)] == ['photograph.png', 'photograph_2.png']
+    bad.write_text('no image')
+    args = ['--model', str(run), *map(str, (photograph, other, bad)), '--threshold', '0', '--device', 'cpu']
     with torch.no_grad():
-        expected = detector([torch.from_numpy(np.array(Image.open(photograph))).permute(2, 0, 1) / 255])
-    assert len(result['objects']) == len(expected[0]['boxes']) > 0
-    assert result['objects'][0]['box'] == pytest.approx(expected[0]['boxes'][0].tolist(), abs=0.1)
-    with Image.open(photograph) as before, Image.open(result['drawing']) as after:
+        expected = detector([torch.from_numpy(np.array(Image.open(photograph))).permute(2, 0, 1) / 255])[0]
+    assert detect_script.main([*args, '--json', '--draw', str(tmp_path / 'drawn')]) == 1
+    out, err = capsys.readouterr()
+    result, _, failed = json.loads(out)
+    assert '1 files could not be read' in err and 'bad.jpg is not an image' in failed['error']
+    assert len(result['objects']) == len(expected['boxes']) > 0
+    assert result['objects'][0]['box'] == pytest.approx(expected['boxes'][0].tolist(), abs=0.1)
+    assert sorted(p.name for p in (tmp_path / 'drawn').iterdir()) == ['17.png', '17_2.png']
+    with Image.open(photograph) as before, Image.open(tmp_path / 'drawn/17.png') as after:
         assert before.size == after.size and before.tobytes() != after.tobytes()
+
+    detect_script.main([*args, '--csv'])
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row['label'] for row in rows if row['image'] == str(photograph)] == [o['label'] for o in result['objects']]
+    assert rows[-1]['error'] and not rows[-1]['label']
+    detect_script.main([*args, '--coco'])
+    first = json.loads(capsys.readouterr().out)[0]
+    corner, sides = first['bbox'][:2], first['bbox'][2:]
+    assert first['image_id'] == 17 and [*corner, *(c + s for c, s in zip(corner, sides, strict=True))] == pytest.approx(
+        result['objects'][0]['box'], abs=0.11)
+    detect_script.main([*args[:3], '--threshold', '1', '--device', 'cpu'])
+    assert 'no objects' in capsys.readouterr().out
+    in_python = wrn_timm.find_objects(run, [photograph, bad], threshold=0.)
+    assert [o.box for o in in_python[0].objects] == [tuple(o['box']) for o in result['objects']]
+    assert in_python[1].error == failed['error']
+
+
+def test_metrics_are_those_of_torchmetrics():
+    torch.manual_seed(0)
+    found, there = [], []
+    for _ in range(12):
+        corners = torch.rand(6, 2) * 80
+        boxes = torch.cat([corners, corners + 8 + torch.rand(6, 2) * 40], 1)
+        labels = torch.randint(1, 4, (6,))
+        there.append({'boxes': boxes, 'labels': labels})
+        moved = torch.cat([boxes + torch.randn(6, 4) * 3, boxes[:2] + 30])
+        found.append({'boxes': moved, 'labels': torch.cat([labels, labels[:2]]), 'scores': torch.rand(8)})
+    metric = MeanAveragePrecision(class_metrics=True)
+    metric.update(found, there)
+    expected = metric.compute()
+    ours, curves = detection_metrics(found, there, ('a', 'b', 'c'))
+    for key in ('map', 'map_50', 'map_75'):
+        assert ours[key] == pytest.approx(100 * expected[key].item(), abs=0.1)
+    assert [row['map'] for row in ours['per_class'].values()] == pytest.approx(
+        (100 * expected['map_per_class']).tolist(), abs=0.1)  # its 0.7 of COCO's recalls is 0.69999999
+    # precision and recall by counting, at the threshold that was chosen
+    right = below = 0
+    for label in (1, 2, 3):
+        for f, t in zip(found, there, strict=True):
+            keep = (f['labels'] == label) & (f['scores'] >= ours['threshold'])
+            order = f['scores'][keep].argsort(descending=True)
+            free = t['boxes'][t['labels'] == label]
+            below += int(keep.sum())
+            for box in f['boxes'][keep][order]:
+                if len(free) and (overlap := box_iou(box[None], free)[0]).max() >= 0.5:
+                    free = free[torch.arange(len(free)) != overlap.argmax()]
+                    right += 1
+    curve = [curves[name].at(ours['threshold']) for name in 'abc']
+    assert sum(r * curves[n].objects for n, (_, r) in zip('abc', curve, strict=True)) == pytest.approx(right)
+    assert sum(int((curves[n].scores >= ours['threshold']).sum()) for n in 'abc') == below
+    assert ours['precision'] == pytest.approx(100 * np.mean([p for p, _ in curve]), abs=0.01)
+
+
+def test_nothing_to_measure_is_said():
+    empty = {'boxes': torch.zeros(0, 4), 'labels': torch.zeros(0, dtype=torch.int64), 'scores': torch.zeros(0)}
+    one = {'boxes': torch.tensor([[0., 0, 9, 9]]), 'labels': torch.tensor([1])}
+    metrics, curves = detection_metrics([empty], [one], ('a',))
+    assert metrics['map'] == metrics['recall'] == 0 and len(curves['a'].scores) == 0
+    with pytest.raises(ValueError, match='there is no object on the test images'):
+        detection_metrics([empty], [empty], ('a',))
+
+
+def test_several_seeds(tmp_path, capsys):
+    out = tmp_path / 'runs'
+    args = ['--data', f'bccd:{BCCD}', '--out', str(out), *SMALL, '--epochs', '1', '--seeds', '2']
+    assert detect_script.main([*args, '--messages', 'json']) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line['epoch'] for line in lines[:-1]] == [1, 1]
+    each = [json.loads((out / f'seed-{i}/metrics.json').read_text())['map_50'] for i in (0, 1)]
+    summary = json.loads((out / 'metrics.json').read_text())
+    assert summary['map_50']['values'] == each and summary['map_50']['mean'] == pytest.approx(np.mean(each), abs=1e-3)
+    assert detect_script.main(args) == 1 and 'the figures of several seeds' in capsys.readouterr().err
+    assert detect_script.main([*args, '--resume']) == 0
+
+
+def test_what_is_left_open_is_found_from_data_and_weights(tmp_path, monkeypatch, caplog):
+    scan = read_boxes(BCCD)
+    train, _, _ = divide(scan)
+    machine = wrn_timm.Machine()
+    _, config = detector_run._prepared(wrn_timm.DetectConfig(), scan, train, machine)
+    assert config.model == 'wrn16_2.cifar100' and 'There are no ImageNet weights' in caplog.text
+    assert (config.image_size, config.epochs, config.batch_size, config.out_channels) == (640, 60, 2, 64)
+    # ImageNet weights in a folder are found, and their BatchNorm is frozen
+    folder = tmp_path / 'wrn18_1.tv_in1k'
+    wrn_timm.weights.export_weights(timm.create_model('wrn18_1'), folder, {'tag': 'tv_in1k'})
+    monkeypatch.setenv('WRN_TIMM_WEIGHTS', str(tmp_path))
+    detector, config = detector_run._prepared(wrn_timm.DetectConfig(), scan, train, machine)
+    assert config.model == 'wrn18_1.tv_in1k' and config.out_channels == 256
+    assert any(isinstance(m, FrozenBatchNorm2d) for m in detector.backbone.modules())
+    own = timm.create_model('wrn18_1.tv_in1k', pretrained=True).state_dict()
+    body = detector.backbone.body
+    torch.testing.assert_close(body.state_dict()['layer3.0.conv1.weight'], own['layer3.0.conv1.weight'])
+    # weights of the 3x3 stem are taken for all but the stem, whose BatchNorm has to be trained
+    detector, _ = detector_run._prepared(wrn_timm.DetectConfig(model='wrn16_1.cifar10'), scan, train, machine)
+    own = timm.create_model('wrn16_1.cifar10', pretrained=True).state_dict()
+    body = detector.backbone.body
+    torch.testing.assert_close(body.state_dict()['layer2.0.conv1.weight'], own['layer2.0.conv1.weight'])
+    assert body.conv1.weight.shape[2:] == (7, 7) and any(isinstance(m, nn.BatchNorm2d) for m in body.modules())
 
 
 def test_script_errors(run, tmp_path, capsys):
     sample, new = ['--data', f'voc:{BCCD}'], ['--out', str(tmp_path / 'a')]
     for args, expected in (
             (new, '--data is missing'),
-            ([*sample, *new, '--epochs', '0'], 'epochs is 0; it must be at least 1'),
-            ([*sample, *new, '--detector', 'yolo'], "detector 'yolo' is unknown; choose one of faster_rcnn, retinanet"),
+            ([*sample, *new, 'a.jpg'], 'not both'),
+            (['--model', 'RUN', 'a.jpg', '--json', '--csv'], 'choose one of --json, --csv and --coco'),
+            (['--model', 'RUN', 'a.jpg', '--threshold', '2'], 'threshold is 2.0; it must be from 0 to 1'),
+            ([*sample, *new, '--precision', 'fp16'], 'precision fp16 is not for detectors'),
+            ([*sample, *new, '--epochs', '-1'], 'epochs is -1; it must be at least 0'),
+            ([*sample, *new, '--detector', 'yolo'], "invalid choice: 'yolo'"),
     ):
         with pytest.raises(SystemExit):
             detect_script.main(args)

@@ -4,7 +4,8 @@
     model = timm.create_model('wrn16_1.cifar10', pretrained=True)
 
 `wrn_timm.finetune`, `FinetuneConfig`, `Machine` and `predict` are loaded when they are first used: they need the
-extra `[train]`, and the models do not.
+extra `[train]`, and the models do not. So are `open_detector`, `find_objects`, `train_detector` and `DetectConfig`,
+with the extra `[detect]`.
 """
 import importlib
 from typing import Any
@@ -19,17 +20,22 @@ __all__ = ['WideResNet', 'convert_checkpoint', 'list_weights', 'register_wrn']
 
 _TRAINING = {  # not in __all__: see above
     'FinetuneConfig': 'recipes', 'Machine': 'train.machine', 'finetune': 'train.finetune', 'predict': 'train.predict'}
+_DETECTION = {
+    'DetectConfig': 'recipes', 'find_objects': 'train.find_objects', 'open_detector': 'detection',
+    'train_detector': 'train.detector'}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _TRAINING:
+    places = _TRAINING | _DETECTION
+    if name not in places:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     try:
-        return getattr(importlib.import_module(f'.{_TRAINING[name]}', __name__), name)
+        return getattr(importlib.import_module(f'.{places[name]}', __name__), name)
     except ModuleNotFoundError as e:
+        extra = 'detect' if name in _DETECTION else 'train'
         raise ImportError(
-            f'wrn_timm.{name} needs {e.name}, which is not installed: pip install "wrn_timm[train]"') from e
+            f'wrn_timm.{name} needs {e.name}, which is not installed: pip install "wrn_timm[{extra}]"') from e
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_TRAINING])
+    return sorted([*globals(), *_TRAINING, *_DETECTION])

@@ -27,8 +27,8 @@ from .schemas import read_record
 from .weights import open_model
 
 __all__ = [
-    'GOLDEN_FILE', 'PAPER_ERROR', 'TRANSFER_FILE', 'check_golden', 'check_run_records', 'finish_weights_folder',
-    'model_card']
+    'GOLDEN_FILE', 'PAPER_ERROR', 'TEMPLATES', 'TRANSFER_FILE', 'check_golden', 'check_run_records',
+    'finish_weights_folder', 'first_photographs', 'model_card', 'owners_licence', 'read_history', 'training_line']
 
 GOLDEN_FILE = 'golden.npz'  # a second .safetensors in the folder confuses timm up to 1.0.26
 TRANSFER_FILE = 'transfer.json'  # what the weights are worth on other data sets
@@ -55,7 +55,7 @@ _LIMITS = {
     'cifar100': f'CIFAR-100 has a hundred classes at 32x32 pixels, {_TINY_IMAGES}; its classes baby, boy, girl, man '
                 f'and woman carry the biases of that collection.',
 }
-_TEMPLATES = jinja2.Environment(
+TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader('wrn_timm'), autoescape=True, keep_trailing_newline=True, trim_blocks=True,
     undefined=jinja2.StrictUndefined)
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Recipe) if f.default is not dataclasses.MISSING}
@@ -85,18 +85,37 @@ def _part(metrics: dict[str, Any]) -> str:
     return metrics.get('tested_on') or {'given': 'test'}.get(metrics['split'], metrics['split'])
 
 
-def _owners_licence(card: Path) -> str:
-    """The licence that the owner of fine-tuned weights wrote into their card; '' if there is none yet."""
+def owners_licence(card: Path) -> str:
+    """The licence that the owner of the weights wrote into their card; '' if there is none yet."""
     text = card.read_text(encoding='utf-8') if card.is_file() else ''
     found = re.match(r'---\n(?:(?!---).*\n)*?license: *([^\s#]+)', text)
     return found[1].strip('\'"') if found else ''
 
 
+def read_history(folder: Path) -> list[dict[str, str]]:
+    """The rows of a folder's `history.csv`."""
+    with open(folder / 'history.csv', encoding='utf-8', newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def training_line(took: str, steps: str, seed: int | None, env: dict[str, str]) -> str:
+    """How long a run took and what it ran on.
+
+    Args:
+        took: Time and speed.
+        steps: How many epochs.
+        seed: Of the run.
+        env: As `recipe.json` has it.
+    """
+    machine = env['hardware'] + {'bf16': ' in bfloat16', 'no': ' in float32'}.get(env.get('precision'), '')
+    return (f"{took} on {machine}, seed {seed}, {steps}; torch {env['torch']}, timm {env['timm']}, "
+            f"commit `{env['commit']}`.")
+
+
 def _training(folder: Path, metrics: dict[str, Any], run: dict[str, Any]) -> str:
     """How long a run took and how fast it was, with its seed and what it ran on."""
-    with open(folder / 'history.csv', encoding='utf-8', newline='') as f:
-        history = list(csv.DictReader(f))
-    last, env, speed = history[-1], run['environment'], ''
+    history = read_history(folder)
+    last, speed = history[-1], ''
     if 'finetune' in run:
         took = duration(metrics.get('train_seconds', float(last['seconds'])))
         if 'images_per_second' in last:
@@ -108,9 +127,7 @@ def _training(folder: Path, metrics: dict[str, Any], run: dict[str, Any]) -> str
             speed = f" at {float(last['images_per_second']):.0f} images/s (last epoch)"
     steps = f"{last['epoch']} {'penalties tried' if 'penalty' in last else 'epochs'}"
     seed = run.get('seed', run.get('finetune', {}).get('seed'))
-    machine = env['hardware'] + {'bf16': ' in bfloat16', 'no': ' in float32'}.get(env.get('precision'), '')
-    return (f"{took}{speed} on {machine}, seed {seed}, {steps}; torch {env['torch']}, timm {env['timm']}, "
-            f"commit `{env['commit']}`.")
+    return training_line(took + speed, steps, seed, run['environment'])
 
 
 def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
@@ -182,7 +199,7 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
     tuned, wide = 'finetune' in run, arch.startswith('wrn')
     settings = metrics.get('used') or run['finetune'] if tuned else run['recipe']
     name, dataset, title, size = f"{arch}.{cfg['tag']}", metrics['dataset'], _title(metrics, run), cfg['input_size'][-1]
-    licence = cfg.get('license') or _owners_licence(folder / 'README.md')
+    licence = cfg.get('license') or owners_licence(folder / 'README.md')
     data = ModelCardData(
         library_name='timm', license=licence or None, pipeline_tag='image-classification',
         tags=['timm', *['wide-residual-network'] * wide, 'wrn_timm'],
@@ -201,11 +218,16 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
     if tuned:
         begun = 'fine-tuned from' if settings['pretrained'] else 'trained from random weights, with the settings of'
         trained, usage = Markup(f"{begun} `{settings['model']}`"), 'local-dir:RUN/best'  # code needs no escaping
-    return _TEMPLATES.get_template('card.md').render(
+    return TEMPLATES.get_template('card.md').render(
         header=data.to_yaml(), licence=licence, name=name, network=network, trained=trained, title=title, usage=usage,
         accuracy=_accuracy(name, metrics, run), size=size, mean=tuple(cfg['mean']), std=tuple(cfg['std']),
         golden=GOLDEN_FILE, training=_training(folder, metrics, run), command=_command(run), settings=settings,
         limits=limits, num_classes=config['num_classes'], wide=wide)
+
+
+def first_photographs() -> list[str]:
+    """The first bundled photograph of each class: the inputs of golden outputs."""
+    return [next(walk_files(folder)) for folder in sorted(golden_photographs().iterdir()) if folder.is_dir()]
 
 
 def finish_weights_folder(folder: str | Path, metrics: dict[str, Any]) -> None:
@@ -226,9 +248,8 @@ def finish_weights_folder(folder: str | Path, metrics: dict[str, Any]) -> None:
     model = open_model(str(folder))
     config = resolve_model_data_config(model)
     size = config['input_size'][-1]
-    first = [next(walk_files(folder)) for folder in sorted(golden_photographs().iterdir()) if folder.is_dir()]
     images = torch.stack([
-        pil_to_tensor(center_crop(resize(read_rgb(p), size), [size, size])) for p in first])
+        pil_to_tensor(center_crop(resize(read_rgb(p), size), [size, size])) for p in first_photographs()])
     with torch.inference_mode():
         inputs = normalise(images, config['mean'], config['std'])
         logits = torch.cat([model(one) for one in inputs.split(1)])  # however little the memory

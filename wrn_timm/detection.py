@@ -2,25 +2,39 @@
 
     detector = faster_rcnn('wrn50_2', num_classes=20, pretrained=True)
     losses = detector(images, targets)         # torchvision's own interface
+    detector = open_detector('RUN')            # as trained by `wrn-timm detect`
 """
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 from timm.layers import freeze_batch_norm_2d
 from timm.utils import freeze
-from torchvision.models.detection import FasterRCNN, RetinaNet
+from torch import nn
+from torchvision.models.detection import FasterRCNN, RetinaNet, fasterrcnn_resnet50_fpn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
+from .download import snapshot
+from .files import atomic_write
+from .recipes import TORCHVISION_DETECTOR, DetectConfig
+from .schemas import check_detector, read_json
+from .weights import WEIGHTS_FILE, check_weights, sha256_of, verify
 from .wrn import WideResNet
 
-__all__ = ['DETECTORS', 'anchor_generator', 'faster_rcnn', 'fpn_backbone', 'retinanet']
+__all__ = ['DETECTORS', 'DETECTOR_FILE', 'anchor_generator', 'build_detector', 'detector_folder', 'export_detector',
+           'faster_rcnn', 'find_detector', 'fpn_backbone', 'open_detector', 'postprocessor', 'retinanet']
+
+DETECTOR_FILE = 'detector.json'
 
 _RATIOS = (0.5, 1., 2.)  # of an anchor's height and width
 
@@ -42,7 +56,8 @@ def fpn_backbone(
         out_indices: Levels of its `feature_info`; None for all stages from `layer1` on.
         out_channels: Channels of every level of the pyramid.
         pretrained: Start from the tag's weights.
-        frozen_norm: Replace BatchNorm with `FrozenBatchNorm2d`, for small batches; None does so if `pretrained`.
+        frozen_norm: Replace BatchNorm with `FrozenBatchNorm2d`, for small batches; None does so if `pretrained`, unless
+            the stem is not that of the weights.
         frozen_stages: Freeze the stem and the first n stages; 0 freezes nothing.
         extra_blocks: Adds levels after the last one; None adds one by max pooling.
         model_kwargs: Passed to `timm.create_model`. The 6N + 4 family gets `stem='imagenet'` by default, because at
@@ -72,7 +87,7 @@ def fpn_backbone(
     if frozen_stages:
         children = [n for n, _ in model.named_children()]
         freeze(model, children[:children.index(info[stages[frozen_stages - 1]]['module']) + 1])
-    if pretrained if frozen_norm is None else frozen_norm:
+    if pretrained and not getattr(model, 'stem_swapped', False) if frozen_norm is None else frozen_norm:
         model = freeze_batch_norm_2d(model)
     backbone = BackboneWithFPN(
         model, {info[i]['module']: str(n) for n, i in enumerate(taken)}, [info[i]['num_chs'] for i in taken],
@@ -144,3 +159,115 @@ def retinanet(
 
 
 DETECTORS = {'faster_rcnn': faster_rcnn, 'retinanet': retinanet}
+
+
+def build_detector(config: DetectConfig, classes: Sequence[str], pretrained: bool = False) -> nn.Module:
+    """The detector of a configuration in which nothing is left open.
+
+    Args:
+        config: Settings with a model, an image size, anchors and channels.
+        classes: Names; label 1 is the first. The detector keeps them as its attribute `classes`.
+        pretrained: Load the weights of the backbone. They decide on `frozen_norm` too, as does `config.pretrained`.
+
+    Raises:
+        ValueError: As for `fpn_backbone`.
+    """
+    # with the shorter side's limit as high as the longer's, the longer one decides
+    detector_kwargs = dict(min_size=config.image_size, max_size=config.image_size)
+    if config.detector == 'faster_rcnn':
+        detector_kwargs |= dict(box_batch_size_per_image=config.rois)
+    if config.model == TORCHVISION_DETECTOR:
+        detector = fasterrcnn_resnet50_fpn(
+            weights=None, weights_backbone=None, num_classes=len(classes) + 1, **detector_kwargs,
+            rpn_anchor_generator=anchor_generator((4, 8, 16, 32, 64), config.anchor_scale))
+    else:
+        detector = DETECTORS[config.detector](
+            config.model, len(classes), anchor_scale=config.anchor_scale, out_channels=config.out_channels,
+            pretrained=pretrained, frozen_norm=config.pretrained and not _swaps_stem(config.model),
+            frozen_stages=config.frozen_stages, detector_kwargs=detector_kwargs)
+    detector.classes = tuple(classes)
+    return detector
+
+
+def _swaps_stem(name: str) -> bool:
+    """Whether a detector gives the network another stem than the one of its weights, as it does to the CIFAR family."""
+    arch = name.partition('.')[0]
+    return timm.is_model(arch) and timm.models.model_entrypoint(arch).__module__ == WideResNet.__module__
+
+
+def export_detector(detector: nn.Module, folder: Path, record: dict[str, Any]) -> None:
+    """Write a detector as a weights folder: `model.safetensors` and `detector.json`, which holds `record` and the
+    sha256 of the weights.
+
+    Args:
+        detector: Any device.
+        folder: Made if it is not there.
+        record: With `detect`, the fields of the `DetectConfig`, and `classes`.
+
+    Raises:
+        FloatingPointError: A weight is not finite; nothing is written.
+    """
+    check_weights(detector.state_dict(), folder)
+    folder.mkdir(exist_ok=True)
+    tensors = {k: v.contiguous() for k, v in detector.state_dict().items()}
+    file = folder / WEIGHTS_FILE
+    atomic_write(file, lambda p: save_file(tensors, p))
+    atomic_write(folder / DETECTOR_FILE, json.dumps(record | {'sha256': sha256_of(file)}, indent=2) + '\n')
+    shutil.copymode(folder / DETECTOR_FILE, file)  # safetensors lets nobody else read it
+
+
+def find_detector(path: str | Path) -> Path | None:
+    """The weights folder of a detector at a path, which may be that of its run; None if there is none."""
+    return next((f for f in (Path(path), Path(path) / 'weights') if (f / DETECTOR_FILE).is_file()), None)
+
+
+def detector_folder(name: str | Path) -> Path:
+    """The weights folder of a detector: that of a run, the folder itself, or that of a repository of the Hub.
+
+    Raises:
+        FileNotFoundError: There is none.
+        RuntimeError: The repository cannot be downloaded.
+    """
+    if str(name).startswith('hf-hub:'):
+        return snapshot(str(name).removeprefix('hf-hub:'), (WEIGHTS_FILE, DETECTOR_FILE))
+    folder = find_detector(name)
+    if folder is None:
+        raise FileNotFoundError(f'{name} holds no detector: there is no {DETECTOR_FILE}. Give the run directory of a '
+                                f'finished `wrn-timm detect`')
+    return folder
+
+
+def postprocessor(detector: nn.Module) -> nn.Module:
+    """The part of a detector that has its `score_thresh`, `nms_thresh` and `detections_per_img`."""
+    return getattr(detector, 'roi_heads', detector)
+
+
+def open_detector(name: str | Path, device: str = 'cpu') -> nn.Module:
+    """A trained detector as torchvision's `FasterRCNN` or `RetinaNet`, in evaluation mode.
+
+        detector = wrn_timm.open_detector('RUN')
+        found, = detector([image])               # float32 (3, H, W), 0 to 1
+        found['boxes'], found['scores'], [detector.classes[i - 1] for i in found['labels']]
+
+    Args:
+        name: Run directory of `wrn-timm detect`, its weights folder, or `hf-hub:ACCOUNT/NAME`.
+        device: Where it runs.
+
+    Returns:
+        The detector. Its attribute `classes` has the names of the classes; label 1 is the first.
+
+    Raises:
+        FileNotFoundError: There is no detector at `name`.
+        ValueError: `detector.json` is damaged, or of another version.
+        RuntimeError: The weights file is damaged, or not the one that `detector.json` names, or the repository cannot
+            be downloaded.
+    """
+    folder = detector_folder(name)
+    settings = read_json(folder / DETECTOR_FILE, check_detector)
+    file = verify(folder, settings.get('sha256'), named_by=DETECTOR_FILE)
+    try:
+        detector = build_detector(DetectConfig(**settings['detect']), settings['classes'])
+    except TypeError as e:
+        raise ValueError(f'{folder / DETECTOR_FILE} does not make a detector: {e}') from e
+    detector.load_state_dict(load_file(file))
+    return detector.to(device).eval()

@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,61 +15,127 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 from .card import GOLDEN_FILE, GOLDEN_TOLERANCE, TRANSFER_FILE, check_golden
+from .detection import DETECTOR_FILE, find_detector
+from .detector_card import check_golden_detector, detector_name
 from .download import hub_fault
-from .weights import WEIGHTS_FILE, verify, version_tag
+from .weights import WEIGHTS_FILE, verify, version_tag, weights_folder
 
 __all__ = ['check_folder', 'preview', 'publish']
 
-FILES = (
-    WEIGHTS_FILE, 'config.json', 'README.md', 'metrics.json', 'recipe.json', 'history.csv', 'curves.png', GOLDEN_FILE)
-OPTIONAL_FILES = (TRANSFER_FILE,)
+_NO_PATHS = ('hf-hub:', 'torchvision/')  # names of models that have a slash
 SIZE_LIMIT = 5_000_000  # bytes of any file but the weights
 
 
-def _file_faults(folder: Path) -> Iterator[str]:
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """What sets one kind of weights folder apart from the other.
+
+    Attributes:
+        config: JSON file that says how the network is made, and the sha256 of its weights.
+        name: From the content of that file, the name of the repository.
+        record: JSON file that says how it was trained.
+        settings: From the content of that file, the settings; {} if it tells of no training.
+        optional: Files that the folder may hold.
+        check_golden: From the folder, the largest difference between the golden outputs and those of now.
+        golden: What these outputs are.
+        metrics: Fields of `metrics.json` that the card's model-index has.
+        library: The card's `library_name`.
+        calls: Functions in the card's code whose first argument names the weights.
+        writers: What writes the folder, and what writes the files beside the weights again.
+    """
+    config: str
+    name: Callable[[dict[str, Any]], str]
+    record: str
+    settings: Callable[[dict[str, Any]], dict[str, Any]]
+    optional: tuple[str, ...]
+    check_golden: Callable[[Path], float]
+    golden: str
+    metrics: tuple[str, ...]
+    library: str
+    calls: tuple[str, ...]
+    writers: tuple[str, str]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What the folder has to hold."""
+        return tuple(dict.fromkeys((
+            WEIGHTS_FILE, self.config, 'README.md', 'metrics.json', self.record, 'history.csv', 'curves.png',
+            GOLDEN_FILE)))
+
+
+_CLASSIFIER = _Kind(
+    config='config.json', name=lambda config: f"{config['architecture']}.{config['pretrained_cfg']['tag']}",
+    record='recipe.json', settings=lambda run: run.get('recipe') or run.get('finetune') or {},
+    optional=(TRANSFER_FILE,), check_golden=check_golden, golden='logits', metrics=('top1',), library='timm',
+    calls=('create_model',),
+    writers=('wrn-timm train or finetune', 'wrn-timm validate --write'))
+_DETECTOR = _Kind(
+    config=DETECTOR_FILE, name=detector_name, record=DETECTOR_FILE,
+    settings=lambda run: {**run.get('detect', {}), 'data': run.get('data', '')},
+    optional=(), check_golden=check_golden_detector, golden='scores', metrics=('map', 'map_50'), library='torchvision',
+    calls=('open_detector', 'find_objects'), writers=('wrn-timm detect', 'wrn-timm detect --resume'))
+
+
+def _found(path: str | Path) -> tuple[Path, _Kind]:
+    """The weights folder at a path, which may be that of its run, and of which kind it is."""
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f'no weights folder at {path}')
+    if detector := find_detector(path):
+        return detector, _DETECTOR
+    with contextlib.suppress(FileNotFoundError):
+        return weights_folder(path), _CLASSIFIER
+    return Path(path), _CLASSIFIER
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding='utf-8'))
+
+
+def _file_faults(folder: Path, kind: _Kind) -> Iterator[str]:
     """What is there that should not be, and the other way round."""
     for path in sorted(folder.iterdir()):
-        if path.name not in FILES + OPTIONAL_FILES:
+        if path.name not in kind.files + kind.optional:
             yield f'{path.name} is no part of a weights folder: move it away'
         elif path.is_symlink() or not path.is_file():
             yield f'{path.name} is a link or a folder: put the file itself there'
         elif path.name != WEIGHTS_FILE and path.stat().st_size > SIZE_LIMIT:
             yield f'{path.name} has {path.stat().st_size:,} bytes; the limit is {SIZE_LIMIT:,}'
-    for name in FILES:
+    for name in kind.files:
         if not (folder / name).exists():
-            yield f'{name} is missing: wrn-timm train or finetune writes it, and wrn-timm validate --write'
+            yield f'{name} is missing: {kind.writers[0]} writes it, and {kind.writers[1]}'
 
 
-def _content_faults(folder: Path) -> Iterator[str]:
+def _content_faults(folder: Path, kind: _Kind) -> Iterator[str]:
     """What the files say that is not so."""
     try:
-        verify(folder)
-        config, metrics, run = (
-            json.loads((folder / f'{n}.json').read_text(encoding='utf-8')) for n in ('config', 'metrics', 'recipe'))
+        config, metrics, record = (_read(folder / name) for name in (kind.config, 'metrics.json', kind.record))
+        verify(folder, config.get('sha256'), named_by=kind.config)
         if 'sha256' not in config:
-            yield f'config.json names no sha256 of {WEIGHTS_FILE}'
-        for key, value in (run.get('recipe') or run.get('finetune') or {}).items():
-            if isinstance(value, str) and re.search(r'[/\\]', value) and not value.startswith('hf-hub:'):
-                yield f'recipe.json names a path of this machine, {key} {value}: put the name of what is there'
-        if not (run.get('recipe') or run.get('finetune')):
-            yield 'recipe.json says nothing of a training run: converted weights of others are not published'
-        difference = check_golden(folder)
+            yield f'{kind.config} names no sha256 of {WEIGHTS_FILE}'
+        settings = kind.settings(record)
+        for key, value in settings.items():
+            if isinstance(value, str) and re.search(r'[/\\]', value) and not value.startswith(_NO_PATHS):
+                yield f'{kind.record} names a path of this machine, {key} {value}: put the name of what is there'
+        if not settings:
+            yield f'{kind.record} says nothing of a training run: converted weights of others are not published'
+        difference = kind.check_golden(folder)
         if not difference <= GOLDEN_TOLERANCE:
-            yield f'the logits differ by {difference:.2g} from {GOLDEN_FILE}; the limit is {GOLDEN_TOLERANCE:g}'
-        yield from _card_faults((folder / 'README.md').read_text(encoding='utf-8'), config['pretrained_cfg'], metrics)
+            yield f'the {kind.golden} differ by {difference:.2g} from {GOLDEN_FILE}; the limit is {GOLDEN_TOLERANCE:g}'
+        yield from _card_faults(
+            (folder / 'README.md').read_text(encoding='utf-8'), kind, config.get('pretrained_cfg', {}), metrics)
     except Exception as e:  # a damaged archive, JSON, YAML or weights file raises what it likes
         yield f'{type(e).__name__}: {e}'
 
 
-def _card_faults(text: str, cfg: dict[str, Any], metrics: dict[str, Any]) -> Iterator[str]:
+def _card_faults(text: str, kind: _Kind, cfg: dict[str, Any], metrics: dict[str, Any]) -> Iterator[str]:
     data = ModelCard(text).data
     code = re.search(r'^```python\n(.*)', text, flags=re.M)
+    stated = {result.metric_value for result in data.eval_results or ()}
     complete = {
-        'library_name: timm': data.library_name == 'timm',
+        f'library_name: {kind.library}': data.library_name == kind.library,
         'the tag wrn_timm': 'wrn_timm' in (data.tags or ()),
         f"the licence {cfg.get('license')}": data.license == cfg.get('license') or not cfg.get('license'),
-        f"the accuracy {metrics['top1']} in its model-index": any(
-            result.metric_value == metrics['top1'] for result in data.eval_results or ()),
+        **{f'the accuracy {metrics[key]} in its model-index': metrics[key] in stated for key in kind.metrics},
         '`import wrn_timm` as the first line of code': code is not None and code[1] == 'import wrn_timm',
         **{part: part in text for part in (
             '## Accuracy', '## Training', '## Limits', '## Citation', '![curves](curves.png)', 'Preprocessing')},
@@ -77,36 +144,40 @@ def _card_faults(text: str, cfg: dict[str, Any], metrics: dict[str, Any]) -> Ite
         yield 'README.md names no licence: write yours after "license:" in its first lines'
     for part, there in complete.items():
         if not there:
-            yield f'README.md lacks {part}: wrn-timm validate --write writes it again'
+            yield f'README.md lacks {part}: {kind.writers[1]} writes it again'
 
 
 def check_folder(folder: str | Path) -> str:
-    """The name, `<arch>.<tag>`, of a weights folder that is fit to be published.
+    """The name of a weights folder that is fit to be published: `<arch>.<tag>`, or `<detector>_<arch>.<data>`.
 
-    It is fit if it holds the files of a weights folder and no others, the weights have the sha256 that `config.json`
-    names and give the golden logits, the card is complete and agrees with the metrics, and a licence is named.
+    It is fit if it holds the files of a weights folder and no others, the weights have the sha256 that `config.json` or
+    `detector.json` names and give the golden logits or scores, the card is complete and agrees with the metrics, and a
+    licence is named.
+
+    Args:
+        folder: Weights folder of a classifier or detector, or the run directory that holds it.
 
     Raises:
         FileNotFoundError: There is no folder.
         ValueError: It is not fit; every fault is named.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f'no weights folder at {folder}')
-    faults = list(_file_faults(folder)) or list(_content_faults(folder))
+    folder, kind = _found(folder)
+    faults = list(_file_faults(folder, kind)) or list(_content_faults(folder, kind))
     if faults:
         raise ValueError('\n  '.join([f'{folder} is not fit to be published:', *faults]))
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    return f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
+    return kind.name(_read(folder / kind.config))
 
 
 def _repository(folder: str | Path, namespace: str) -> tuple[str, dict[str, bytes]]:
     """Name and files of a folder's repository. The card there loads the model from there, whatever the account."""
     repo_id = f'{namespace}/{check_folder(folder)}'
     validate_repo_id(repo_id)
-    files = {name: path.read_bytes() for name in FILES + OPTIONAL_FILES if (path := Path(folder) / name).is_file()}
-    usage = f'create_model("hf-hub:{repo_id}"'.encode()
-    return repo_id, {**files, 'README.md': re.sub(rb'create_model\("[^"]*"', usage, files['README.md'], count=1)}
+    folder, kind = _found(folder)
+    files = {name: path.read_bytes() for name in kind.files + kind.optional if (path := folder / name).is_file()}
+    card = files['README.md'].decode()
+    for call in kind.calls:
+        card = re.sub(rf'\b{call}\("[^"]*"', f'{call}("hf-hub:{repo_id}"', card, count=1)
+    return repo_id, {**files, 'README.md': card.encode()}
 
 
 def preview(folder: str | Path, namespace: str) -> str:
@@ -117,14 +188,16 @@ def preview(folder: str | Path, namespace: str) -> str:
 
 
 def publish(folder: str | Path, namespace: str, private: bool = False, endpoint: str | None = None) -> str:
-    """Publish a weights folder as the repository `<namespace>/<arch>.<tag>` of the Hub, and read it back.
+    """Publish a weights folder as the repository `<namespace>/<name>` of the Hub, and read it back.
+
+    The name is that of `check_folder`.
 
     What is there already is not uploaded again, so a run that was cut off is repeated. Files of others in the
     repository stay. The commit is tagged by the sha256 of the weights (`version_tag`); a tag is never moved, so it
     stays with the first commit that has these weights.
 
     Args:
-        folder: Weights folder.
+        folder: Weights folder of a classifier or detector, or the run directory that holds it.
         namespace: User or organisation.
         private: Make the repository private.
         endpoint: URL of the Hub; None for $HF_ENDPOINT or the Hub itself.
@@ -137,6 +210,7 @@ def publish(folder: str | Path, namespace: str, private: bool = False, endpoint:
         RuntimeError: The Hub refused or could not be reached, or gave back other bytes; says what to do.
     """
     repo_id, files = _repository(folder, namespace)
+    folder, _ = _found(folder)
     api = HfApi(endpoint=endpoint, library_name='wrn_timm')
     tag = version_tag(hashlib.sha256(files[WEIGHTS_FILE]).hexdigest())
     with _explained(repo_id, endpoint):
@@ -145,7 +219,7 @@ def publish(folder: str | Path, namespace: str, private: bool = False, endpoint:
     if private and public:
         raise ValueError(f'{repo_id} is there already and is public: make it private on the Hub, or publish in public')
     operations = [  # by path where it can be: the client shows progress for these only
-        CommitOperationAdd(name, data if name == 'README.md' else Path(folder) / name) for name, data in files.items()]
+        CommitOperationAdd(name, data if name == 'README.md' else folder / name) for name, data in files.items()]
     with _explained(repo_id, endpoint):
         commit = api.create_commit(
             repo_id, operations, commit_message=f'{repo_id.partition("/")[2]} {tag}')

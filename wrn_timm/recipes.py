@@ -1,4 +1,4 @@
-"""How networks are trained: recipes for training from scratch, and the settings of fine-tuning."""
+"""How networks are trained: recipes for training from scratch, and the settings of fine-tuning and of detectors."""
 from __future__ import annotations
 
 import dataclasses
@@ -13,8 +13,8 @@ from typing import Any, Literal
 from .data.splits import check_protocol
 
 __all__ = [
-    'RECIPES', 'FinetuneConfig', 'Precision', 'Recipe', 'check_numbers', 'finetune_command', 'get_recipe',
-    'settings_flags']
+    'RECIPES', 'DetectConfig', 'FinetuneConfig', 'Precision', 'Recipe', 'check_numbers', 'detect_command',
+    'finetune_command', 'get_recipe', 'settings_flags']
 
 Precision = Literal['auto', 'no', 'fp16', 'bf16']
 
@@ -265,6 +265,72 @@ _OF_SGD = ('epochs', 'batch_size', 'accumulate', 'opt', 'lr', 'momentum', 'weigh
            'random_erase', 'mixup', 'cutmix')
 
 
+@dataclasses.dataclass(frozen=True)
+class DetectConfig:
+    """How a detector is trained: AdamW with a short warm-up and a cosine schedule, photographs mirrored and their
+    colours changed. What is 0 or 'auto' is chosen from the data before training."""
+
+    model: str = 'auto'
+    """timm name of a WRN. 'auto' takes ImageNet weights (wrn18_1 on a CPU, wrn50_2 on a GPU) if they are on this
+    machine or can be downloaded, and the CIFAR-100 weights of wrn16_2 otherwise. 'torchvision/resnet50_fpn' is
+    torchvision's own detector on ResNet-50, from scratch, for comparison."""
+    detector: Literal['faster_rcnn', 'retinanet'] = 'faster_rcnn'
+    """Faster R-CNN or RetinaNet."""
+    pretrained: bool = True
+    """Start from the pretrained weights of the model, not from random ones."""
+    image_size: int = 0
+    """Longer side to which photographs are resized, in pixels; 0 takes that of the photographs, from 320 to 640."""
+    epochs: int = 0
+    """Passes over the training images; 0 takes as many as show the detector 6,000 photographs, from 12 to 60."""
+    batch_size: int = 0
+    """Images per step; 0 takes 8, and fewer for small data sets or if a GPU's memory has no room."""
+    lr: float = 5e-4
+    """Peak learning rate."""
+    frozen_stages: int = 0
+    """Freeze the stem and this many stages."""
+    out_channels: int = 0
+    """Channels of the feature pyramid; 0 takes 256, and 64 for a backbone that ends with at most 256 channels."""
+    anchor_scale: float = 0.
+    """Side of a level's anchors, in strides of the level; 0 finds it from the sizes of the boxes."""
+    rois: int = 128
+    """Regions per image that the second stage of Faster R-CNN is trained on."""
+    opt: str = 'adamw'
+    """timm name of the optimizer."""
+    weight_decay: float = 0.05
+    """Decay of the weights, not of norms and biases."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from lr / 100."""
+    precision: Precision = 'auto'
+    """Precision of the backbone in training. 'auto' is bf16 on GPUs and CPUs that are faster in it, else float32
+    ('no'). The boxes, and all test figures, are computed in float32."""
+    train_split: str = ''
+    """Part of the data to train on; '' finds it, or splits by the seed."""
+    test_split: str = ''
+    """Part of the data that is measured once, at the end; '' finds it."""
+    seed: int = 0
+    """Seed of the split, the weights, the order and the augmentation."""
+
+    def __post_init__(self):
+        if self.detector not in ('faster_rcnn', 'retinanet'):
+            raise ValueError(f'detector {self.detector!r} is unknown; choose one of faster_rcnn, retinanet')
+        for name, low in (('rois', 4), ('epochs', 0), ('batch_size', 0), ('out_channels', 0), ('frozen_stages', 0),
+                          ('image_size', 0), ('warmup_steps', 0), ('seed', 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f'{name} is {getattr(self, name)}; it must be at least {low}')
+        if 0 < self.image_size < 32:
+            raise ValueError(f'image_size is {self.image_size}; it must be at least 32, or 0')
+        if self.precision == 'fp16':
+            raise ValueError("precision fp16 is not for detectors; choose 'auto', 'bf16' or 'no' (float32)")
+        check_numbers(vars(self))
+        for name, value in _OF_TORCHVISIONS.items() if self.model == TORCHVISION_DETECTOR else ():
+            if getattr(self, name) not in (value, getattr(DetectConfig, name)):
+                raise ValueError(f'{name} is {getattr(self, name)}; of {TORCHVISION_DETECTOR} it is {value}')
+
+
+TORCHVISION_DETECTOR = 'torchvision/resnet50_fpn'
+_OF_TORCHVISIONS = {'detector': 'faster_rcnn', 'pretrained': False, 'frozen_stages': 0, 'out_channels': 256}
+
+
 def settings_flags(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
     """Command-line flags of the settings, as JSON gives them back, that are not the default."""
     flags = []
@@ -288,6 +354,12 @@ def finetune_command(settings: Mapping[str, Any], data: str = 'DIR', out: str = 
     defaults = json.loads(json.dumps(dataclasses.asdict(FinetuneConfig())))
     flags = settings_flags(settings, {**defaults, 'model': ''})
     return ' '.join(['wrn-timm finetune', *flags, shlex.join(['--data', data, '--out', out])])
+
+
+def detect_command(settings: Mapping[str, Any], data: str = 'DIR', out: str = 'RUN') -> str:
+    """The command that repeats the training of a detector; arguments as those of `finetune_command`."""
+    flags = settings_flags(settings, json.loads(json.dumps(dataclasses.asdict(DetectConfig()))))
+    return ' '.join(['wrn-timm detect', *flags, shlex.join(['--data', data, '--out', out])])
 
 
 _PAPER = dict(model='wrn28_10', epochs=200, schedule='step', drop_epochs=(60, 120, 160), drop_factor=0.2)

@@ -79,6 +79,17 @@ class PreActBlock(nn.Module):
         return self.drop_path(out) + shortcut
 
 
+def _stem_reduction(stem: str, output_stride: int | None) -> int:
+    """Reduction of the stem, where the largest one can be `output_stride`."""
+    if stem not in ('cifar', 'imagenet'):
+        raise ValueError(f"stem {stem!r} is unknown; choose 'cifar' or 'imagenet'")
+    reduction = 4 if stem == 'imagenet' else 1
+    if output_stride not in (None, reduction, 2 * reduction, 4 * reduction):
+        raise ValueError(f'output_stride is {output_stride}; with the {stem!r} stem it can be {reduction}, '
+                         f'{2 * reduction} or {4 * reduction}')
+    return reduction
+
+
 class WideResNet(nn.Module):
     """WRN-depth-width for images of any size (`Wide Residual Networks`, table 1).
 
@@ -126,12 +137,7 @@ class WideResNet(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         num_blocks, channels = _layout(depth, width)
-        if stem not in ('cifar', 'imagenet'):
-            raise ValueError(f"stem {stem!r} is unknown; choose 'cifar' or 'imagenet'")
-        in_chs, reduction = 16, 4 if stem == 'imagenet' else 1
-        if output_stride not in (None, reduction, 2 * reduction, 4 * reduction):
-            raise ValueError(f'output_stride is {output_stride}; with the {stem!r} stem it can be {reduction}, '
-                             f'{2 * reduction} or {4 * reduction}')
+        in_chs, reduction = 16, _stem_reduction(stem, output_stride)
         norm_layer = get_norm_layer(norm_layer)
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -154,21 +160,19 @@ class WideResNet(nn.Module):
             first_dilation = dilation
             if reduction == output_stride:
                 stride, dilation = 1, dilation * stride
-            blocks = []
-            for i, drop_path in enumerate(stage_drop_paths):
-                blocks.append(PreActBlock(
-                    in_chs,
+            self.add_module(name, nn.Sequential(*(
+                PreActBlock(
+                    out_chs if i else in_chs,
                     out_chs,
-                    stride=stride if i == 0 else 1,
+                    stride=1 if i else stride,
                     dilation=(dilation if i else first_dilation, dilation),
                     conv_drop_rate=conv_drop_rate,
                     drop_path=drop_path,
                     act_layer=act_layer,
                     norm_layer=norm_layer,
                     **dd,
-                ))
-                in_chs = out_chs
-            self.add_module(name, nn.Sequential(*blocks))
+                ) for i, drop_path in enumerate(stage_drop_paths))))
+            in_chs = out_chs
             reduction *= stride
             self.feature_info.append(dict(num_chs=out_chs, reduction=reduction, module=name))
 

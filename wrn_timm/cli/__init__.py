@@ -13,7 +13,7 @@ COMMANDS = {  # the first line of each module's docstring, without loading it
     'predict': 'Predict the classes of photographs.',
     'validate': 'Measure pretrained weights on a test set.',
     'train': 'Train a network from scratch by a recipe.',
-    'detect': 'Train a detector on photographs with boxes, measure it, and draw what it finds.',
+    'detect': 'Train a detector on photographs with boxes, measure it, and find objects with it.',
     'export': 'Write a pretrained network as one file that other programs run.',
     'publish': 'Publish weights folders on the Hugging Face Hub.',
 }

@@ -1,72 +1,172 @@
-"""Train a detector on photographs with boxes, measure it, and draw what it finds.
+"""Train a detector on photographs with boxes, measure it, and find objects with it.
 
     wrn-timm detect --data DIR --out RUN                         # Pascal VOC, COCO or YOLO
-    wrn-timm detect --data DIR --model torchvision/resnet50_fpn --out RUN    # torchvision's detector, to compare with
-    wrn-timm detect --out RUN --draw photo.jpg [...]             # by the detector of a finished run
+    wrn-timm detect --data DIR --out RUN --model wrn50_2.racm_in1k --epochs 30
+    wrn-timm detect --model RUN photo.jpg FOLDER                 # find objects with a trained detector
+    wrn-timm detect --model RUN FOLDER --csv --draw DRAWN > objects.csv
 """
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
-from collections.abc import Sequence
+import logging
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pycocotools  # noqa: F401  (which measures the detector, after hours of training)
 
-from ..names import printable
-from ..train.detector import DetectConfig, detect, draw, load_detector
+from ..detection import open_detector
+from ..names import as_cell, printable
+from ..recipes import DetectConfig
+from ..train.detector import train_detectors
+from ..train.find_objects import ImageObjects, coco_results, draw_objects, find_in_files
 from ..train.machine import Machine
+from ..train.predict import find_images
+from ..train.run import begun_with
 from .common import STOPPED, Training, log_to_terminal, machine_of, reports_errors, resumable
+from .finetune import spread
 from .options import option, parse
+from .predict import named
 
 PURPOSES = {
     'Options that matter first': (
-        'data', 'out', 'model', 'detector', 'pretrained', 'image_size', 'epochs', 'batch_size', 'lr', 'resume', 'draw',
-        'threshold'),
+        'images', 'data', 'out', 'model', 'detector', 'pretrained', 'image_size', 'epochs', 'batch_size', 'lr', 'seeds',
+        'resume'),
+    'Finding objects': ('threshold', 'json', 'csv', 'coco', 'draw'),
     'Data': ('train_split', 'test_split', 'on_bad'),
     'Network': ('frozen_stages', 'out_channels', 'anchor_scale', 'rois'),
     'Optimisation': ('opt', 'weight_decay', 'warmup_steps', 'seed'),
-    'Machine': ('device', 'workers', 'time_budget', 'traceback'),
+    'Machine': ('device', 'precision', 'workers', 'time_budget'),
+    'Output': ('messages', 'traceback'),
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DetectOptions(Training):
     """Options beside the settings of the detector."""
+    images: tuple[str, ...] = option((), 'IMAGE', positional=True)
+    """Photographs and folders to find objects in, with --model RUN; - reads a list from standard input. Nothing is
+    trained then."""
     data: str = option('', 'DIR')
     """Photographs with boxes: a folder in Pascal VOC, COCO or YOLO format (found automatically), or coco:FILE.json.
     """
-    draw: tuple[str, ...] = option((), 'PHOTO')
-    """Train nothing; draw what the detector of the run finds in these photographs into RUN/drawn."""
+    out: str = 'runs/detect'
+    resume: bool = False
+    """Continue the run in --out with its own settings; give its --data again."""
+    seeds: int = 1
+    """Runs, each with its own seed; their mean and standard deviation are written too."""
     threshold: float = 0.5
-    """Lowest score that is drawn."""
+    """Lowest score of an object, 0 to 1."""
+    json: bool = False
+    """Print the objects as one JSON list."""
+    csv: bool = False
+    """Print a line per object: image, label, score, xmin, ymin, xmax, ymax, error."""
+    coco: bool = False
+    """Print the objects as COCO results."""
+    draw: str = option('', 'FOLDER')
+    """Draw the objects on copies of the photographs in this folder."""
     workers: int = 0
     """Processes that read photographs."""
     on_bad: Literal['skip', 'fail'] = 'skip'
     """What to do with bad boxes and unreadable files: leave them out and name them, or stop."""
+    messages: Literal['text', 'json', 'quiet'] = 'text'
+    """What training prints: lines and a progress bar, a JSON object per line, or errors only."""
 
     def __post_init__(self):
         super().__post_init__()
-        if not (self.data or self.draw):
-            raise ValueError('--data is missing: name the folder of a data set with boxes')
+        if not (self.data or self.images):
+            raise ValueError('--data is missing: give the folder of a data set with boxes to train on, or photographs '
+                             'and --model RUN to find objects')
+        if self.data and self.images:
+            raise ValueError('give --data to train, or photographs to find objects in, not both')
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f'threshold is {self.threshold}; it must be from 0 to 1')
+        if self.json + self.csv + self.coco > 1:
+            raise ValueError('choose one of --json, --csv and --coco')
+
+
+_COLUMNS = ('image', 'label', 'score', 'xmin', 'ymin', 'xmax', 'ymax', 'error')
+
+
+def rows(found: ImageObjects) -> list[list[Any]]:
+    """The lines of the CSV file for a photograph; one without objects has a line too."""
+    lines = [[as_cell(found.image), as_cell(o.label), o.score, *o.box, ''] for o in found.objects]
+    return lines or [[as_cell(found.image), *[''] * 6, as_cell(found.error)]]
+
+
+def print_text(found: ImageObjects) -> None:
+    print(printable(found.image) + (': no objects' if not (found.objects or found.error) else ''))
+    for o in found.objects:
+        box = ', '.join(f'{v:.0f}' for v in o.box)
+        print(f'  {100 * o.score:5.1f} %  {printable(o.label):20} box {box}')
+    if found.error:
+        print(f'  error: {printable(found.error)}')
+
+
+def show(results: Iterable[ImageObjects], options: DetectOptions, classes: Sequence[str]) -> int:
+    """Print what is found, in the format asked for, and draw it; the number of files that could not be read."""
+    table, whole, failed, taken = csv.writer(sys.stdout, lineterminator='\n'), [], 0, set()
+    if options.csv:
+        table.writerow(_COLUMNS)
+    for found in results:
+        failed += bool(found.error)
+        if options.csv:
+            table.writerows(rows(found))
+        elif options.json:
+            whole.append(found.as_json())
+        elif options.coco:
+            whole += coco_results(found, classes)
+        else:
+            print_text(found)
+        if options.draw and not found.error:
+            draw_objects(found, classes, Path(options.draw), taken)
+    if options.json or options.coco:
+        print(json.dumps(whole, indent=2))
+    return failed
+
+
+def run_finding(options: DetectOptions, model: str) -> int:
+    """Find objects with a trained detector; the exit code."""
+    detector = open_detector(model, options.device)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='surrogateescape')  # names of files can be any bytes
+    results = find_in_files(detector, find_images(named(options.images)), options.threshold)
+    if failed := show(results, options, detector.classes):
+        print(f'{failed} files could not be read', file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run_training(options: DetectOptions, config: DetectConfig) -> int:
+    """Train, and print the figures; the exit code."""
+    text = options.messages == 'text'
+    machine = machine_of(options, Machine, progress=None if text else False)
+
+    def emit(row: dict[str, Any]) -> None:
+        if options.messages == 'json':
+            print(json.dumps(row), flush=True)
+
+    with resumable(options.out):
+        result = train_detectors(config, options.data, options.out, options.seeds, machine, emit)
+    if result is None:
+        return STOPPED
+    emit(result if options.seeds > 1 else result['runs'][0])
+    if text:
+        first, seeds = result['runs'][0], f", {options.seeds} seeds" if options.seeds > 1 else ''
+        print(f"mAP@0.5 {spread(result['map_50'])} %, mAP@0.5:0.95 {spread(result['map'])} % on {first['images']} "
+              f"photographs{seeds}; see {printable(options.out)}/{'seed-*/' * bool(seeds)}report.html")
+    return 0
 
 
 @reports_errors
 def main(argv: Sequence[str]) -> int:
-    options, config = parse(argv, ('detect', __doc__), DetectOptions, DetectConfig, purposes=PURPOSES)
-    log_to_terminal()
-    if options.draw:
-        detector, classes = load_detector(options.out, options.device)
-        found = draw(
-            detector, classes, options.draw, Path(options.out) / 'drawn', options.device, options.threshold)
-        print(json.dumps(found, indent=2))
-        return 0
-    with resumable(options.out):
-        metrics = detect(
-            config, options.data, options.out, machine_of(options, Machine))
-    if metrics is None:
-        return STOPPED
-    print(f"mAP@0.5 {metrics['map_50']:.1f} %, mAP@0.5:0.95 {metrics['map']:.1f} % on {metrics['images']} "
-          f"photographs; all in {printable(options.out)}")
-    return 0
+    def start(options: DetectOptions) -> DetectConfig:
+        return begun_with(Path(options.out), 'detect', DetectConfig) if options.resume else DetectConfig()
+
+    options, config = parse(argv, ('detect', __doc__), DetectOptions, DetectConfig, start, PURPOSES)
+    log_to_terminal(logging.INFO if options.messages == 'text' else logging.ERROR)
+    return run_finding(options, config.model) if options.images else run_training(options, config)

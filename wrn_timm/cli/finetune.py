@@ -26,7 +26,7 @@ from ..recipes import FinetuneConfig
 from ..train.finetune import finetune_seeds
 from ..train.machine import Machine
 from ..train.probe import probe
-from ..train.run import check_place, config_of
+from ..train.run import begun_with, check_place
 from ..train.transfer_results import record_transfer, transfer_folder
 from .common import STOPPED, Training, is_main_process, log_to_terminal, machine_of, reports_errors, resumable
 from .options import option, parse
@@ -87,14 +87,6 @@ class FinetuneOptions(Training):
     def source(self) -> str:
         """What to train on."""
         return self.data or str(sample())
-
-
-def begun_with(options: FinetuneOptions) -> FinetuneConfig:
-    """The settings that apply where none is given: with --resume, those that the run was started with."""
-    out = Path(options.out)
-    runs = [out, *sorted(out.glob('seed-*'), key=lambda p: (len(p.name), p.name))]  # of several the first
-    recipe = next((run / 'recipe.json' for run in runs if (run / 'recipe.json').is_file()), None)
-    return config_of(recipe, 'finetune', FinetuneConfig) if options.resume and recipe else FinetuneConfig()
 
 
 def emit(row: dict[str, Any], options: FinetuneOptions) -> None:
@@ -181,7 +173,10 @@ def show_probe(rows: list[dict[str, Any]], options: FinetuneOptions, config: Fin
 
 def read(argv: Sequence[str]) -> tuple[FinetuneOptions, FinetuneConfig]:
     """What a command line says."""
-    return parse(argv, ('finetune', __doc__), FinetuneOptions, FinetuneConfig, begun_with, PURPOSES)
+    def start(options: FinetuneOptions) -> FinetuneConfig:
+        return begun_with(Path(options.out), 'finetune', FinetuneConfig) if options.resume else FinetuneConfig()
+
+    return parse(argv, ('finetune', __doc__), FinetuneOptions, FinetuneConfig, start, PURPOSES)
 
 
 @reports_errors

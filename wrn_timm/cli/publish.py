@@ -1,8 +1,8 @@
 """Publish weights folders on the Hugging Face Hub.
 
-    wrn-timm publish RUN/best --namespace NAME --dry-run
-    wrn-timm publish RUN/weights --namespace NAME --private
-    wrn-timm publish --all --namespace NAME    # in a checkout, every folder of weights/
+    wrn-timm publish RUN --namespace NAME --dry-run        # of finetune, train or detect
+    wrn-timm publish RUN/best --namespace NAME --private
+    wrn-timm publish --all --namespace NAME                # in a checkout, every folder of weights/
 
 Each is checked, uploaded, tagged and read back. The token is the one of `hf auth login` or $HF_TOKEN. What is there
 already is not uploaded again.
@@ -23,7 +23,7 @@ WEIGHTS = Path(__file__).resolve().parents[2] / 'weights'
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublishOptions(Options):
     folders: tuple[str, ...] = option((), 'FOLDER', positional=True)
-    """Weights folders, made by train or finetune."""
+    """Weights folders, or the run directories of finetune, train or detect that hold them."""
     namespace: str = option(metavar='NAME')
     """User or organisation on the Hub."""
     private: bool = False

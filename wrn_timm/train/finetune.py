@@ -47,7 +47,7 @@ from .machine import Machine, accelerator_on
 from .measure import Features, Predictions, classification_metrics, largest_batch, predict
 from .probe import extract_features, summarise
 from .report import write_report
-from .run import RunControl, RunDir, any_process, check_place, environment
+from .run import RunControl, RunDir, any_process, check_place, environment, planned_runs
 
 __all__ = ['build_model', 'finetune', 'finetune_seeds', 'make_accelerator', 'prepare_split', 'preprocessing',
            'size_advice', 'training_set']
@@ -549,15 +549,6 @@ def _finish(job: _Job, metrics: dict[str, Any], model: torch.nn.Module, result: 
     finish_weights_folder(run.path / 'best', metrics)
 
 
-def _check_place_of_seeds(out: Path, resume: bool) -> None:
-    """Whether a folder takes the figures of several runs beside what is there."""
-    if (out / 'recipe.json').is_file():
-        raise FileExistsError(f'{out} holds a run by itself; choose another --out for several seeds')
-    if (out / 'metrics.json').is_file() and not resume:
-        raise FileExistsError(f'{out} already holds the figures of several seeds; choose another --out, or go on with '
-                              f'--resume')
-
-
 def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
     """The record of a run for a weights folder, which may be published: names in place of paths of this machine."""
     settings = recipe['finetune']
@@ -590,18 +581,10 @@ def finetune_seeds(
     Raises:
         What `finetune` raises; the runs that ended are kept. With `resume` they are passed by.
     """
-    if seeds < 1:
-        raise ValueError(f'seeds is {seeds}; it must be at least 1')
-    planned = []
-    for seed in range(config.seed, config.seed + seeds):
-        folder = Path(out) / f'seed-{seed}' if seeds > 1 else Path(out)
-        resume = machine.resume and (seeds == 1 or (folder / 'recipe.json').is_file())
-        planned.append((dataclasses.replace(config, seed=seed), folder, resume))
-    if int(os.environ.get('RANK', 0)) == 0:  # of all, before the first is run; others would not find what it makes
-        if seeds > 1:
-            _check_place_of_seeds(Path(out), machine.resume)
-        for own, folder, resume in planned:
-            RunDir.check(folder, _settings(own, str(data)), resume)
+    first = int(os.environ.get('RANK', 0)) == 0
+    planned = planned_runs(config, out, seeds, machine.resume)
+    for own, folder, resume in planned if first else ():  # of all, before the first is run
+        RunDir.check(folder, _settings(own, str(data)), resume)
     runs = []
     for own, folder, resume in planned:
         metrics = finetune(own, data, folder, dataclasses.replace(machine, resume=resume), on_epoch)
@@ -618,6 +601,6 @@ def finetune_seeds(
         'settings': {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
                      if f.name != 'model' and getattr(config, f.name) != f.default},
         **{key: summarise([run[key] for run in runs]) for key in ('top1', 'mean_per_class', 'ece')}}
-    if seeds > 1 and int(os.environ.get('RANK', 0)) == 0:
+    if seeds > 1 and first:
         atomic_write(Path(out) / 'metrics.json', json.dumps(summary, indent=2) + '\n')
     return {**summary, 'runs': runs}

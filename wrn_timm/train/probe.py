@@ -191,6 +191,9 @@ def probe(
         _logger.info('%s', line)
     numbers = range(config.seed, config.seed + seeds)
     splits = {seed: make_split(scan, config.split, config.holdout, seed) for seed in numbers}
+    first = splits[config.seed]
+    about = {'dataset': data_name(data), 'protocol': 'given' if scan.test else config.split, 'seeds': seeds,
+             'train_files': len(first.train) + len(first.holdout or ())}
     accelerator = accelerator_on(machine.device, config.precision)
     rows: list[dict[str, Any]] = []
     best: tuple[dict[str, Any], _Bank, list[float]] | None = None
@@ -206,10 +209,8 @@ def probe(
         found = [_measured_on_held_out(bank, split, seed) for seed, split in splits.items()]
         seconds = round(time.monotonic() - began, 1)
         for way in found[0]:
-            row = {'weights': name, 'way': way, 'dataset': data_name(data),
-                   'protocol': 'given' if scan.test else config.split, 'input_size': bank.size, 'seeds': seeds,
-                   'train_files': sum(len(p) for p in (splits[config.seed].train, splits[config.seed].holdout) if p),
-                   'skipped': bank.bad, 'seconds': seconds, 'holdout': _summary([f[way][0] for f in found])}
+            row = about | {'weights': name, 'way': way, 'input_size': bank.size, 'skipped': bank.bad,
+                           'seconds': seconds, 'holdout': _summary([f[way][0] for f in found])}
             rows.append(row)
             penalties = [f[way][1] for f in found]
             if test_all:

@@ -1,31 +1,24 @@
 """What a fine-tuned classifier does, to be looked at: pictures and one HTML file that needs nothing beside it."""
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
-import time
-import warnings
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 import torch.nn.functional as F
-from markupsafe import Markup
 from matplotlib.figure import Figure
-from PIL import Image
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from ..data.folders import ImageFiles
 from ..data.timm_sets import NamedImages
-from ..files import atomic_write
-from ..names import duration, printable
+from ..names import duration
 from ..recipes import finetune_command
 from .measure import Predictions
+from .report_parts import save_figure, set_title, short_name, table, whole_path, write_page
 
 __all__ = ['draw_confusion', 'draw_predictions', 'draw_wrong', 'grad_cam', 'write_report']
 
@@ -66,12 +59,6 @@ def _grid(count: int, columns: int = 6) -> tuple[Figure, list]:
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing from font')  # a class name in another script
-        atomic_write(path, lambda p: figure.savefig(p, dpi=100))
-
-
 def _show(axis: Any, files: ImageFiles | NamedImages, i: int) -> None:
     try:
         image = files.read(i)
@@ -79,16 +66,6 @@ def _show(axis: Any, files: ImageFiles | NamedImages, i: int) -> None:
         return
     image.thumbnail((320, 320))
     axis.imshow(image)
-
-
-def _short(name: str, most: int = 24) -> str:
-    """A class name that leaves room in a picture for the picture."""
-    name = printable(' '.join(name.split()))
-    return name if len(name) <= most else f'{name[:most - 1]}…'
-
-
-def _title(axis: Any, text: str, colour: str) -> None:
-    axis.set_title(text, parse_math=False, fontsize=9, color=colour)
 
 
 def draw_predictions(files: ImageFiles | NamedImages, result: Predictions, path: Path, most: int = 24) -> None:
@@ -100,10 +77,12 @@ def draw_predictions(files: ImageFiles | NamedImages, result: Predictions, path:
         predicted, true = int(result.logits[row].argmax()), int(result.labels[row])
         _show(axis, files, int(result.index[row]))
         share = 100 * result.logits[row].softmax(0)[predicted].item()
-        right = predicted == true
-        answer, truth = _short(files.classes[predicted]), _short(files.classes[true])
-        _title(axis, f'{answer} {share:.0f} %' + ('' if right else f'\nis {truth}'), 'green' if right else 'firebrick')
-    _save(figure, path)
+        answer, truth = short_name(files.classes[predicted]), short_name(files.classes[true])
+        if predicted == true:
+            set_title(axis, f'{answer} {share:.0f} %', 'green')
+        else:
+            set_title(axis, f'{answer} {share:.0f} %\nis {truth}', 'firebrick')
+    save_figure(figure, path)
 
 
 def draw_wrong(
@@ -131,7 +110,7 @@ def draw_wrong(
             continue
         answers.append(predicted[i])
         places.append(place)
-        rows.append({'file': _whole(files.name(place)), 'predicted': files.classes[predicted[i]],
+        rows.append({'file': whole_path(files.name(place)), 'predicted': files.classes[predicted[i]],
                      'confidence': round(100 * confidence[i].item(), 1), 'true': files.classes[result.labels[i]]})
     figure, axes = _grid(2 * len(rows))
     if rows:
@@ -143,20 +122,15 @@ def draw_wrong(
         seen = ((images - low) / (high - low).clamp(min=1e-6)).permute(0, 2, 3, 1)
         for k, row in enumerate(rows):
             _show(axes[2 * k], files, places[k])
-            answer, truth = _short(row['predicted']), _short(row['true'])
-            _title(axes[2 * k], f"{answer} {row['confidence']:.0f} %\nis {truth}", 'firebrick')
+            answer, truth = short_name(row['predicted']), short_name(row['true'])
+            set_title(axes[2 * k], f"{answer} {row['confidence']:.0f} %\nis {truth}", 'firebrick')
             axes[2 * k + 1].imshow(seen[k].numpy(), interpolation='bicubic')
             if maps[k] is not None:
                 axes[2 * k + 1].imshow(
                     maps[k][0].cpu().numpy(), cmap='jet', alpha=0.45, vmin=0, vmax=1, interpolation='bicubic')
-                _title(axes[2 * k + 1], f'where it saw\n{answer}', 'black')
-    _save(figure, path)
+                set_title(axes[2 * k + 1], f'where it saw\n{answer}', 'black')
+    save_figure(figure, path)
     return rows
-
-
-def _whole(name: str) -> str:
-    """A path that opens from any folder; the image of a named data set has none."""
-    return os.path.abspath(name) if os.path.lexists(name) else name
 
 
 def draw_confusion(result: Predictions, classes: tuple[str, ...], path: Path) -> None:
@@ -172,12 +146,12 @@ def draw_confusion(result: Predictions, classes: tuple[str, ...], path: Path) ->
     axes.set(xlabel='predicted', ylabel='true')
     if n <= _MOST_NAMES:
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_ticks(range(n), [_short(c) for c in classes], parse_math=False, fontsize=8)
+            axis.set_ticks(range(n), [short_name(c) for c in classes], parse_math=False, fontsize=8)
         axes.tick_params('x', rotation=90)
         for i, j in counts.nonzero().tolist():
             axes.text(j, i, str(counts[i, j].item()), ha='center', va='center', fontsize=8 if n <= 25 else 6,
                       color='white' if share[i, j] > 60 else 'black')
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def write_report(
@@ -204,33 +178,7 @@ def write_report(
     draw_predictions(files, result, folder / 'predictions.png')
     wrong = draw_wrong(model, files, result, transform, folder / 'wrong.png')
     counts = Counter(files.classes[i] for i in result.labels.tolist())
-    page = _page(folder, metrics, wrong, _mistakes(result, files.classes), counts, found)
-    atomic_write(folder / 'report.html', page.encode(errors='replace').decode())  # names of files can be any bytes
-
-
-_NARROWEST = 640  # pixels of a picture, below which its text is too small: it is scrolled
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader('wrn_timm'), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined)
-_TEMPLATES.filters['shown'] = lambda cell: (
-    '-' if cell is None else f'{cell:.1f}' if isinstance(cell, float) else str(cell))
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[tuple[str, Markup, tuple[Any, ...]]]:
-    """Name, attributes and cells of each column: numbers are set to the right, and a `file` is not broken."""
-    columns = []
-    for name, cells in zip(header, zip(*rows, strict=True), strict=bool(rows)):
-        number = all(cell is None or isinstance(cell, (int, float)) for cell in cells)
-        kind = 'path' if name == 'file' else 'number' if number else ''
-        columns.append((name, Markup(f' class="{kind}"' if kind else ''), cells))
-    return columns
-
-
-def _picture(file: Path) -> dict[str, Any]:
-    """The width in pixels that a picture has at least on a page, and its bytes in base64."""
-    with Image.open(file) as image:
-        width = min(image.width, _NARROWEST)
-    return {'width': width, 'data': base64.b64encode(file.read_bytes()).decode()}
+    _write_page(folder, metrics, wrong, _mistakes(result, files.classes), counts, found)
 
 
 def _mistakes(result: Predictions, classes: tuple[str, ...], most: int = 10) -> list[tuple[str, str, int, float]]:
@@ -255,29 +203,28 @@ def _outcome(metrics: dict[str, Any]) -> list[tuple[str, Any]]:
     return [*facts, ('total time', duration(metrics['seconds']))]
 
 
-def _page(
+def _write_page(
         folder: Path,
         metrics: dict[str, Any],
         wrong: list[dict[str, Any]],
         mistakes: list[tuple[str, str, int, float]],
         counts: Counter[str],
         found: dict[str, Any],
-) -> str:
+) -> None:
     tested = f"files of {metrics['tested_on']}" if metrics['tested_on'] else 'test files'
     title = f"{metrics['dataset']}: {metrics['top1']:.1f} % of {metrics['images']:,} {tested}"
     weakest = sorted(metrics['per_class'], key=lambda c: (metrics['per_class'][c] is None, metrics['per_class'][c]))
     classes = [(c, metrics['per_class'][c], metrics['precision'][c], counts[c]) for c in weakest]
     settings = json.loads((folder / 'recipe.json').read_text(encoding='utf-8'))['finetune']
-    command = finetune_command(settings, _whole(found['data']), os.path.abspath(folder))
-    made_with = [*metrics['used'].items(), *metrics['environment'].items(), ('date', time.strftime('%Y-%m-%d %H:%M'))]
+    command = finetune_command(settings, whole_path(found['data']), os.path.abspath(folder))
+    made_with = [*metrics['used'].items(), *metrics['environment'].items()]
     curves = ('Loss, accuracy on held-out files, and penalty' if 'penalty' in metrics else
               'Loss, accuracy on held-out files, and learning rate')
     bad = [*metrics['skipped'], *(f'{b} has the content of {a}, which was trained on' for a, b in metrics['leaks'])]
-    return _TEMPLATES.get_template('report.html').render(
-        title=title, tested=tested, outcome=_outcome(metrics), curves=curves,
-        pictures={file.stem: _picture(file) for file in folder.glob('*.png')},
-        mistakes=_table(('true', 'predicted', 'files', '% of the class'), mistakes),
-        wrong=_table(('predicted', 'true', 'confidence, %', 'file'),
-                     [[row[k] for k in ('predicted', 'true', 'confidence', 'file')] for row in wrong]),
-        classes=_table(('class', 'recall, %', 'precision, %', 'files'), classes),
-        notes=[*found.get('summary', ()), *bad[:50]], command=printable(command), made_with=made_with)
+    write_page(
+        folder, 'report.html', command, made_with, title=title, tested=tested, outcome=_outcome(metrics), curves=curves,
+        mistakes=table(('true', 'predicted', 'files', '% of the class'), mistakes),
+        wrong=table(('predicted', 'true', 'confidence, %', 'file'),
+                    [[row[k] for k in ('predicted', 'true', 'confidence', 'file')] for row in wrong]),
+        classes=table(('class', 'recall, %', 'precision, %', 'files'), classes),
+        notes=[*found.get('summary', ()), *bad[:50]])

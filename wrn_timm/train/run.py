@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
-    'RunControl', 'RunDir', 'any_process', 'check_place', 'config_of', 'environment', 'holds_checkpoint', 'is_best',
-    'plot_history', 'progress_bar']
+    'RunControl', 'RunDir', 'any_process', 'begun_with', 'check_place', 'config_of', 'environment', 'holds_checkpoint',
+    'is_best', 'planned_runs', 'plot_history', 'progress_bar']
 
 _logger = logging.getLogger(__name__)
 
@@ -121,6 +121,46 @@ def config_of(file: Path, key: str, kind: type[_Config]) -> _Config:
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in recipe.get(key, {}).items()})
     except (AttributeError, TypeError, ValueError) as e:
         raise ValueError(f'{file} is damaged: {e}. Restore it, or begin a new run') from e
+
+
+def begun_with(out: Path, key: str, kind: type[_Config]) -> _Config:
+    """The settings that a run directory, or the first of its runs of several seeds, was started with; the defaults
+    where there is none.
+
+    Raises:
+        What `config_of` raises.
+    """
+    runs = [out, *sorted(out.glob('seed-*'), key=lambda p: (len(p.name), p.name))]
+    recipe = next((run / _RECIPE for run in runs if (run / _RECIPE).is_file()), None)
+    return config_of(recipe, key, kind) if recipe else kind()
+
+
+def planned_runs(
+        config: _Config,
+        out: str | Path,
+        seeds: int,
+        resume: bool,
+) -> list[tuple[_Config, Path, bool]]:
+    """Settings and folder of a run for each seed from `config.seed` on, and whether it is to be resumed: in `out` if it
+    is one, else in `out/seed-N`.
+
+    Raises:
+        ValueError: `seeds` is less than 1.
+        FileExistsError: `out` holds a single run, or the figures of several, and is not resumed.
+    """
+    if seeds < 1:
+        raise ValueError(f'seeds is {seeds}; it must be at least 1')
+    out = Path(out)
+    if seeds == 1:
+        return [(config, out, resume)]
+    if (out / _RECIPE).is_file():
+        raise FileExistsError(f'{out} holds a run by itself; choose another --out for several seeds')
+    if (out / 'metrics.json').is_file() and not resume:
+        raise FileExistsError(f'{out} already holds the figures of several seeds; choose another --out, or go on with '
+                              f'--resume')
+    folders = [(seed, out / f'seed-{seed}') for seed in range(config.seed, config.seed + seeds)]
+    return [(dataclasses.replace(config, seed=seed), folder, resume and (folder / _RECIPE).is_file())
+            for seed, folder in folders]
 
 
 def _check_known(there: dict[str, Any], known: dict[str, Any], recipe: dict[str, Any], file: Path) -> None:

@@ -1,0 +1,153 @@
+"""Objects on photographs, as a trained detector finds them: as data, as tables, and drawn."""
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.transforms import v2
+from torchvision.utils import draw_bounding_boxes, save_image
+
+from ..data.folders import read_rgb
+from ..detection import open_detector
+from ..files import atomic_write
+from .predict import find_images
+
+__all__ = ['FoundObject', 'ImageObjects', 'coco_results', 'draw_objects', 'find_in_files', 'find_objects']
+
+_AS_TENSOR = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+_COLOURS = ('red', 'blue', 'green', 'purple', 'orange', 'teal', 'brown', 'magenta')
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundObject:
+    """An object on a photograph.
+
+    Attributes:
+        label: Name of its class.
+        score: 0 to 1.
+        box: xmin, ymin, xmax, ymax in pixels of the photograph (rotated as its EXIF says).
+    """
+    label: str
+    score: float
+    box: tuple[float, float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageObjects:
+    """The objects on one photograph.
+
+    Attributes:
+        image: Path of the file.
+        objects: The most certain first; empty if there are none or the file could not be read.
+        error: Why the file could not be read; '' if it could.
+    """
+    image: str
+    objects: tuple[FoundObject, ...] = ()
+    error: str = ''
+
+    def as_json(self) -> dict[str, Any]:
+        """As `wrn-timm detect --json` prints it."""
+        if self.error:
+            return {'image': self.image, 'error': self.error}
+        return {'image': self.image, 'objects': [
+            {'label': o.label, 'score': o.score, 'box': list(o.box)} for o in self.objects]}
+
+
+def find_objects(
+        model: str | os.PathLike[str],
+        images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        threshold: float = 0.5,
+        device: str | None = None,
+) -> list[ImageObjects]:
+    """Find objects on photographs with a trained detector.
+
+        for photo in wrn_timm.find_objects('RUN', ['photo.jpg', 'FOLDER']):
+            print(photo.image, [(o.label, o.score, o.box) for o in photo.objects])
+
+    Args:
+        model: Run directory of `wrn-timm detect`, its weights folder, or `hf-hub:ACCOUNT/NAME`.
+        images: One or more files and folders; in a folder all images count, those of the folders in it too.
+        threshold: Lowest score of an object, 0 to 1.
+        device: Where the detector runs; None for a GPU if there is one.
+
+    Returns:
+        One per file, in the order of `images`. The `error` of a file that cannot be read says why.
+
+    Raises:
+        What `find_images` and `open_detector` raise.
+    """
+    names = [images] if isinstance(images, (str, os.PathLike)) else images
+    detector = open_detector(os.fspath(model), device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    return list(find_in_files(detector, find_images(map(os.fspath, names)), threshold))
+
+
+@torch.inference_mode()
+def find_in_files(detector: nn.Module, paths: Iterable[str], threshold: float = 0.5) -> Iterator[ImageObjects]:
+    """The objects on each file, in the order of the files; one photograph is in memory at a time.
+
+    Args:
+        detector: From `open_detector`.
+        paths: Image files.
+        threshold: Lowest score of an object, 0 to 1.
+    """
+    device = next(detector.parameters()).device
+    for path in paths:
+        try:
+            image = _AS_TENSOR(read_rgb(path)).as_subclass(torch.Tensor)
+        except ValueError as e:
+            yield ImageObjects(path, error=str(e))
+            continue
+        found = {k: v.cpu() for k, v in detector([image.to(device)])[0].items()}
+        keep = found['scores'] >= threshold
+        rows = zip(found['labels'][keep].tolist(), found['scores'][keep].tolist(), found['boxes'][keep].tolist(),
+                   strict=True)
+        yield ImageObjects(path, tuple(
+            FoundObject(detector.classes[i - 1], round(score, 4), tuple(round(v, 1) for v in box))
+            for i, score, box in rows))
+
+
+def coco_results(found: ImageObjects, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of a photograph in COCO's format of results: `bbox` has the corner, width and height.
+
+    `image_id` is the number that the file is named by, as in COCO, or its name without the suffix. `category_id` counts
+    the classes from 1.
+    """
+    stem = Path(found.image).stem
+    number = {name: i for i, name in enumerate(classes, start=1)}
+    return [{'image_id': int(stem) if stem.isdecimal() else stem, 'category_id': number[o.label],
+             'bbox': [o.box[0], o.box[1], round(o.box[2] - o.box[0], 1), round(o.box[3] - o.box[1], 1)],
+             'score': o.score} for o in found.objects]
+
+
+def draw_objects(found: ImageObjects, classes: Sequence[str], folder: Path, taken: set[str]) -> Path:
+    """Write a photograph to `folder` as PNG with its objects drawn on it.
+
+    Args:
+        found: Of a file that can be read.
+        classes: Names, which decide on the colours.
+        folder: Made if it is not there.
+        taken: Names of the files already written there by this call's predecessors; the new one is added.
+
+    Returns:
+        The file written, named as the photograph, with a number if that name is taken.
+    """
+    image = _AS_TENSOR(read_rgb(found.image)).as_subclass(torch.Tensor)
+    if found.objects:
+        width = max(2, round(max(image.shape[1:]) / 400))
+        image = draw_bounding_boxes(
+            image, torch.tensor([o.box for o in found.objects]),
+            [f'{o.label} {100 * o.score:.0f}' for o in found.objects],
+            [_COLOURS[list(classes).index(o.label) % len(_COLOURS)] for o in found.objects], width=width)
+    stem = Path(found.image).stem
+    names = itertools.chain([stem], (f'{stem}_{i}' for i in itertools.count(2)))
+    taken.add(name := next(n for n in names if n not in taken))
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f'{name}.png'
+    atomic_write(target, lambda p: save_image(image, p))
+    return target
