@@ -431,24 +431,23 @@ def test_several_seeds(tmp_path, capsys):
 
 
 def test_what_is_left_open_is_found_from_data_and_weights(tmp_path, monkeypatch, caplog):
-    scan = read_boxes(BCCD)
-    train, _, _ = divide(scan)
     machine = wrn_timm.Machine()
-    _, config = detector_run._prepared(wrn_timm.DetectConfig(), scan, train, machine)
+    data = detector_run._read(wrn_timm.DetectConfig(), BCCD, tmp_path, machine)
+    _, config = detector_run._prepared(wrn_timm.DetectConfig(), data, machine)
     assert config.model == 'wrn16_2.cifar100' and 'There are no ImageNet weights' in caplog.text
     assert (config.image_size, config.epochs, config.batch_size, config.out_channels) == (640, 60, 2, 64)
     # ImageNet weights in a folder are found, and their BatchNorm is frozen
     folder = tmp_path / 'wrn18_1.tv_in1k'
     wrn_timm.weights.export_weights(timm.create_model('wrn18_1'), folder, {'tag': 'tv_in1k'})
     monkeypatch.setenv('WRN_TIMM_WEIGHTS', str(tmp_path))
-    detector, config = detector_run._prepared(wrn_timm.DetectConfig(), scan, train, machine)
+    detector, config = detector_run._prepared(wrn_timm.DetectConfig(), data, machine)
     assert config.model == 'wrn18_1.tv_in1k' and config.out_channels == 256
     assert any(isinstance(m, FrozenBatchNorm2d) for m in detector.backbone.modules())
     own = timm.create_model('wrn18_1.tv_in1k', pretrained=True).state_dict()
     body = detector.backbone.body
     torch.testing.assert_close(body.state_dict()['layer3.0.conv1.weight'], own['layer3.0.conv1.weight'])
     # weights of the 3x3 stem are taken for all but the stem, whose BatchNorm has to be trained
-    detector, _ = detector_run._prepared(wrn_timm.DetectConfig(model='wrn16_1.cifar10'), scan, train, machine)
+    detector, _ = detector_run._prepared(wrn_timm.DetectConfig(model='wrn16_1.cifar10'), data, machine)
     own = timm.create_model('wrn16_1.cifar10', pretrained=True).state_dict()
     body = detector.backbone.body
     torch.testing.assert_close(body.state_dict()['layer2.0.conv1.weight'], own['layer2.0.conv1.weight'])
@@ -474,6 +473,7 @@ def test_script_errors(run, tmp_path, capsys):
             ([*sample, '--out', str(run), *SMALL], 'already holds a run'),
             ([*sample, *new, '--on-bad', 'fail'], 'has no area'),
             ([*sample, *new, '--model', 'resnet50'], "is not a network of this package"),
+            ([*sample, *new, '--model', 'wrn28_2'], '--no-pretrained starts from random weights'),
     ):
         assert detect_script.main(args) == 1
         assert expected in capsys.readouterr().err

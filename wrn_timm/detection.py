@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_model_data_config
 from timm.layers import freeze_batch_norm_2d
@@ -107,6 +108,19 @@ def anchor_generator(strides: Sequence[int], scale: float, octave: int = 1) -> A
     return AnchorGenerator(sizes, (_RATIOS,) * len(strides))
 
 
+def _roi_pool(strides: Sequence[int]) -> MultiScaleRoIAlign:
+    """torchvision's pooling of regions, with the strides of its levels set.
+
+    By itself it guesses them from the first image, with its padding, and keeps them: if that image is narrow, they and
+    all boxes after it are wrong.
+    """
+    pool = MultiScaleRoIAlign([str(i) for i in range(len(strides))], 7, sampling_ratio=2)
+    side = 64 * max(strides)
+    pool({str(i): torch.zeros(1, 1, side // s, side // s) for i, s in enumerate(strides)}, [torch.zeros(1, 4)],
+         [(side, side)])
+    return pool
+
+
 def faster_rcnn(
         name: str,
         num_classes: int,
@@ -131,7 +145,7 @@ def faster_rcnn(
     return FasterRCNN(backbone, num_classes + 1, **{
         **_normalisation(backbone),
         'rpn_anchor_generator': anchor_generator(strides, anchor_scale),
-        'box_roi_pool': MultiScaleRoIAlign([str(i) for i in range(len(backbone.strides))], 7, sampling_ratio=2),
+        'box_roi_pool': _roi_pool(backbone.strides),
         **(detector_kwargs or {})})
 
 
@@ -179,7 +193,8 @@ def build_detector(config: DetectConfig, classes: Sequence[str], pretrained: boo
     if config.model == TORCHVISION_DETECTOR:
         detector = fasterrcnn_resnet50_fpn(
             weights=None, weights_backbone=None, num_classes=len(classes) + 1, **detector_kwargs,
-            rpn_anchor_generator=anchor_generator((4, 8, 16, 32, 64), config.anchor_scale))
+            rpn_anchor_generator=anchor_generator((4, 8, 16, 32, 64), config.anchor_scale),
+            box_roi_pool=_roi_pool((4, 8, 16, 32)))
     else:
         detector = DETECTORS[config.detector](
             config.model, len(classes), anchor_scale=config.anchor_scale, out_channels=config.out_channels,

@@ -45,8 +45,9 @@ class _Transform(GeneralizedRCNNTransform):
             size = [int(height * scale), int(width * scale)]
         else:  # traced
             sides = torch._shape_as_tensor(image)[-2:].double()
-            least, most = (torch.full((), size, dtype=torch.float64) for size in (self.min_size[-1], self.max_size))
-            scale = torch.minimum(least / sides.min(), most / sides.max())
+            # one-dimensional, because ONNX gets numbers as float32
+            least, most = (torch.full((1,), size, dtype=torch.float64) for size in (self.min_size[-1], self.max_size))
+            scale = torch.minimum(least / sides.min()[None], most / sides.max()[None])
             size = list((sides * scale).floor().long().unbind())
         image = nn.functional.interpolate(image[None], size=size, mode='bilinear', align_corners=False)[0]
         return image, target

@@ -153,6 +153,7 @@ class WideResNet(nn.Module):
             self.maxpool = nn.Identity()
 
         self.feature_info = []
+        block_args = dict(conv_drop_rate=conv_drop_rate, act_layer=act_layer, norm_layer=norm_layer, **dd)
         dilation = 1
         drop_paths = calculate_drop_path_rates(drop_path_rate, [num_blocks] * 3, stagewise=True)
         for name, out_chs, stage_drop_paths in zip(STAGES, channels, drop_paths, strict=True):
@@ -162,16 +163,9 @@ class WideResNet(nn.Module):
                 stride, dilation = 1, dilation * stride
             self.add_module(name, nn.Sequential(*(
                 PreActBlock(
-                    out_chs if i else in_chs,
-                    out_chs,
-                    stride=1 if i else stride,
-                    dilation=(dilation if i else first_dilation, dilation),
-                    conv_drop_rate=conv_drop_rate,
-                    drop_path=drop_path,
-                    act_layer=act_layer,
-                    norm_layer=norm_layer,
-                    **dd,
-                ) for i, drop_path in enumerate(stage_drop_paths))))
+                    out_chs if i else in_chs, out_chs, stride=1 if i else stride,
+                    dilation=(dilation if i else first_dilation, dilation), drop_path=drop_path, **block_args)
+                for i, drop_path in enumerate(stage_drop_paths))))
             in_chs = out_chs
             reduction *= stride
             self.feature_info.append(dict(num_chs=out_chs, reduction=reduction, module=name))

@@ -124,6 +124,19 @@ def peak_memory(contestant: str, name: str, size: int, batch: int, device: str) 
             return None
 
 
+def _tried(step: Callable[[], Any] | str, device: str) -> tuple[Callable[[], Any] | str, float]:
+    """A step, or why there is none, and the seconds of the first one."""
+    began = time.perf_counter()
+    if callable(step):
+        try:
+            step()
+        except RuntimeError as e:  # some take one image size alone
+            step = f'it fails: {str(e).splitlines()[0]}'
+        if device == 'cuda':
+            torch.cuda.synchronize()
+    return step, time.perf_counter() - began
+
+
 def train(command: Command) -> Iterator[Case]:
     """Images/s and peak memory of training steps. A step counts three forward passes: its own, and two backward."""
     for name in command.models:
@@ -131,16 +144,7 @@ def train(command: Command) -> Iterator[Case]:
         settings = name, size, batch_size(command, 3 * flops(name, size)), command.device
         steps, first = {}, {}
         for contestant, make in training_steps(*settings).items():
-            step, began = make(), time.perf_counter()
-            if callable(step):
-                try:
-                    step()
-                except RuntimeError as e:  # some take one image size alone
-                    step = f'it fails: {str(e).splitlines()[0]}'
-                if command.device == 'cuda':
-                    torch.cuda.synchronize()
-                first[contestant] = time.perf_counter() - began
-            steps[contestant] = step
+            steps[contestant], first[contestant] = _tried(make(), command.device)
         repeat = 10 if command.device == 'cuda' else 1  # a step's launches run while the one before computes
         calls = {n: functools.partial(repeated, step, repeat) if callable(step) else step for n, step in steps.items()}
         rows, _ = measure(calls, command.rounds, command.device, repeat * settings[2])

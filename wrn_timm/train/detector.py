@@ -92,70 +92,86 @@ def train_detector(
         FloatingPointError: The loss is no longer finite.
         What `read_boxes`, `divide`, `fpn_backbone` and `RunDir` raise.
     """
-    started, deadline, device = time.monotonic(), machine.deadline(), torch.device(machine.device)
-    root, out = data_folder(data), Path(out)
-    scan = read_boxes(data, machine.on_bad)
-    for line in scan.summary():
-        _logger.info('%s', line)
-    train, test, how = divide(scan, config.train_split, config.test_split, config.seed)
-    if machine.resume and (out / 'split.csv').is_file():
-        train, test = read_box_split(out / 'split.csv', scan, root)
-    leaks = _leaks(scan, train, test)
-    detector, config = _prepared(_kept(config, out, machine), scan, train, machine)
-    settings = {'detect': config, 'data': root.resolve().name, 'classes': train.classes}
+    started, deadline, out = time.monotonic(), machine.deadline(), Path(out)
+    read = _read(config, data, out, machine)
+    detector, config = _prepared(_kept(config, out, machine), read, machine)
+    settings = {'detect': config, 'data': read.name, 'classes': read.train.classes}
     RunDir.check(out, settings, machine.resume)
-    run = RunDir(out, settings, machine.resume, device=device)
-    atomic_write(out / 'split.csv', write_box_split(train, test, root))
-    loop = _Loop(detector, train, config, RunControl(run, deadline), machine, on_epoch)
+    run = RunDir(out, settings, machine.resume, device=machine.device)
+    atomic_write(out / 'split.csv', write_box_split(read.train, read.test, data_folder(data)))
+    loop = _Loop(detector, read.train, config, RunControl(run, deadline), machine, on_epoch)
     if machine.resume and (saved := run.load_checkpoint()):
         loop.load_state_dict(saved)
         del saved
-    run.log('%d classes, %d photographs to train on, %d to test on (split: %s)', len(train.classes), len(train),
-            len(test), how)
+    run.log('%d classes, %d photographs to train on, %d to test on (split: %s)', len(read.train.classes),
+            len(read.train), len(read.test), read.split)
     run.log('%s on %s%s at %d px on %s: %d epochs, batch size %d', config.detector, config.model,
             '' if config.pretrained or config.model == TORCHVISION_DETECTOR else ' (random weights)',
-            config.image_size, device, config.epochs, config.batch_size)
+            config.image_size, machine.device, config.epochs, config.batch_size)
     if not loop.run():
         return None
-    record = json.loads(run.recipe_file.read_text(encoding='utf-8'))
-    export_detector(detector, run.path / 'weights', record)
-    found = {'dataset': root.resolve().name, 'split': how, 'left_out': scan.bad, 'leaks': leaks,
-             'train_images': len(train), 'epochs': config.epochs, 'image_size': config.image_size,
-             'train_seconds': round(loop.progress.seconds, 1)}
-    return _test(run, test, found, machine, (data, scan.summary(), started))
+    export_detector(detector, out / 'weights', json.loads(run.recipe_file.read_text(encoding='utf-8')))
+    return _test(loop, read, started)
 
 
-def _test(
-        run: RunDir,
-        test: BoxedImages,
-        found: dict[str, Any],
-        machine: Machine,
-        about: tuple[str | Path, list[str], float],
-) -> dict[str, Any]:
-    """Measure the exported detector on the test images, and write all that tells of it.
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """What a detector is trained and tested on.
 
-    Args:
-        run: Its directory, with the exported weights.
-        test: The test images.
-        found: What `metrics.json` says beside what is measured.
-        machine: Device and workers.
-        about: The data, what its scan found, and when the run began.
+    Attributes:
+        source: As it was named.
+        scan: What is there.
+        train: Images to train on.
+        test: Images to test on.
+        split: How they were told apart.
+        leaks: Files to train on and files to test on that have the same content.
     """
-    data, summary, started = about
-    detector = open_detector(run.path, machine.device)
-    config = config_of(run.recipe_file, 'detect', DetectConfig)
-    in_order = list(BatchSampler(range(len(test)), config.batch_size, drop_last=False))
-    loader = _loader(test, v2.Compose(AS_TENSOR), in_order, machine.workers, config.seed)
+    source: str
+    scan: BoxScan
+    train: BoxedImages
+    test: BoxedImages
+    split: str
+    leaks: list[tuple[str, str]]
+
+    @property
+    def name(self) -> str:
+        return data_folder(self.source).resolve().name
+
+
+def _read(config: DetectConfig, data: str | Path, out: Path, machine: Machine) -> _Data:
+    """Read the data and divide it, as a run that is resumed did."""
+    scan = read_boxes(data, machine.on_bad)
+    for line in scan.summary():
+        _logger.info('%s', line)
+    train, test, split = divide(scan, config.train_split, config.test_split, config.seed)
+    if machine.resume and (out / 'split.csv').is_file():
+        train, test = read_box_split(out / 'split.csv', scan, data_folder(data))
+    for part, what in ((train, 'train'), (test, 'test')):
+        if not any(map(len, part.labels)):
+            raise ValueError(f'there is no box on the {len(part)} images to {what} on (split: {split}); name other '
+                             f'parts by --train-split and --test-split')
+    return _Data(str(data), scan, train, test, split, _leaks(scan, train, test))
+
+
+def _test(loop: _Loop, data: _Data, started: float) -> dict[str, Any]:
+    """Measure the exported detector on the test images, and write all that tells of it."""
+    folder, machine, config = loop.control.run.path, loop.machine, loop.config
+    detector = open_detector(folder, machine.device)
+    in_order = list(BatchSampler(range(len(data.test)), config.batch_size, drop_last=False))
+    loader = _loader(data.test, v2.Compose(AS_TENSOR), in_order, machine.workers, config.seed)
     predictions, targets = predict_boxes(detector, loader, machine.device, machine.progress)
-    measured, curves = detection_metrics(predictions, targets, test.classes)
-    metrics = measured | found | {
-        'seconds': round(time.monotonic() - started, 1), 'environment': environment(machine.device),
-        'measured_by': 'wrn-timm detect'}
-    atomic_write(run.path / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
-    write_detector_report(run.path, metrics, curves, test, predictions, {'data': str(data), 'summary': summary})
+    measured, curves = detection_metrics(predictions, targets, data.test.classes)
+    metrics = measured | {
+        'dataset': data.name, 'split': data.split, 'left_out': data.scan.bad, 'leaks': data.leaks,
+        'train_images': len(data.train), 'epochs': config.epochs, 'image_size': config.image_size,
+        'train_seconds': round(loop.progress.seconds, 1), 'seconds': round(time.monotonic() - started, 1),
+        'environment': environment(machine.device), 'measured_by': 'wrn-timm detect'}
+    atomic_write(folder / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
+    write_detector_report(folder, metrics, curves, data.test, predictions,
+                          {'data': data.source, 'summary': data.scan.summary()})
     for file in ('history.csv', 'curves.png'):
-        atomic_write(run.path / 'weights' / file, functools.partial(shutil.copyfile, run.path / file))
-    finish_detector_folder(run.path / 'weights', metrics)
+        atomic_write(folder / 'weights' / file, functools.partial(shutil.copyfile, folder / file))
+    finish_detector_folder(folder / 'weights', metrics)
     return metrics
 
 
@@ -213,19 +229,17 @@ def _kept(config: DetectConfig, out: Path, machine: Machine) -> DetectConfig:
         config, **{name: getattr(found, name) for name in left_open if not getattr(config, name)})
 
 
-def _prepared(
-        config: DetectConfig,
-        scan: BoxScan,
-        train: BoxedImages,
-        machine: Machine,
-) -> tuple[nn.Module, DetectConfig]:
+def _prepared(config: DetectConfig, data: _Data, machine: Machine) -> tuple[nn.Module, DetectConfig]:
     """The detector before training, and the settings with what was left open chosen."""
     device, any_batch = torch.device(machine.device), not config.batch_size
     if config.model == 'auto':
         config = dataclasses.replace(config, model=_found_model(config, device))
-    config = _resolved(config, scan, train)
+    config = _resolved(config, data.scan, data.train)
     torch.manual_seed(config.seed)
-    detector = build_detector(config, train.classes, config.pretrained)
+    try:
+        detector = build_detector(config, data.train.classes, config.pretrained)
+    except RuntimeError as e:  # the weights are not there, or are damaged
+        raise RuntimeError(f'{e} --no-pretrained starts from random weights.' if config.pretrained else str(e)) from e
     detector.to(device, memory_format=torch.channels_last)
     if any_batch and device.type == 'cuda':
         config = dataclasses.replace(config, batch_size=_fitting_batch(detector, config, device))

@@ -151,6 +151,26 @@ def _summary(metrics: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: summarise([m[key] for m in metrics]) for key in ('mean_per_class', 'top1')}
 
 
+def _splits(data: str, config: FinetuneConfig, seeds: int, machine: Machine) -> tuple[dict[int, Split], dict[str, Any]]:
+    """A split of the data for each seed, and what every row says of them."""
+    scan = examine(list_source(data, config.nested, machine.download), machine.on_bad, at_most=EXAMINED_AT_MOST)
+    for line in scan.summary():
+        _logger.info('%s', line)
+    numbers = range(config.seed, config.seed + seeds)
+    splits = {seed: make_split(scan, config.split, config.holdout, seed) for seed in numbers}
+    first = splits[config.seed]
+    return splits, {
+        'dataset': data_name(data), 'protocol': 'given' if scan.test else config.split, 'seeds': seeds,
+        'train_files': len(first.train) + len(first.holdout or ())}
+
+
+def _add_test(row: dict[str, Any], bank: _Bank, splits: dict[int, Split], penalties: list[float]) -> None:
+    """Add the figures of the test files to a row."""
+    metrics = [_measured_on_test(bank, split, row['way'], penalty)
+               for split, penalty in zip(splits.values(), penalties, strict=True)]
+    row |= _summary(metrics) | {'test_files': metrics[0]['images'], 'skipped': bank.bad}
+
+
 def probe(
         names: Sequence[str],
         data: str,
@@ -186,22 +206,10 @@ def probe(
     names = [n for name in names for n in (_at_hand() if name == 'all' else [name])]
     if not names:
         raise ValueError('there are no weights on this machine to probe; name them to fetch them')
-    scan = examine(list_source(data, config.nested, machine.download), machine.on_bad, at_most=EXAMINED_AT_MOST)
-    for line in scan.summary():
-        _logger.info('%s', line)
-    numbers = range(config.seed, config.seed + seeds)
-    splits = {seed: make_split(scan, config.split, config.holdout, seed) for seed in numbers}
-    first = splits[config.seed]
-    about = {'dataset': data_name(data), 'protocol': 'given' if scan.test else config.split, 'seeds': seeds,
-             'train_files': len(first.train) + len(first.holdout or ())}
+    splits, about = _splits(data, config, seeds, machine)
     accelerator = accelerator_on(machine.device, config.precision)
     rows: list[dict[str, Any]] = []
     best: tuple[dict[str, Any], _Bank, list[float]] | None = None
-
-    def add_test(row: dict[str, Any], bank: _Bank, penalties: list[float]) -> None:
-        metrics = [_measured_on_test(bank, split, row['way'], penalty)
-                   for split, penalty in zip(splits.values(), penalties, strict=True)]
-        row |= _summary(metrics) | {'test_files': metrics[0]['images'], 'skipped': bank.bad}
 
     for name in names:
         began = time.monotonic()
@@ -214,15 +222,16 @@ def probe(
             rows.append(row)
             penalties = [f[way][1] for f in found]
             if test_all:
-                add_test(row, bank, penalties)
+                _add_test(row, bank, splits, penalties)
             if best is None or _rank(row) > _rank(best[0]):
                 best = row, bank, penalties
             if on_row:
                 on_row(row)
     if not test_all:
-        add_test(*best)
+        row, bank, penalties = best
+        _add_test(row, bank, splits, penalties)
         if on_row:
-            on_row(best[0])
+            on_row(row)
     return sorted(rows, key=_rank, reverse=True)
 
 
