@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 40, 30
 def images(folder, names=BOXES, suffix='.jpg'):
     folder.mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(names):
-        Image.new('RGB', (WIDTH, HEIGHT), (10 * i, 40, 200)).save(folder / f'{name}{suffix}')
+        Image.new('RGB', (WIDTH, HEIGHT), (8 * i, 40, 200)).save(folder / f'{name}{suffix}')
 
 
 def xml(name, suffix='.jpg', size=(WIDTH, HEIGHT)):
@@ -248,6 +248,20 @@ def test_no_image_is_on_both_sides(tmp_path):
     assert parts_of(tmp_path / 'shared', train='abc', val='c')[:2] == ('ab', 'c')
     train, test, how = parts_of(tmp_path / 'one', train='abcd')
     assert sorted(train + test) == ['a', 'b', 'c', 'd'] and test and how == '80-20 by seed 0'
+
+
+def test_copies_are_not_divided_between_training_and_testing(tmp_path):
+    (tmp_path / 'annotations').mkdir()
+    for i in range(40):  # every content twice
+        name = f'{i:02}'
+        images(tmp_path / 'images', [name])
+        Image.new('RGB', (WIDTH, HEIGHT), (5 * (i // 2), 90, 10)).save(tmp_path / f'images/{name}.jpg')
+        (tmp_path / f'annotations/{name}.xml').write_text(xml('a').replace('a.jpg', f'{name}.jpg'))
+    scan = read_boxes(tmp_path)
+    for seed in range(5):
+        train, test, _ = divide(scan, seed=seed)
+        contents = [{Image.open(path).getpixel((0, 0)) for path in part.paths} for part in (train, test)]
+        assert (len(train), len(test)) == (32, 8) and not contents[0] & contents[1]
 
 
 def test_the_rarest_class_by_images_decides_where_an_image_is_drawn(tmp_path):

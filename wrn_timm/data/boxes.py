@@ -505,7 +505,7 @@ def divide(
 
     Parts that the data gives are taken: 'test' (or 'val') to test on, and the others to train on. Where there is only
     one, a fifth of its images is for testing, drawn by `seed` so that each class has its share. No image is on both
-    sides.
+    sides, nor are copies of it.
 
     Args:
         scan: From `read_boxes`.
@@ -523,7 +523,7 @@ def divide(
             raise FileNotFoundError(f'there is no part {name}; there are {", ".join(parts)}')
     if len(parts) == 1 and not (train and test):
         only, = parts.values()
-        chosen, how = tuple(map(only.subset, _drawn(only, seed))), f'80-20 by seed {seed}'
+        chosen, how = tuple(map(only.subset, _drawn(only, seed, scan.twins))), f'80-20 by seed {seed}'
     else:
         test = test or next((name for name in ('test', 'val') if name in parts and name != train), '')
         trained_on = [train] if train else [name for name in _to_train_on(parts) if name != test]
@@ -556,19 +556,28 @@ def _joined(parts: Sequence[BoxedImages]) -> BoxedImages:
     return dataclasses.replace(parts[0], paths=paths, boxes=boxes, labels=labels)
 
 
-def _drawn(images: BoxedImages, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on and to test on; each image is drawn among those that share its rarest class."""
+def _drawn(
+        images: BoxedImages,
+        seed: int,
+        twins: Iterable[Sequence[str]],
+) -> tuple[list[int], list[int]]:
+    """Indices to train on and to test on; each image is drawn among those that share its rarest class, and its copies
+    with it."""
+    place = {path: i for i, path in enumerate(images.paths)}
+    copies = {same[0]: same for same in (sorted(place[p] for p in group if p in place) for group in twins) if same}
+    drawn_with_another = {i for first, same in copies.items() for i in same if i != first}
     count = Counter(i for labels in images.labels for i in set(labels.tolist()))
     groups: dict[int, list[int]] = defaultdict(list)
     for i, labels in enumerate(images.labels):
-        groups[min(labels.tolist(), key=lambda label: (count[label], label), default=0)].append(i)
+        if i not in drawn_with_another:
+            groups[min(labels.tolist(), key=lambda label: (count[label], label), default=0)].append(i)
     test: list[int] = []
     for _, members in sorted(groups.items()):
         random.Random(seed).shuffle(members)
         test += members[:round(len(members) / 5)]
     if not test and len(images) > 1:
-        test = [len(images) - 1]
-    chosen = set(test)
+        test = [max(i for members in groups.values() for i in members)]
+    chosen = {i for first in test for i in copies.get(first, [first])}
     return [i for i in range(len(images)) if i not in chosen], sorted(chosen)
 
 
