@@ -367,6 +367,9 @@ def test_finding_objects_with_a_finished_run(run, tmp_path, capsys):
         result['objects'][0]['box'], abs=0.11)
     detect_script.main([*args[:3], '--threshold', '1', '--device', 'cpu'])
     assert 'no objects' in capsys.readouterr().out
+    assert detect_script.main([*args[:3], '--out', 'x', '--draw', str(tmp_path), '--device', 'cpu']) == 1
+    assert 'choose another for the drawings' in capsys.readouterr().err
+    assert detect_script.main(['--out', str(run), str(photograph), '--device', 'cpu']) == 0  # instead of --model
     in_python = wrn_timm.find_objects(run, [photograph, bad], threshold=0.)
     assert [o.box for o in in_python[0].objects] == [tuple(o['box']) for o in result['objects']]
     assert in_python[1].error == failed['error']

@@ -49,8 +49,8 @@ PURPOSES = {
 class DetectOptions(Training):
     """Options beside the settings of the detector."""
     images: tuple[str, ...] = option((), 'IMAGE', positional=True)
-    """Photographs and folders to find objects in, with --model RUN; - reads a list from standard input. Nothing is
-    trained then."""
+    """Photographs and folders to find objects in, with the detector of --model RUN (default: the run in --out); -
+    reads a list from standard input. Nothing is trained then."""
     data: str = option('', 'DIR')
     """Photographs with boxes: a folder in Pascal VOC, COCO or YOLO format (found automatically), or coco:FILE.json.
     """
@@ -169,4 +169,6 @@ def main(argv: Sequence[str]) -> int:
 
     options, config = parse(argv, ('detect', __doc__), DetectOptions, DetectConfig, start, PURPOSES)
     log_to_terminal(logging.INFO if options.messages == 'text' else logging.ERROR)
-    return run_finding(options, config.model) if options.images else run_training(options, config)
+    if options.images:
+        return run_finding(options, options.out if config.model == 'auto' else config.model)
+    return run_training(options, config)

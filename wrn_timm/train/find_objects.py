@@ -136,7 +136,13 @@ def draw_objects(found: ImageObjects, classes: Sequence[str], folder: Path, take
 
     Returns:
         The file written, named as the photograph, with a number if that name is taken.
+
+    Raises:
+        ValueError: `folder` holds the photograph itself, or others that a drawing could replace.
     """
+    if folder.resolve() == Path(found.image).resolve().parent:
+        raise ValueError(f'{folder} is the folder of {found.image}; choose another for the drawings, so that they '
+                         f'replace no photograph')
     image = _AS_TENSOR(read_rgb(found.image)).as_subclass(torch.Tensor)
     if found.objects:
         width = max(2, round(max(image.shape[1:]) / 400))
