@@ -284,5 +284,9 @@ def open_detector(name: str | Path, device: str = 'cpu') -> nn.Module:
         detector = build_detector(DetectConfig(**settings['detect']), settings['classes'])
     except TypeError as e:
         raise ValueError(f'{folder / DETECTOR_FILE} does not make a detector: {e}') from e
-    detector.load_state_dict(load_file(file))
+    try:
+        detector.load_state_dict(load_file(file))
+    except RuntimeError as e:
+        raise RuntimeError(f'{file} does not hold the weights of the detector that {DETECTOR_FILE} names: '
+                           f'{str(e).splitlines()[-1].strip()}') from e
     return detector.to(device).eval()

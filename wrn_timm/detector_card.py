@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from .card import GOLDEN_FILE, TEMPLATES, first_photographs, owners_licence, read_history, training_line
-from .data.folders import read_rgb
+from .data.folders import read_rgb, some
 from .detection import DETECTOR_FILE, open_detector, postprocessor
 from .files import atomic_write
 from .names import duration, printable
@@ -84,7 +84,9 @@ def detector_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> 
     title, paper = _NAMES[settings['detector']]
     return TEMPLATES.get_template('detector_card.md').render(
         header=data.to_yaml(), licence=licence, name=name, detector=title, paper=paper, wide=wide,
-        network=settings['model'], pretrained=settings['pretrained'], classes=record['classes'], metrics=metrics,
+        network=settings['model'], pretrained=settings['pretrained'], classes=record['classes'],
+        named=some([printable(c) for c in record['classes']]), dataset=printable(metrics['dataset']), metrics=metrics,
+        per_class={printable(c): row for c, row in metrics['per_class'].items()},
         accuracy=_accuracy(metrics), golden=GOLDEN_FILE, training=_training(folder, metrics, record),
         command=detect_command(settings), size=settings['image_size'],
         settings={k: v for k, v in settings.items() if v or k in ('pretrained', 'seed')})

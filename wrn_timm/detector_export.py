@@ -29,8 +29,8 @@ TOLERANCE = 1e-3  # of a score, and of a box in sides of the image
 class _Transform(GeneralizedRCNNTransform):
     """torchvision's preprocessing, which resizes to the same size in a file as outside.
 
-    Its own computes the size in float32 there and in Python's float64 outside. For one in six widths of photographs,
-    the resized one is a pixel narrower then, and the boxes are others.
+    Its own computes the size in float32 there and in Python's float64 outside. For many sizes of photographs (a fifth,
+    if they are resized to 480 pixels), the resized one differs by a pixel then, and the boxes are others.
     """
 
     def resize(
@@ -104,7 +104,7 @@ def detector_to_onnx(detector: nn.Module, path: str | Path) -> None:
 
     def write(beside: Path) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # that it is traced and not exported by torch.export, which cannot do it
+            warnings.simplefilter('ignore')  # this exporter is old, but torch.export cannot trace detectors
             torch.onnx.export(
                 network, (torch.rand(_TRACED),), str(beside), dynamo=False, verbose=False, input_names=['image'],
                 output_names=list(_OUTPUTS),
@@ -135,27 +135,31 @@ def detector_to_torchscript(detector: nn.Module, path: str | Path) -> None:
 
 DETECTOR_EXPORTERS = {'onnx': detector_to_onnx, 'ts': detector_to_torchscript}
 
-
 _Run = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 
 
-def _opened_onnx(file: Path, threshold: float | None) -> tuple[_Run, str]:
+def _with_threshold(file: Path, threshold: float) -> bytes:
     import onnx
-    import onnxruntime
     model = onnx.load(file)
-    if threshold is not None:
-        lowest = next(tensor for tensor in model.graph.initializer if tensor.name.endswith('score_thresh'))
-        lowest.CopyFrom(onnx.numpy_helper.from_array(np.float32(threshold), lowest.name))
+    lowest = next(tensor for tensor in model.graph.initializer if tensor.name.endswith('score_thresh'))
+    lowest.CopyFrom(onnx.numpy_helper.from_array(np.float32(threshold), lowest.name))
+    return model.SerializeToString()
+
+
+def _opened_onnx(file: Path, threshold: float | None) -> tuple[_Run, str]:
+    import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
+    session = onnxruntime.InferenceSession(
+        str(file) if threshold is None else _with_threshold(file, threshold), options,
+        providers=['CPUExecutionProvider'])
     config = session.get_modelmeta().custom_metadata_map['config']
     return lambda image: [torch.from_numpy(o) for o in session.run(_OUTPUTS, {'image': image.numpy()})], config
 
 
 def _opened_script(file: Path, threshold: float | None) -> tuple[_Run, str]:
     extra = {'config.json': ''}
-    script = torch.jit.load(file, _extra_files=extra)
+    script = torch.jit.load(str(file), _extra_files=extra)
     if threshold is not None:
         postprocessor(script.detector).score_thresh = float(threshold)
     return script, extra['config.json']
@@ -172,7 +176,7 @@ class ExportedDetector(nn.Module):
         classes: Names; label 1 is the first.
 
     Raises:
-        ImportError: onnxruntime is not installed.
+        ImportError: onnxruntime is not installed, or, with a `threshold`, onnx.
         ValueError: The file has another suffix.
     """
 

@@ -28,6 +28,7 @@ from ..data.folders import some
 from ..detection import build_detector, export_detector, open_detector
 from ..detector_card import finish_detector_folder
 from ..files import atomic_write
+from ..names import printable
 from ..recipes import TORCHVISION_DETECTOR, DetectConfig
 from ..weights import find, open_model
 from .detector_report import write_detector_report
@@ -135,7 +136,7 @@ class _Data:
 
     @property
     def name(self) -> str:
-        return data_folder(self.source).resolve().name
+        return printable(data_folder(self.source).resolve().name)
 
 
 def _read(config: DetectConfig, data: str | Path, out: Path, machine: Machine) -> _Data:
