@@ -338,6 +338,7 @@ def test_a_damaged_detector_is_refused(run, tmp_path, capsys):
 def test_finding_objects_with_a_finished_run(run, tmp_path, capsys):
     detector = open_detector(run)
     assert detector.classes == ('Platelets', 'RBC', 'WBC') and not detector.training
+    assert detector.threshold == json.loads((run / 'metrics.json').read_text())['threshold']
     photograph, other, bad = (tmp_path / name for name in ('17.jpg', 'other/17.jpg', 'bad.jpg'))
     other.parent.mkdir()
     shutil.copy(BCCD / 'JPEGImages' / 'BloodImage_00007.jpg', photograph)
@@ -370,6 +371,9 @@ def test_finding_objects_with_a_finished_run(run, tmp_path, capsys):
     assert detect_script.main([*args[:3], '--out', 'x', '--draw', str(tmp_path), '--device', 'cpu']) == 1
     assert 'choose another for the drawings' in capsys.readouterr().err
     assert detect_script.main(['--out', str(run), str(photograph), '--device', 'cpu']) == 0  # instead of --model
+    by_default, = wrn_timm.find_objects(run, photograph, device='cpu')
+    assert [o.score for o in by_default.objects] == [
+        o['score'] for o in result['objects'] if o['score'] >= detector.threshold]
     in_python = wrn_timm.find_objects(run, [photograph, bad], threshold=0.)
     assert [o.box for o in in_python[0].objects] == [tuple(o['box']) for o in result['objects']]
     assert in_python[1].error == failed['error']

@@ -97,7 +97,7 @@ def test_the_first_image_does_not_change_what_is_found_on_others(photographs, ru
 
 def test_the_file_says_what_it_is(run, tmp_path):
     detector = open_detector(run)
-    expected = {'classes': list(CLASSES), 'threshold': 0.05, 'image_size': 96}
+    expected = {'classes': list(CLASSES), 'threshold': 0.5, 'lowest_score': 0.05, 'image_size': 96}
     for to, exporter in export_script.DETECTOR_EXPORTERS.items():
         exporter(detector, tmp_path / f'a.{to}')
     extra = {'config.json': ''}

@@ -36,6 +36,7 @@ __all__ = ['DETECTORS', 'DETECTOR_FILE', 'anchor_generator', 'build_detector', '
            'faster_rcnn', 'find_detector', 'fpn_backbone', 'open_detector', 'postprocessor', 'retinanet']
 
 DETECTOR_FILE = 'detector.json'
+_THRESHOLD = 0.5  # of a detector that was not measured
 
 _RATIOS = (0.5, 1., 2.)  # of an anchor's height and width
 
@@ -200,7 +201,7 @@ def build_detector(config: DetectConfig, classes: Sequence[str], pretrained: boo
             config.model, len(classes), anchor_scale=config.anchor_scale, out_channels=config.out_channels,
             pretrained=pretrained, frozen_norm=config.pretrained and not _swaps_stem(config.model),
             frozen_stages=config.frozen_stages, detector_kwargs=detector_kwargs)
-    detector.classes = tuple(classes)
+    detector.classes, detector.threshold = tuple(classes), _THRESHOLD
     return detector
 
 
@@ -269,7 +270,8 @@ def open_detector(name: str | Path, device: str = 'cpu') -> nn.Module:
         device: Where it runs.
 
     Returns:
-        The detector. Its attribute `classes` has the names of the classes; label 1 is the first.
+        The detector. Its attribute `classes` has the names of the classes; label 1 is the first. `threshold` is the
+        score with the highest F1 on the run's test photographs; below it, most boxes are likely to be false.
 
     Raises:
         FileNotFoundError: There is no detector at `name`.
@@ -284,6 +286,8 @@ def open_detector(name: str | Path, device: str = 'cpu') -> nn.Module:
         detector = build_detector(DetectConfig(**settings['detect']), settings['classes'])
     except TypeError as e:
         raise ValueError(f'{folder / DETECTOR_FILE} does not make a detector: {e}') from e
+    threshold = settings.get('threshold')
+    detector.threshold = _THRESHOLD if threshold is None else threshold
     try:
         detector.load_state_dict(load_file(file))
     except RuntimeError as e:

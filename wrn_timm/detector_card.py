@@ -101,7 +101,8 @@ def _highest_scores(detector: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def finish_detector_folder(folder: str | Path, metrics: dict[str, Any]) -> None:
-    """Write what a measured detector's folder has beside its weights: metrics, golden scores and the card.
+    """Write what a measured detector's folder has beside its weights: metrics, golden scores, the card, and in
+    `detector.json` the threshold.
 
     The golden scores are of photographs of Caltech 101, never of the user's own: they are published with the folder.
 
@@ -120,6 +121,8 @@ def finish_detector_folder(folder: str | Path, metrics: dict[str, Any]) -> None:
         folder / GOLDEN_FILE, lambda p: np.savez_compressed(p, images=images.numpy(), scores=scores.numpy()))
     atomic_write(folder / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
     atomic_write(folder / 'README.md', card)
+    record = read_json(folder / DETECTOR_FILE, check_detector) | {'threshold': metrics['threshold']}
+    atomic_write(folder / DETECTOR_FILE, json.dumps(record, indent=2) + '\n')
 
 
 def check_golden_detector(folder: str | Path) -> float:

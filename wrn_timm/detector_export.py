@@ -73,8 +73,8 @@ def _prepared(detector: nn.Module) -> tuple[_OfOneImage, str]:
     detector = copy.deepcopy(detector).cpu().float().requires_grad_(False)
     own = detector.transform
     detector.transform = _Transform(own.min_size, own.max_size, own.image_mean, own.image_std, own.size_divisible)
-    config = {'classes': list(detector.classes), 'threshold': postprocessor(detector).score_thresh,
-              'image_size': own.max_size}
+    config = {'classes': list(detector.classes), 'threshold': detector.threshold,
+              'lowest_score': postprocessor(detector).score_thresh, 'image_size': own.max_size}
     return _OfOneImage(detector).eval(), json.dumps(config)
 
 
@@ -82,8 +82,9 @@ def detector_to_onnx(detector: nn.Module, path: str | Path) -> None:
     """Write an ONNX file with input `image` (3, height, width), RGB, float32, 0 to 1, of any size, and outputs `boxes`
     (n, 4), `labels` (n,) and `scores` (n,): what the detector returns for this image.
 
-    Class names (label 1 is the first), lowest score and image size are JSON in the file's metadata, under `config`. The
-    lowest score is the initializer whose name ends in `score_thresh`, where it can be changed.
+    Class names (label 1 is the first), the detector's threshold, the lowest score of what is returned and the image
+    size are JSON in the file's metadata, under `config`. The lowest score is the initializer whose name ends in
+    `score_thresh`, where it can be changed.
 
     Args:
         detector: From `open_detector`.

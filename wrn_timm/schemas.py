@@ -116,7 +116,7 @@ _CONFIG: _Schema = {
     'model_args': _OBJECT.but(null=False), 'pretrained_cfg': _OBJECT.but(null=False),
 }
 _DETECTOR: _Schema = {
-    'detect': _OBJECT.but(missing=False, null=False), 'sha256': _SHA256,
+    'detect': _OBJECT.but(missing=False, null=False), 'sha256': _SHA256, 'threshold': _number(0, 1),
     'classes': _Field(lambda v: _TEXTS.fits(v) and len(v) > 0, 'a list of class names', False, False),
 }
 _SCAN: _Schema = {

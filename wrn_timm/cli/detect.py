@@ -59,8 +59,9 @@ class DetectOptions(Training):
     """Continue the run in --out with its own settings; give its --data again."""
     seeds: int = 1
     """Runs, each with its own seed; their mean and standard deviation are written too."""
-    threshold: float = 0.5
-    """Lowest score of an object, 0 to 1."""
+    threshold: float | None = None
+    """Lowest score of an object, 0 to 1; the default is the score with the highest F1 on the test photographs of the
+    run."""
     json: bool = False
     """Print the objects as one JSON list."""
     csv: bool = False
@@ -83,7 +84,7 @@ class DetectOptions(Training):
                              'and --model RUN to find objects')
         if self.data and self.images:
             raise ValueError('give --data to train, or photographs to find objects in, not both')
-        if not 0 <= self.threshold <= 1:
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(f'threshold is {self.threshold}; it must be from 0 to 1')
         if self.json + self.csv + self.coco > 1:
             raise ValueError('choose one of --json, --csv and --coco')

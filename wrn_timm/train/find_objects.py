@@ -62,7 +62,7 @@ class ImageObjects:
 def find_objects(
         model: str | os.PathLike[str],
         images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
-        threshold: float = 0.5,
+        threshold: float | None = None,
         device: str | None = None,
 ) -> list[ImageObjects]:
     """Find objects on photographs with a trained detector.
@@ -73,7 +73,8 @@ def find_objects(
     Args:
         model: Run directory of `wrn-timm detect`, its weights folder, or `hf-hub:ACCOUNT/NAME`.
         images: One or more files and folders; in a folder all images count, those of the folders in it too.
-        threshold: Lowest score of an object, 0 to 1.
+        threshold: Lowest score of an object, 0 to 1; None for the detector's own, at which F1 was highest on the test
+            photographs of its run.
         device: Where the detector runs; None for a GPU if there is one.
 
     Returns:
@@ -88,14 +89,19 @@ def find_objects(
 
 
 @torch.inference_mode()
-def find_in_files(detector: nn.Module, paths: Iterable[str], threshold: float = 0.5) -> Iterator[ImageObjects]:
+def find_in_files(
+        detector: nn.Module,
+        paths: Iterable[str],
+        threshold: float | None = None,
+) -> Iterator[ImageObjects]:
     """The objects on each file, in the order of the files; one photograph is in memory at a time.
 
     Args:
         detector: From `open_detector`.
         paths: Image files.
-        threshold: Lowest score of an object, 0 to 1.
+        threshold: Lowest score of an object, 0 to 1; None for the detector's own.
     """
+    threshold = detector.threshold if threshold is None else threshold
     device = next(detector.parameters()).device
     for path in paths:
         try:
