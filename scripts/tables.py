@@ -88,6 +88,11 @@ def beaten(name: str, known: dict[str, float]) -> str:
     return f'`{better}`, {known[better]:.2f}' if better else '-'
 
 
+def hardware(run: dict[str, Any]) -> str:
+    """What a run was made on, without the processor's kind, which its card has."""
+    return run['environment']['hardware'].partition(' (')[0]
+
+
 def training_minutes(folder: Path) -> float:
     """How long the weights of a released folder were trained, by its history."""
     with open(folder / 'history.csv', encoding='utf-8', newline='') as file:
@@ -99,7 +104,7 @@ def overview_table() -> str:
     known = known_errors()
     rows = [
         [named(folder.name, known, f'/weights/{folder.name}'), f'**{known[folder.name]:.2f}**', file_size(folder.name),
-         f"{training_minutes(folder):.0f} min on {run['environment']['hardware']}"]
+         f"{training_minutes(folder):.0f} min on {hardware(run)}"]
         for folder, _, run, _ in weights_folders()]
     for arch in dict.fromkeys(name.partition('.')[0] for name in published()):
         names = [name for name in published() if name.startswith(f'{arch}.')]
@@ -125,7 +130,7 @@ def weights_table() -> str:
         rows.append([
             named(folder.name, known, f'/weights/{folder.name}'), f"**{known[folder.name]:.2f}**", paper,
             beaten(folder.name, known), f"{metrics['ece']:.2f}", file_size(folder.name),
-            f"{run['recipe']['epochs']} epochs, {training_minutes(folder):.0f} min, {run['environment']['hardware']}",
+            f"{run['recipe']['epochs']} epochs, {training_minutes(folder):.0f} min, {hardware(run)}",
             f"`{config['sha256'][:12]}`"])
     header = ['weights', 'test error, %', 'paper', 'more accurate', 'ECE, %', 'file', 'training', 'sha256']
     return table(header, rows)

@@ -285,6 +285,16 @@ def test_given_split_is_kept_and_the_classes_must_agree(folder):
     assert len(split.leaks(scan.twins)) == 2
 
 
+def test_labels_of_a_part_that_lacks_a_class_are_those_of_training(tmp_path):
+    parts = {'train': ('ketch', 'pizza', 'watch'), 'val': ('ketch', 'watch'), 'test': ('pizza', 'watch')}
+    for part, names in parts.items():
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            shutil.copy(SAMPLE / name / 'image_0001.jpg', tmp_path / part / name)
+    for part in list_folder(tmp_path).parts().values():
+        assert [part.classes[label] for label in part.labels] == [Path(path).parent.name for path in part.paths]
+
+
 def test_folders_without_images_beside_train_are_left_out(folder):
     for part in ('train', 'val'):
         shutil.copytree(folder / 'pizza', folder / part / 'pizza')

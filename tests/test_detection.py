@@ -297,6 +297,22 @@ def test_sigterm_leaves_a_run_that_resumes_to_the_same_detector(whole_epochs, tm
     assert [row['train_loss'] for row in a] == [row['train_loss'] for row in b]
 
 
+def test_a_resumed_run_keeps_its_split_though_photographs_came_in(tmp_path):
+    data, out = shutil.copytree(BCCD, tmp_path / 'data'), tmp_path / 'run'
+    shutil.rmtree(data / 'ImageSets')  # so the split is drawn
+    args = ['--data', f'voc:{data}', '--out', str(out), '--epochs', '1', *SMALL]
+    assert detect_script.main([*args, '--time-budget', '0']) == 130
+    split = (out / 'split.csv').read_text()
+    for folder, suffix in (('JPEGImages', '.jpg'), ('Annotations', '.xml')):
+        for i in range(3):
+            shutil.copy(data / folder / f'BloodImage_00007{suffix}', data / folder / f'Another_{i}{suffix}')
+    assert 'Another' in ''.join(path for part in divide(read_boxes(f'voc:{data}'))[:2] for path in part.paths)
+    assert detect_script.main([*args, '--resume']) == 0
+    assert (out / 'split.csv').read_text() == split
+    tested = [line for line in split.splitlines() if line.startswith('test,')]
+    assert json.loads((out / 'metrics.json').read_text())['images'] == len(tested)
+
+
 def test_torchvisions_own_detector_by_the_same_script(tmp_path, capsys):
     args = ['--data', f'bccd:{BCCD}', '--out', str(tmp_path / 'run'), '--model', 'torchvision/resnet50_fpn', '--opt',
             'sgd', '--epochs', '1', '--image-size', '64', '--rois', '16', '--batch-size', '3', '--anchor-scale', '8',

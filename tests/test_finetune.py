@@ -1,5 +1,6 @@
 """The main job on real photographs, small: fine-tune, look, predict."""
 import contextlib
+import copy
 import csv
 import dataclasses
 import html.parser
@@ -37,7 +38,7 @@ from wrn_timm.data.splits import Split, make_split
 from wrn_timm.names import duration
 from wrn_timm.recipes import FinetuneConfig
 from wrn_timm.train import finetune as ft
-from wrn_timm.train.finetune_loop import Fitted, _Unfreezing
+from wrn_timm.train.finetune_loop import Finetuner, Fitted, _Unfreezing
 from wrn_timm.train.linear import LinearFit, fit_linear
 from wrn_timm.train.machine import Machine, accelerator_on, fast_bfloat16
 from wrn_timm.train.measure import Features, largest_batch, make_loader, predict, validate
@@ -268,7 +269,7 @@ def test_what_is_about_to_happen_and_how_long_it_takes_is_said(weights, photogra
     text = caplog.text
     assert 'wrn16_1.test at 32 px on cpu: 4 epochs, batch size 3' in text
     assert 'only 3 files are held out, too few to choose the epoch by (each is 33.3 points)' in text
-    assert text.index('4 epochs, batch size 3') < text.index('seconds to go') < text.index('epoch  1/4')
+    assert text.index('4 epochs, batch size 3') < text.index(' to go, besides') < text.index('epoch  1/4')
     assert text.count('to go, besides') == 1
 
 
@@ -614,6 +615,20 @@ def test_the_same_seed_gives_the_same_run_however_photographs_are_read(weights, 
                     memory) == 0
     assert weights_of(tmp_path / 'a') == weights_of(tmp_path / 'b')
     assert json.loads((tmp_path / 'c' / 'metrics.json').read_text())['images'] == 12
+
+
+def test_labels_that_are_mixed_are_smoothed_too():
+    """The loss of a step against cross-entropy as its definition has it."""
+    config = FinetuneConfig(mixup=.2, label_smoothing=.3, ema_decay=0.)
+    model, images = timm.create_model('wrn16_1').train(), torch.randn(8, 3, 32, 32)
+    targets = torch.rand(8, 10).softmax(1)
+    finetuner = Finetuner(model, config, accelerator_on('cpu'), None)
+    finetuner._mix = lambda *_: (images, targets)
+    finetuner._stepper = finetuner.accelerator.prepare(finetuner.optimizer)
+    with torch.no_grad():
+        logits = copy.deepcopy(model)(images)
+    expected = -((.7 * targets + .3 / 10) * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(finetuner._step(model, images, targets.argmax(1), None), expected)
 
 
 def test_class_weights_are_inverse_to_the_counts():

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import random
+import time
 import zipfile
 
 import pytest
@@ -14,7 +15,7 @@ from wrn_timm.cli import finetune as finetune_script
 from wrn_timm.cli import predict as predict_script
 from wrn_timm.cli import validate as validate_script
 from wrn_timm.recipes import RECIPES, FinetuneConfig
-from wrn_timm.train.run import RunDir, config_of
+from wrn_timm.train.run import RunControl, RunDir, config_of
 from wrn_timm.weights import export_weights
 
 SETTINGS = {'recipe': RECIPES['smoke'], 'seed': 0}
@@ -145,6 +146,13 @@ def test_checkpoints_hold_no_weights_that_are_not_finite(run):
         with pytest.raises(FloatingPointError, match='w is no longer finite after epoch 3, step 0; the checkpoints in'):
             run.save(state(3) | {broken: weights}, state(3)['history'])
     assert run.load_checkpoint()['epoch'] == 2
+
+
+def test_an_epoch_that_does_not_fit_into_the_time_budget_is_not_begun(run):
+    control = RunControl(run, time.monotonic() + 60)
+    assert [control.reason_to_stop(ahead) for ahead in (-math.inf, 0., 30., 90.)] == ['', '', '', 'the time budget']
+    control = RunControl(run, time.monotonic())
+    assert [control.reason_to_stop(ahead) for ahead in (-math.inf, 0.)] == ['', 'the time budget']
 
 
 def test_weights_that_are_not_finite_are_not_exported(tmp_path):

@@ -1,4 +1,5 @@
 """Training from scratch: what is learnt, kept, resumed and refused."""
+import copy
 import csv
 import dataclasses
 import functools
@@ -18,7 +19,7 @@ from multiprocessing import forkserver
 import pytest
 import timm
 import torch
-from conftest import ROOT, SAMPLE
+from conftest import ROOT, SAMPLE, randomise
 from distributed_gradients import gradients
 from safetensors.torch import load_file
 from timm.optim.muon import _COEFFICIENTS, resolve_ns_coefficients, zeropower_via_newtonschulz
@@ -145,6 +146,12 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_exported(tmp_path, mon
     assert train(recipe, '', tmp_path / 'run', resume=True)
 
 
+def test_held_out_images_are_not_trained_on():
+    train_images, holdout, every = ({image.numpy().tobytes() for image in part.images} for part in (
+        *scratch._data(SMOKE, '', False, rank=0, world=1), load('synthetic', '', train=True)))
+    assert len(holdout) == SMOKE.holdout and not train_images & holdout and train_images | holdout == every
+
+
 def test_optimiser_is_torchs_sgd_with_a_cosine(run):
     """One epoch of the loop against the same steps written out."""
     recipe = dataclasses.replace(get_recipe('smoke'), epochs=1, ema_decay=0., holdout=0)
@@ -255,6 +262,12 @@ def test_metrics_against_counting_by_hand():
     bins = (confidence * 15).ceil().long()
     gap = sum(abs((hits[bins == b] - confidence[bins == b]).sum().item()) for b in set(bins.tolist())) / 4
     assert metrics['ece'] == pytest.approx(100 * gap, abs=1e-2)
+    assert metrics['precision'] == {'a': pytest.approx(50), 'b': 100., 'c': 100.}
+    # a class without images has no share in the mean
+    logits = torch.cat([logits, torch.full((4, 1), -99.)], 1)
+    more = classification_metrics(logits, labels, ('a', 'b', 'c', 'd'))
+    assert more['mean_per_class'] == metrics['mean_per_class']
+    assert more['per_class'] == metrics['per_class'] | {'d': None}
 
 
 def final_weights(run):
@@ -458,6 +471,35 @@ def test_linear_schedule_rises_for_its_share_and_falls_to_zero():
         rates.append(convolutions['lr'])
     rise = [.0006 + (.06 - .0006) * step / 20 for step in range(20)]
     assert rates == pytest.approx(rise + [.06 * (80 - step) / 80 for step in range(80)])
+
+
+@pytest.mark.parametrize('decay_norm', [True, False])
+def test_norms_and_biases_are_decayed_if_the_recipe_says_so(decay_norm):
+    """A step without gradients leaves the decay alone, which Nesterov momentum takes 1.9 times at first."""
+    recipe = dataclasses.replace(SMOKE, lr=.1, weight_decay=.5, momentum=.9, decay_norm=decay_norm)
+    model = randomise(timm.create_model('wrn16_1'))
+    optimizer = create_optimizer(model, recipe)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        share = 1 - .1 * .5 * 1.9 if decay_norm or p.ndim > 1 else 1
+        torch.testing.assert_close(p.detach(), before[name] * share, msg=name)
+
+
+def test_labels_that_are_mixed_are_smoothed_too():
+    """The loss of a step against cross-entropy as its definition has it."""
+    recipe = dataclasses.replace(SMOKE, mixup=.2, label_smoothing=.3)
+    model, images = timm.create_model('wrn16_1').train(), torch.randn(8, 3, 32, 32)
+    targets = torch.rand(8, 10).softmax(1)
+    learner = Learner(model, recipe, steps=8, precision='no')
+    learner._mix = lambda *_: (images, targets)
+    with torch.no_grad():
+        logits = copy.deepcopy(model)(images)
+    expected = -((.7 * targets + .3 / 10) * logits.log_softmax(1)).sum(1).mean()
+    loss, _ = learner.step(0, images, targets.argmax(1))
+    torch.testing.assert_close(loss, expected)
 
 
 def test_muon_turns_the_updates_of_convolutions_into_orthogonal_matrices():

@@ -1,5 +1,6 @@
 """Where weights are found, that they are whole, and what is said when they are not there."""
 import json
+import shutil
 
 import pytest
 import timm
@@ -79,6 +80,15 @@ def test_released_weights_load_as_timm_users_do(name):
     features = timm.create_model(name, pretrained=True, features_only=True).eval()(x)
     torch.testing.assert_close(features[-1], model.forward_intermediates(x, intermediates_only=True)[-1])
     assert timm.create_model(name, pretrained=True, in_chans=1, num_classes=5)(x[:, :1]).shape == (1, 5)
+
+
+def test_environment_before_checkout_before_wheel(no_weights, tmp_path):
+    places = [no_weights, tmp_path / 'nowhere' / 'weights', tmp_path / 'nowhere' / 'wrn_timm' / '_weights']
+    models = [export(place / 'wrn16_1.cifar10', seed=seed) for seed, place in enumerate(places)]
+    x = torch.randn(1, 3, 32, 32)
+    for place, model in zip(places, models, strict=True):
+        torch.testing.assert_close(timm.create_model('wrn16_1', pretrained=True).eval()(x), model(x))
+        shutil.rmtree(place)
 
 
 def test_order_environment_before_checkout_and_caller_before_both(no_weights, tmp_path):

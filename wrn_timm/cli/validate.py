@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
     if options.other_seeds:
         others = [measure(folder)['top1'] for folder in options.other_seeds]
         metrics['seeds'] = {'top1': summarise([metrics['top1'], *others])}
-    print(json.dumps(metrics, indent=2))
-    if options.write:
+    if options.write:  # first, for who reads the figures may stop reading
         finish_weights_folder(weights_folder(options.model), metrics)
+    print(json.dumps(metrics, indent=2))
     return 0
