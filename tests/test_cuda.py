@@ -10,8 +10,8 @@ from test_detection import BCCD
 
 import wrn_timm  # noqa: F401
 from wrn_timm.export import optimize
-from wrn_timm.recipes import RECIPES, FinetuneConfig
-from wrn_timm.train.detector import DetectConfig, detect
+from wrn_timm.recipes import RECIPES, DetectConfig, FinetuneConfig
+from wrn_timm.train.detector import train_detector
 from wrn_timm.train.finetune import finetune
 from wrn_timm.train.machine import Machine
 from wrn_timm.train.measure import validate
@@ -65,4 +65,4 @@ def test_fine_tuning(tmp_path, precision, way):
 
 def test_detection(tmp_path):
     config = DetectConfig(model='wrn16_1', epochs=1, batch_size=2, image_size=128, rois=16, out_channels=32)
-    assert 'map_50' in detect(config, BCCD, tmp_path, Machine('cuda'))
+    assert 'map_50' in train_detector(config, BCCD, tmp_path, Machine('cuda'))

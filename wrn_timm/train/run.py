@@ -72,9 +72,11 @@ def environment(device: str | torch.device = 'cpu') -> dict[str, str]:
 
 
 def _processor() -> str:
-    """Cores and kind of the CPU; versions of torch that cannot tell the kind leave it out."""
+    """Cores (and how many are used, if not all) and kind of the CPU, which some versions of torch cannot tell."""
     kind = torch.cpu.get_capabilities().get('cpu_name') if hasattr(torch.cpu, 'get_capabilities') else None
-    return f'{os.cpu_count()} CPU cores{f" ({kind})" if kind else ""}'
+    cores = os.cpu_count() or 1
+    used = torch.get_num_threads() * (dist.get_world_size() if dist.is_initialized() else 1)
+    return f'{f"{used} of " if used < cores else ""}{cores} CPU cores{f" ({kind})" if kind else ""}'
 
 
 def _commit() -> str:
