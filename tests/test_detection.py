@@ -28,7 +28,7 @@ from wrn_timm.data.boxes import divide, read_boxes
 from wrn_timm.detection import faster_rcnn, fpn_backbone, open_detector, retinanet
 from wrn_timm.train import detector as detector_run
 from wrn_timm.train.detector import _backbone_in_bfloat16
-from wrn_timm.train.measure_boxes import detection_metrics, evaluate_detector
+from wrn_timm.train.measure_boxes import detection_metrics, predict_boxes
 from wrn_timm.weights import sha256_of
 
 BCCD = Path(__file__).parent / 'data' / 'bccd_sample'
@@ -207,6 +207,10 @@ def test_a_detector_whose_record_is_wrong(run, tmp_path, capsys, text, message):
     assert error.startswith('error: ') and re.search(message.replace('[', r'\['), error), error
 
 
+def evaluate_detector(detector, loader, classes):
+    return detection_metrics(*predict_boxes(detector, loader), classes)[0]
+
+
 class Finds(nn.Module):
     """Gives the boxes it is told to."""
 
@@ -366,7 +370,7 @@ def test_finding_objects_with_a_finished_run(run, tmp_path, capsys):
     assert detect_script.main([*args, '--json', '--draw', str(tmp_path / 'drawn')]) == 1
     out, err = capsys.readouterr()
     result, _, failed = json.loads(out)
-    assert '1 files could not be read' in err and 'bad.jpg is not an image' in failed['error']
+    assert '1 file could not be read' in err and 'bad.jpg is not an image' in failed['error']
     assert len(result['objects']) == len(expected['boxes']) > 0
     assert result['objects'][0]['box'] == pytest.approx(expected['boxes'][0].tolist(), abs=0.1)
     assert sorted(p.name for p in (tmp_path / 'drawn').iterdir()) == ['17.png', '17_2.png']
@@ -385,7 +389,7 @@ def test_finding_objects_with_a_finished_run(run, tmp_path, capsys):
     detect_script.main([*args[:3], '--threshold', '1', '--device', 'cpu'])
     assert 'no objects' in capsys.readouterr().out
     assert detect_script.main([*args[:3], '--out', 'x', '--draw', str(tmp_path), '--device', 'cpu']) == 1
-    assert 'choose another for the drawings' in capsys.readouterr().err
+    assert 'choose another --draw' in capsys.readouterr().err
     assert detect_script.main(['--out', str(run), str(photograph), '--device', 'cpu']) == 0  # instead of --model
     by_default, = wrn_timm.find_objects(run, photograph, device='cpu')
     assert [o.score for o in by_default.objects] == [
@@ -453,24 +457,54 @@ def test_several_seeds(tmp_path, capsys):
     assert detect_script.main([*args, '--resume']) == 0
 
 
+def test_several_seeds_that_were_stopped_go_on_as_they_were_asked_for(tmp_path, capsys):
+    out = tmp_path / 'runs'
+    args = ['--data', f'bccd:{BCCD}', '--out', str(out), *SMALL, '--batch-size', '1', '--epochs', '1', '--seeds', '2',
+            '--anchor-scale', '0']
+    assert detect_script.main([*args, '--time-budget', '0']) == 130
+    assert not (out / 'seed-1').exists()
+    again = ['--data', f'bccd:{BCCD}', '--out', str(out), '--device', 'cpu', '--resume']
+    assert detect_script.main(again) == 1
+    assert 'give --seeds again' in capsys.readouterr().err
+    assert detect_script.main([*again, '--seeds', '2']) == 0
+    for seed in (0, 1):
+        settings = json.loads((out / f'seed-{seed}/recipe.json').read_text())['detect']
+        assert (settings['seed'], settings['epochs'], settings['batch_size'], settings['rois']) == (seed, 1, 1, 16)
+        assert settings['anchor_scale'] > 0
+    assert len(json.loads((out / 'metrics.json').read_text())['map']['values']) == 2
+
+
+def test_the_threshold_lies_in_the_middle_of_those_with_the_best_f1():
+    boxes = torch.tensor([[0., 0, 10, 10], [20, 20, 30, 30], [50, 50, 60, 60]])
+    there = [{'boxes': boxes[:2], 'labels': torch.tensor([1, 1])}]
+
+    def threshold(scores):
+        found = {'boxes': boxes[:len(scores)], 'labels': torch.ones(len(scores), dtype=torch.int64)}
+        return detection_metrics([found | {'scores': torch.tensor(scores)}], there, ('a',))[0]['threshold']
+
+    assert threshold([.9, .95]) == pytest.approx(.45, abs=.02)  # any up to 0.9 is as good
+    assert threshold([.9, .95, .305]) == pytest.approx(.6, abs=.02)  # any above the false box's
+    assert threshold([]) == pytest.approx(.5, abs=.01)
+
+
 def test_what_is_left_open_is_found_from_data_and_weights(tmp_path, monkeypatch, caplog):
     machine = wrn_timm.Machine()
     data = detector_run._read(wrn_timm.DetectConfig(), BCCD, tmp_path, machine)
-    _, config = detector_run._prepared(wrn_timm.DetectConfig(), data, machine)
+    _, config = detector_run._prepared(wrn_timm.DetectConfig(), data, tmp_path / 'no', machine)
     assert config.model == 'wrn16_2.cifar100' and 'There are no ImageNet weights' in caplog.text
     assert (config.image_size, config.epochs, config.batch_size, config.out_channels) == (640, 60, 2, 64)
     # ImageNet weights in a folder are found, and their BatchNorm is frozen
     folder = tmp_path / 'wrn18_1.tv_in1k'
     wrn_timm.weights.export_weights(timm.create_model('wrn18_1'), folder, {'tag': 'tv_in1k'})
     monkeypatch.setenv('WRN_TIMM_WEIGHTS', str(tmp_path))
-    detector, config = detector_run._prepared(wrn_timm.DetectConfig(), data, machine)
+    detector, config = detector_run._prepared(wrn_timm.DetectConfig(), data, tmp_path / 'no', machine)
     assert config.model == 'wrn18_1.tv_in1k' and config.out_channels == 256
     assert any(isinstance(m, FrozenBatchNorm2d) for m in detector.backbone.modules())
     own = timm.create_model('wrn18_1.tv_in1k', pretrained=True).state_dict()
     body = detector.backbone.body
     torch.testing.assert_close(body.state_dict()['layer3.0.conv1.weight'], own['layer3.0.conv1.weight'])
     # weights of the 3x3 stem are taken for all but the stem, whose BatchNorm has to be trained
-    detector, _ = detector_run._prepared(wrn_timm.DetectConfig(model='wrn16_1.cifar10'), data, machine)
+    detector, _ = detector_run._prepared(wrn_timm.DetectConfig(model='wrn16_1.cifar10'), data, tmp_path / 'no', machine)
     own = timm.create_model('wrn16_1.cifar10', pretrained=True).state_dict()
     body = detector.backbone.body
     torch.testing.assert_close(body.state_dict()['layer2.0.conv1.weight'], own['layer2.0.conv1.weight'])
@@ -484,7 +518,7 @@ def test_script_errors(run, tmp_path, capsys):
             ([*sample, *new, 'a.jpg'], 'not both'),
             (['--model', 'RUN', 'a.jpg', '--json', '--csv'], 'choose one of --json, --csv and --coco'),
             (['--model', 'RUN', 'a.jpg', '--threshold', '2'], 'threshold is 2.0; it must be from 0 to 1'),
-            ([*sample, *new, '--precision', 'fp16'], 'precision fp16 is not for detectors'),
+            ([*sample, *new, '--precision', 'fp16'], "invalid choice: 'fp16'"),
             ([*sample, *new, '--epochs', '-1'], 'epochs is -1; it must be at least 0'),
             ([*sample, *new, '--detector', 'yolo'], "invalid choice: 'yolo'"),
     ):

@@ -272,7 +272,8 @@ class DetectConfig:
 
     model: str = 'auto'
     """timm name of a WRN. 'auto' takes ImageNet weights (wrn18_1 on a CPU, wrn50_2 on a GPU) if they are on this
-    machine or can be downloaded, and the CIFAR-100 weights of wrn16_2 otherwise. 'torchvision/resnet50_fpn' is
+    machine or can be downloaded, and the CIFAR-100 weights of wrn16_2 otherwise (wrn16_2 too with --no-pretrained).
+    'torchvision/resnet50_fpn' is
     torchvision's own detector on ResNet-50, from scratch, for comparison."""
     detector: Literal['faster_rcnn', 'retinanet'] = 'faster_rcnn'
     """Faster R-CNN or RetinaNet."""
@@ -300,7 +301,7 @@ class DetectConfig:
     """Decay of the weights, not of norms and biases."""
     warmup_steps: int = 100
     """Steps of linear warm-up from lr / 100."""
-    precision: Precision = 'auto'
+    precision: Literal['auto', 'no', 'bf16'] = 'auto'
     """Precision of the backbone in training. 'auto' is bf16 on GPUs and CPUs that are faster in it, else float32
     ('no'). The boxes, and all test figures, are computed in float32."""
     train_split: str = ''
@@ -319,8 +320,8 @@ class DetectConfig:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least {low}')
         if 0 < self.image_size < 32:
             raise ValueError(f'image_size is {self.image_size}; it must be at least 32, or 0')
-        if self.precision == 'fp16':
-            raise ValueError("precision fp16 is not for detectors; choose 'auto', 'bf16' or 'no' (float32)")
+        if self.precision not in ('auto', 'no', 'bf16'):
+            raise ValueError(f"precision is {self.precision!r}; choose 'auto', 'bf16' or 'no' (float32)")
         check_numbers(vars(self))
         for name, value in _OF_TORCHVISIONS.items() if self.model == TORCHVISION_DETECTOR else ():
             if getattr(self, name) not in (value, getattr(DetectConfig, name)):

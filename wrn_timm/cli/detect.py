@@ -12,21 +12,22 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pycocotools  # noqa: F401  (which measures the detector, after hours of training)
+import torch
 
 from ..detection import open_detector
 from ..names import as_cell, printable
 from ..recipes import DetectConfig
-from ..train.detector import train_detectors
+from ..train.detector import asked_before, train_detectors
 from ..train.find_objects import ImageObjects, coco_results, draw_objects, find_in_files
 from ..train.machine import Machine
 from ..train.predict import find_images
-from ..train.run import begun_with
 from .common import STOPPED, Training, log_to_terminal, machine_of, reports_errors, resumable
 from .finetune import spread
 from .options import option, parse
@@ -61,16 +62,17 @@ class DetectOptions(Training):
     """Runs, each with its own seed; their mean and standard deviation are written too."""
     threshold: float | None = None
     """Lowest score of an object, 0 to 1; the default is the score with the highest F1 on the test photographs of the
-    run."""
+    run, and with --coco 0."""
     json: bool = False
     """Print the objects as one JSON list."""
     csv: bool = False
     """Print a line per object: image, label, score, xmin, ymin, xmax, ymax, error."""
     coco: bool = False
-    """Print the objects as COCO results."""
+    """Print the objects as COCO results. Their image_id is the number in the file's name, or the name; category_id
+    counts the detector's classes from 1."""
     draw: str = option('', 'FOLDER')
     """Draw the objects on copies of the photographs in this folder."""
-    workers: int = 0
+    workers: int = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
     """Processes that read photographs."""
     on_bad: Literal['skip', 'fail'] = 'skip'
     """What to do with bad boxes and unreadable files: leave them out and name them, or stop."""
@@ -132,13 +134,18 @@ def show(results: Iterable[ImageObjects], options: DetectOptions, classes: Seque
 
 def run_finding(options: DetectOptions, model: str) -> int:
     """Find objects with a trained detector; the exit code."""
+    drawn = Path(options.draw).resolve() if options.draw else None
+    if mixed := next((name for name in options.images if drawn and Path(name).resolve().parent == drawn), None):
+        raise ValueError(f'{options.draw} is the folder of {mixed}; choose another --draw, so that drawings replace no '
+                         f'photographs')
     detector = open_detector(model, options.device)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='surrogateescape')  # names of files can be any bytes
-    results = find_in_files(detector, find_images(named(options.images)), options.threshold)
-    if failed := show(results, options, detector.classes):
-        print(f'{failed} files could not be read', file=sys.stderr)
+    paths = (path for path in find_images(named(options.images)) if Path(path).resolve().parent != drawn)
+    threshold = 0. if options.coco and options.threshold is None else options.threshold
+    if failed := show(find_in_files(detector, paths, threshold), options, detector.classes):
+        print(f'{failed} {"file" if failed == 1 else "files"} could not be read', file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -166,7 +173,7 @@ def run_training(options: DetectOptions, config: DetectConfig) -> int:
 @reports_errors
 def main(argv: Sequence[str]) -> int:
     def start(options: DetectOptions) -> DetectConfig:
-        return begun_with(Path(options.out), 'detect', DetectConfig) if options.resume else DetectConfig()
+        return asked_before(Path(options.out), options.seeds) if options.resume else DetectConfig()
 
     options, config = parse(argv, ('detect', __doc__), DetectOptions, DetectConfig, start, PURPOSES)
     log_to_terminal(logging.INFO if options.messages == 'text' else logging.ERROR)

@@ -27,24 +27,35 @@ from ..data.boxes import BoxedImages, BoxScan, data_folder, divide, read_box_spl
 from ..data.folders import some
 from ..detection import build_detector, export_detector, open_detector
 from ..detector_card import finish_detector_folder
-from ..files import atomic_write
+from ..files import atomic_write, make_folder
 from ..names import printable
 from ..recipes import TORCHVISION_DETECTOR, DetectConfig
 from ..weights import find, open_model
 from .detector_report import write_detector_report
+from .find_objects import AS_TENSOR
 from .machine import Machine, fused, resolve_precision
 from .measure import largest_batch
 from .measure_boxes import Target, detection_metrics, predict_boxes
 from .probe import summarise
-from .run import RunControl, RunDir, config_of, environment, planned_runs, progress_bar
+from .run import (
+    RunControl,
+    RunDir,
+    begun_with,
+    check_place,
+    config_of,
+    environment,
+    holds_checkpoint,
+    planned_runs,
+    progress_bar,
+)
 
-__all__ = ['AS_TENSOR', 'train_detector', 'train_detectors']
+__all__ = ['asked_before', 'train_detector', 'train_detectors']
 
 _logger = logging.getLogger(__name__)
 
-AS_TENSOR = (v2.ToImage(), v2.ToDtype(torch.float32, scale=True))
 _IMAGENET = ('wrn18_1', 'wrn50_2')
 _CIFAR = 'wrn16_2.cifar100'
+_ASKED = 'settings.json'  # of several seeds
 _SHOWN = 6000  # photographs that a detector sees, with repetitions, where the number of epochs is left open
 OnEpoch = Callable[[dict[str, float]], None]
 
@@ -94,8 +105,11 @@ def train_detector(
         What `read_boxes`, `divide`, `fpn_backbone` and `RunDir` raise.
     """
     started, deadline, out = time.monotonic(), machine.deadline(), Path(out)
+    if not machine.resume:
+        RunDir.check(out, {})
+        check_place(out)
     read = _read(config, data, out, machine)
-    detector, config = _prepared(_kept(config, out, machine), read, machine)
+    detector, config = _prepared(_kept(config, out, machine), read, out, machine)
     settings = {'detect': config, 'data': read.name, 'classes': read.train.classes}
     RunDir.check(out, settings, machine.resume)
     run = RunDir(out, settings, machine.resume, device=machine.device)
@@ -103,6 +117,7 @@ def train_detector(
     loop = _Loop(detector, read.train, config, RunControl(run, deadline), machine, on_epoch)
     if machine.resume and (saved := run.load_checkpoint()):
         loop.load_state_dict(saved)
+        started -= loop.progress.seconds
         del saved
     run.log('%d classes, %d photographs to train on, %d to test on (split: %s)', len(read.train.classes),
             len(read.train), len(read.test), read.split)
@@ -159,7 +174,7 @@ def _test(loop: _Loop, data: _Data, started: float) -> dict[str, Any]:
     folder, machine, config = loop.control.run.path, loop.machine, loop.config
     detector = open_detector(folder, machine.device)
     in_order = list(BatchSampler(range(len(data.test)), config.batch_size, drop_last=False))
-    loader = _loader(data.test, v2.Compose(AS_TENSOR), in_order, machine.workers, config.seed)
+    loader = _loader(data.test, AS_TENSOR, in_order, machine.workers, config.seed)
     predictions, targets = predict_boxes(detector, loader, machine.device, machine.progress)
     measured, curves = detection_metrics(predictions, targets, data.test.classes)
     metrics = measured | {
@@ -195,9 +210,17 @@ def train_detectors(
     Raises:
         What `train_detector` raises; the runs that ended are kept. With `resume` they are passed by.
     """
-    runs = []
-    for own, folder, resume in planned_runs(config, out, seeds, machine.resume):
-        metrics = train_detector(own, data, folder, dataclasses.replace(machine, resume=resume), on_epoch)
+    runs, deadline = [], machine.deadline()
+    planned = planned_runs(config, out, seeds, machine.resume)
+    if seeds > 1 and not machine.resume:
+        make_folder(Path(out))
+        atomic_write(Path(out) / _ASKED, json.dumps({'detect': dataclasses.asdict(config)}, indent=2) + '\n')
+    for own, folder, resume in planned:
+        if seeds > 1 and resume and (folder / 'metrics.json').is_file():
+            runs.append(json.loads((folder / 'metrics.json').read_text(encoding='utf-8')))
+            continue
+        left = dataclasses.replace(machine, resume=resume, time_budget=max(0., deadline - time.monotonic()))
+        metrics = train_detector(own, data, folder, left, on_epoch)
         if metrics is None:
             return None
         runs.append(metrics)
@@ -206,6 +229,20 @@ def train_detectors(
     if seeds > 1:
         atomic_write(Path(out) / 'metrics.json', json.dumps(summary, indent=2) + '\n')
     return {**summary, 'runs': runs}
+
+
+def asked_before(out: Path, seeds: int) -> DetectConfig:
+    """The settings that a run was started with, or, as they were asked for, those of runs of several seeds.
+
+    Raises:
+        ValueError: Several seeds were trained there, and `seeds` is 1.
+        What `begun_with` raises.
+    """
+    if not (out / _ASKED).is_file():
+        return begun_with(out, 'detect', DetectConfig)
+    if seeds == 1:
+        raise ValueError(f'{out} holds runs of several seeds; give --seeds again, as many as before')
+    return config_of(out / _ASKED, 'detect', DetectConfig)
 
 
 def _leaks(scan: BoxScan, train: BoxedImages, test: BoxedImages) -> list[tuple[str, str]]:
@@ -230,15 +267,16 @@ def _kept(config: DetectConfig, out: Path, machine: Machine) -> DetectConfig:
         config, **{name: getattr(found, name) for name in left_open if not getattr(config, name)})
 
 
-def _prepared(config: DetectConfig, data: _Data, machine: Machine) -> tuple[nn.Module, DetectConfig]:
+def _prepared(config: DetectConfig, data: _Data, out: Path, machine: Machine) -> tuple[nn.Module, DetectConfig]:
     """The detector before training, and the settings with what was left open chosen."""
     device, any_batch = torch.device(machine.device), not config.batch_size
+    resumed = machine.resume and holds_checkpoint(out)  # which has all weights
     if config.model == 'auto':
         config = dataclasses.replace(config, model=_found_model(config, device))
     config = _resolved(config, data.scan, data.train)
     torch.manual_seed(config.seed)
     try:
-        detector = build_detector(config, data.train.classes, config.pretrained)
+        detector = build_detector(config, data.train.classes, config.pretrained and not resumed)
     except RuntimeError as e:  # the weights are not there, or are damaged
         raise RuntimeError(f'{e} --no-pretrained starts from random weights.' if config.pretrained else str(e)) from e
     detector.to(device, memory_format=torch.channels_last)
@@ -303,14 +341,16 @@ def _fitting_batch(detector: nn.Module, config: DetectConfig, device: torch.devi
     """
     before = copy.deepcopy(detector.state_dict())  # the trial moves BatchNorm's statistics
     side = config.image_size
-    box = torch.tensor([[side / 4, side / 4, side / 2, side / 2]], device=device)
+    corners = torch.rand(20, 2, device=device) * side / 2
+    target = {'boxes': torch.cat([corners, corners + side / 4], 1),
+              'labels': torch.ones(20, dtype=torch.int64, device=device)}
 
     def step(n: int) -> None:
-        target = {'boxes': box, 'labels': torch.ones(1, dtype=torch.int64, device=device)}
-        sum(detector.train()([torch.rand(3, side, side, device=device) for _ in range(n)], [target] * n).values()
-            ).backward()
+        losses = detector.train()([torch.rand(3, side, side, device=device) for _ in range(n)], [target] * n)
+        sum(losses.values()).backward()
 
-    found = largest_batch(step, config.batch_size)
+    with _precision(detector, config, device):
+        found = largest_batch(step, config.batch_size)
     detector.zero_grad(set_to_none=True)
     detector.load_state_dict(before)
     if not found:
@@ -366,8 +406,7 @@ class _Loop:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.control)
             bar = stack.enter_context(progress_bar(epochs * self.steps, done, self.machine.progress))
-            if resolve_precision(self.config.precision, self.device) == 'bf16':
-                stack.enter_context(_backbone_in_bfloat16(self.detector, self.device))
+            stack.enter_context(_precision(self.detector, self.config, self.device))
             while progress.epoch < epochs:
                 reason = self._epoch(bar)
                 if progress.step == self.steps:
@@ -386,7 +425,7 @@ class _Loop:
         progress, config = self.progress, self.config
         seed, began, reason = config.seed * 100_003 + progress.epoch, time.monotonic(), ''
         batches = _drawn_batches(len(self.train), config.batch_size, seed)[progress.step:]
-        augment = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2), *AS_TENSOR])
+        augment = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2), AS_TENSOR])
         self.detector.train()
         bar.set_description(f'epoch {progress.epoch + 1}/{config.epochs}')
         for images, targets in _loader(self.train, augment, batches, self.machine.workers, seed):
@@ -414,6 +453,12 @@ class _Loop:
             self.on_epoch(progress.history[-1])
         self.control.run.log('epoch %2d/%d  loss %.3f  %4.0f s', progress.epoch, self.config.epochs, loss,
                              progress.seconds)
+
+
+def _precision(detector: nn.Module, config: DetectConfig, device: torch.device) -> contextlib.AbstractContextManager:
+    """A context in which the detector is trained in the precision of the settings."""
+    in_bfloat16 = resolve_precision(config.precision, device) == 'bf16'
+    return _backbone_in_bfloat16(detector, device) if in_bfloat16 else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

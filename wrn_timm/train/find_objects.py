@@ -14,13 +14,13 @@ from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, save_image
 
 from ..data.folders import read_rgb
-from ..detection import open_detector
+from ..detection import open_detector, postprocessor
 from ..files import atomic_write
 from .predict import find_images
 
-__all__ = ['FoundObject', 'ImageObjects', 'coco_results', 'draw_objects', 'find_in_files', 'find_objects']
+__all__ = ['AS_TENSOR', 'FoundObject', 'ImageObjects', 'coco_results', 'draw_objects', 'find_in_files', 'find_objects']
 
-_AS_TENSOR = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+AS_TENSOR = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 _COLOURS = ('red', 'blue', 'green', 'purple', 'orange', 'teal', 'brown', 'magenta')
 
 
@@ -102,10 +102,12 @@ def find_in_files(
         threshold: Lowest score of an object, 0 to 1; None for the detector's own.
     """
     threshold = detector.threshold if threshold is None else threshold
+    own = postprocessor(detector)
+    own.score_thresh = min(own.score_thresh, threshold)  # below which torchvision leaves boxes out
     device = next(detector.parameters()).device
     for path in paths:
         try:
-            image = _AS_TENSOR(read_rgb(path)).as_subclass(torch.Tensor)
+            image = AS_TENSOR(read_rgb(path)).as_subclass(torch.Tensor)
         except ValueError as e:
             yield ImageObjects(path, error=str(e))
             continue
@@ -122,7 +124,7 @@ def coco_results(found: ImageObjects, classes: Sequence[str]) -> list[dict[str, 
     """The objects of a photograph in COCO's format of results: `bbox` has the corner, width and height.
 
     `image_id` is the number that the file is named by, as in COCO, or its name without the suffix. `category_id` counts
-    the classes from 1.
+    the detector's classes from 1, in their order.
     """
     stem = Path(found.image).stem
     number = {name: i for i, name in enumerate(classes, start=1)}
@@ -149,7 +151,7 @@ def draw_objects(found: ImageObjects, classes: Sequence[str], folder: Path, take
     if folder.resolve() == Path(found.image).resolve().parent:
         raise ValueError(f'{folder} is the folder of {found.image}; choose another for the drawings, so that they '
                          f'replace no photograph')
-    image = _AS_TENSOR(read_rgb(found.image)).as_subclass(torch.Tensor)
+    image = AS_TENSOR(read_rgb(found.image)).as_subclass(torch.Tensor)
     if found.objects:
         width = max(2, round(max(image.shape[1:]) / 400))
         image = draw_bounding_boxes(

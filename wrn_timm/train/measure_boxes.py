@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from tqdm import tqdm
 
-__all__ = ['THRESHOLDS', 'Curve', 'Target', 'curves', 'detection_metrics', 'evaluate_detector', 'predict_boxes']
+__all__ = ['THRESHOLDS', 'Curve', 'Target', 'curves', 'detection_metrics', 'predict_boxes']
 
 Target = dict[str, torch.Tensor]
 THRESHOLDS = np.arange(1, 100) / 100  # scores from which a box counts
@@ -123,6 +123,16 @@ def _average(precision: np.ndarray) -> float | None:
     return _percent(known.mean()) if known.size else None
 
 
+def _middle_of_the_best(f1: np.ndarray) -> int:
+    """Index of the highest F1: of several in a row the middle one, which is farthest from false boxes and missed ones;
+    that of a half where nothing is found."""
+    if not f1.max() > 0:
+        return len(f1) // 2
+    first = int(f1.argmax())
+    lower = np.flatnonzero(f1[first:] < f1.max() - 1e-9)
+    return first + (int(lower[0]) - 1 if len(lower) else len(f1) - 1 - first) // 2
+
+
 def detection_metrics(
         found: Sequence[Target],
         there: Sequence[Target],
@@ -138,9 +148,10 @@ def detection_metrics(
     Returns:
         `images`, `map` (mean average precision over the overlaps 0.5 to 0.95 and the classes, as COCO defines it),
         `map_50`, `map_75`; `threshold`, the score at which the mean F1 over the classes is highest at an overlap of
-        0.5, with `f1`, `precision` and `recall` there, means over the classes; `per_class` by name with `objects`,
-        `map`, `map_50`, `precision` and `recall`. What is not defined is None: all figures of a class that does not
-        occur, and the precision of one that is never predicted, which the mean leaves out.
+        0.5 (0.5 where nothing is found), with `f1`, `precision` and `recall` there, means over the classes;
+        `per_class` by name with `objects`, `map`, `map_50`, `precision` and `recall`. What is not defined is None: all
+        figures of a class that does not occur, and the precision of one that is never predicted, which the mean leaves
+        out.
 
     Raises:
         ValueError: There is no object on any image.
@@ -151,7 +162,7 @@ def detection_metrics(
     precision = evaluation.eval['precision'][:, :, :, 0, -1]  # overlaps, recalls, classes; all sizes, 100 boxes
     by_label = curves(evaluation)
     f1 = np.mean([curve.f1() for curve in by_label.values()], axis=0)
-    best = int(f1.argmax())
+    best = _middle_of_the_best(f1)
     threshold = float(THRESHOLDS[best])
     at = {label: curve.at(threshold) for label, curve in by_label.items()}
     per_class = {
@@ -167,13 +178,3 @@ def detection_metrics(
         'precision': _percent(np.mean(known) if known else math.nan),
         'recall': _percent(np.mean([r for _, r in at.values()])), 'per_class': per_class}
     return metrics, {classes[label - 1]: curve for label, curve in by_label.items()}
-
-
-def evaluate_detector(
-        detector: nn.Module,
-        loader: Iterable[tuple[list[torch.Tensor], list[Target]]],
-        classes: Sequence[str],
-        device: torch.device | str = 'cpu',
-) -> dict[str, Any]:
-    """The metrics of a detector on the images of a loader, as `detection_metrics` returns them."""
-    return detection_metrics(*predict_boxes(detector, loader, device), classes)[0]
