@@ -435,6 +435,8 @@ about four at 32 px: 90.7 at rate 0.12, 89.5 at 0.08, 90.5 at 0.2. Two epochs at
 84.7 to 85.1 (four runs; the stem under Muon or AdamW made no difference, nor NAdamW in place of AdamW), a border of 2
 pixels in place of 4 85.2; at rate 0.12 no label smoothing 84.5, AdamW's share 0.02 84.8.
 
+It made `wrn16_1.cifar10` and `wrn16_2.cifar10`, whose cards have the accuracy and the minutes (one seed each).
+
 WRN-16-2, 14 epochs with 5,000 held out, one seed: 92.9 % (the last weights without averaging 92.6 %). 18 epochs with
 `--sizes 16 .3 20 .2 24 .2 28 .15`, which cost as much, give 92.8 %: how the sizes are shared out matters little.
 
@@ -454,7 +456,8 @@ taken from CIFAR-10, not chosen on CIFAR-100.
 QUICK = Recipe(dataset='cifar10', model='wrn16_1', epochs=50, warmup_epochs=2, ema_decay=0.999)
 """For two CPU cores and some 70 minutes: the paper's data, augmentation and optimizer, a cosine, averaged weights.
 
-It made `wrn16_1.cifar10`, whose card has the accuracy and the minutes (one seed).
+WRN-16-1 reached a test error of 9.46 % with it in 73 minutes (one seed). `cpu_cifar10` needs bfloat16 and reached
+8.67 % in 45 minutes of one core.
 
     wrn-timm train --recipe quick --data DIR --out RUN
 """
