@@ -516,6 +516,7 @@ def test_script_errors(run, tmp_path, capsys):
     for args, expected in (
             (new, '--data is missing'),
             ([*sample, *new, 'a.jpg'], 'not both'),
+            ([*sample, *new, '--json'], '--json is for finding objects in photographs; leave it out with --data'),
             (['--model', 'RUN', 'a.jpg', '--json', '--csv'], 'choose one of --json, --csv and --coco'),
             (['--model', 'RUN', 'a.jpg', '--threshold', '2'], 'threshold is 2.0; it must be from 0 to 1'),
             ([*sample, *new, '--precision', 'fp16'], "invalid choice: 'fp16'"),

@@ -86,6 +86,9 @@ class DetectOptions(Training):
                              'and --model RUN to find objects')
         if self.data and self.images:
             raise ValueError('give --data to train, or photographs to find objects in, not both')
+        for name in ('threshold', 'json', 'csv', 'coco', 'draw') if self.data else ():
+            if getattr(self, name) not in (None, False, ''):
+                raise ValueError(f'--{name} is for finding objects in photographs; leave it out with --data')
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(f'threshold is {self.threshold}; it must be from 0 to 1')
         if self.json + self.csv + self.coco > 1:

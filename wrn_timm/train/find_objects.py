@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.font_manager import findfont
 from torch import nn
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, save_image
@@ -157,7 +158,8 @@ def draw_objects(found: ImageObjects, classes: Sequence[str], folder: Path, take
         image = draw_bounding_boxes(
             image, torch.tensor([o.box for o in found.objects]),
             [f'{o.label} {100 * o.score:.0f}' for o in found.objects],
-            [_COLOURS[list(classes).index(o.label) % len(_COLOURS)] for o in found.objects], width=width)
+            [_COLOURS[list(classes).index(o.label) % len(_COLOURS)] for o in found.objects], width=width,
+            font=findfont('DejaVu Sans'), font_size=6 * width)
     stem = Path(found.image).stem
     names = itertools.chain([stem], (f'{stem}_{i}' for i in itertools.count(2)))
     taken.add(name := next(n for n in names if n not in taken))
