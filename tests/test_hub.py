@@ -263,7 +263,7 @@ def test_the_card_has_the_papers_figure_beside_ours(folder):
     spoil_json(folder, 'config.json', lambda c: c.update(architecture='wrn28_10'))
     spoil_json(folder, 'metrics.json', lambda m: m.update(top1=96.5))
     card = model_card(folder)
-    assert '| these weights | 3.50 (50 epochs, one run) |' in card and '| the paper | 4.00 (table 5: ' in card
+    assert '| these weights | 3.50 (40 epochs, one run) |' in card and '| the paper | 4.00 (table 5: ' in card
 
 
 def test_the_command_of_the_card_gives_the_same_recipe(folder):
