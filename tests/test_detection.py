@@ -463,6 +463,9 @@ def test_several_seeds_that_were_stopped_go_on_as_they_were_asked_for(tmp_path, 
             '--anchor-scale', '0']
     assert detect_script.main([*args, '--time-budget', '0']) == 130
     assert not (out / 'seed-1').exists()
+    asked = (out / 'settings.json').read_text()
+    assert detect_script.main([*args, '--lr', '0.1']) == 1  # without --resume: what was asked for stays
+    assert 'already holds a run' in capsys.readouterr().err and (out / 'settings.json').read_text() == asked
     again = ['--data', f'bccd:{BCCD}', '--out', str(out), '--device', 'cpu', '--resume']
     assert detect_script.main(again) == 1
     assert 'give --seeds again' in capsys.readouterr().err

@@ -15,7 +15,7 @@ from PIL import Image
 from test_report import (  # noqa: F401  (the browser, and what holds for every page)
     browser,
     figures,
-    open_page,
+    heading_of_whole_page,
     test_it_fits_the_screen_and_can_be_read,
 )
 
@@ -261,14 +261,8 @@ def test_no_box_found_photographs_gone_and_many_classes(tmp_path):
 
 
 def test_everything_is_shown_and_nothing_fetched(browser, report):  # noqa: F811
-    asked, complaints = open_page(browser, report)
-    assert report.as_uri() in asked and not complaints
-    assert not [url for url in asked if url != report.as_uri() and not url.startswith('data:')]
-    images = browser.execute_script(
-        'return [...document.images].map(i => [i.complete, i.naturalWidth, i.naturalHeight])')
-    assert len(images) == 4 and all(done and min(size) > 100 for done, *size in images)
+    heading = heading_of_whole_page(browser, report)
     metrics = json.loads((report.parent / 'metrics.json').read_text())
-    heading = browser.execute_script('return document.querySelector("h1").innerText')
     assert heading == f"<i>set</i> $x$: mAP@0.5 {metrics['map_50']:.1f} % on 16 test photographs" == browser.title
     rows = browser.execute_script(
         'return [...document.querySelector("table").rows].map(r => [...r.cells].map(c => c.textContent))')

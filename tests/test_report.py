@@ -134,15 +134,20 @@ def open_page(browser, report, width=1280, dark=False):
     return asked, browser.get_log('browser')
 
 
-def test_everything_is_shown_and_nothing_fetched(browser, report):
+def heading_of_whole_page(browser, report):
+    """The heading, once all four pictures are seen to be there, and nothing is fetched from elsewhere."""
     asked, complaints = open_page(browser, report)
     assert report.as_uri() in asked and not complaints
     assert not [url for url in asked if url != report.as_uri() and not url.startswith('data:')]
     images = browser.execute_script(
         'return [...document.images].map(i => [i.complete, i.naturalWidth, i.naturalHeight])')
     assert len(images) == 4 and all(done and min(size) > 100 for done, *size in images)
+    return browser.execute_script('return document.querySelector("h1").innerText')
+
+
+def test_everything_is_shown_and_nothing_fetched(browser, report):
+    heading = heading_of_whole_page(browser, report)
     metrics = json.loads((report.parent / 'metrics.json').read_text())
-    heading = browser.execute_script('return document.querySelector("h1").innerText')
     assert heading == f"data: {metrics['top1']:.1f} % of {metrics['images']} test files" == browser.title
     rows = browser.execute_script(
         'return [...document.querySelectorAll("table")].at(-1).innerText.split("\\n").map(line => line.split("\\t"))')

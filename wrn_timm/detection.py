@@ -182,7 +182,7 @@ def build_detector(config: DetectConfig, classes: Sequence[str], pretrained: boo
     Args:
         config: Settings with a model, an image size, anchors and channels.
         classes: Names; label 1 is the first. The detector keeps them as its attribute `classes`.
-        pretrained: Load the weights of the backbone. They decide on `frozen_norm` too, as does `config.pretrained`.
+        pretrained: Load the weights of the backbone. Whether its BatchNorm is frozen follows from `config.pretrained`.
 
     Raises:
         ValueError: As for `fpn_backbone`.

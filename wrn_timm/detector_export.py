@@ -17,6 +17,7 @@ from torch import nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from .detection import postprocessor
+from .export import write_onnx
 from .files import atomic_write
 
 __all__ = ['DETECTOR_EXPORTERS', 'ExportedDetector', 'detector_to_onnx', 'detector_to_torchscript', 'in_common']
@@ -93,29 +94,18 @@ def detector_to_onnx(detector: nn.Module, path: str | Path) -> None:
     Raises:
         ImportError: The extra `export` is not installed.
     """
-    try:
-        import onnx
-    except ImportError as e:
-        raise ImportError(f"ONNX export needs the extra: pip install 'wrn_timm[export]' ({e})") from e
     network, config = _prepared(detector)
     last = postprocessor(network.detector)
     lowest = torch.tensor(last.score_thresh)
     del last.score_thresh
     last.register_buffer('score_thresh', lowest)  # a number would be written into the middle of the graph
 
-    def write(beside: Path) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # this exporter is old, but torch.export cannot trace detectors
-            torch.onnx.export(
-                network, (torch.rand(_TRACED),), str(beside), dynamo=False, verbose=False, input_names=['image'],
-                output_names=list(_OUTPUTS),
-                dynamic_axes={'image': {1: 'height', 2: 'width'}, **{name: {0: 'objects'} for name in _OUTPUTS}})
-        written = onnx.load(beside)
-        onnx.helper.set_model_props(written, {'config': config})
-        onnx.checker.check_model(written, full_check=True)
-        onnx.save(written, beside)
-
-    atomic_write(Path(path), write)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # this exporter is old, but torch.export cannot trace detectors
+        write_onnx(
+            network, torch.rand(_TRACED), Path(path), config, dynamo=False, input_names=['image'],
+            output_names=list(_OUTPUTS),
+            dynamic_axes={'image': {1: 'height', 2: 'width'}, **{name: {0: 'objects'} for name in _OUTPUTS}})
 
 
 def detector_to_torchscript(detector: nn.Module, path: str | Path) -> None:

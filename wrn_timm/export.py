@@ -27,7 +27,7 @@ from .files import atomic_write
 
 __all__ = [
     'EXPORTERS', 'OnnxModel', 'OptimizedModel', 'alternate', 'fold_batchnorm', 'inference_forms', 'optimize',
-    'run_exported', 'to_exported_program', 'to_onnx', 'to_torchscript',
+    'run_exported', 'to_exported_program', 'to_onnx', 'to_torchscript', 'write_onnx',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -210,11 +210,6 @@ def to_onnx(model: nn.Module, path: str | Path) -> None:
         ImportError: The extra `export` is not installed.
         ValueError: `torch.fx` cannot trace the model.
     """
-    try:
-        import onnx
-        import onnxscript  # noqa: F401  (torch's exporter needs it)
-    except ImportError as e:
-        raise ImportError(f"ONNX export needs the extra: pip install 'wrn_timm[export]' ({e})") from e
     model, images, config = _prepared(model)
     info = getattr(model, 'feature_info', None)
     maps = [n.replace('.', '_') for n in info.module_name()] if isinstance(info, FeatureInfo) else []
@@ -224,16 +219,36 @@ def to_onnx(model: nn.Module, path: str | Path) -> None:
         sizes = {n: {0: 'batch', 2: f'{n}_height', 3: f'{n}_width'} for n in maps} or {'logits': {0: 'batch'}}
         options = dict(dynamo=False, dynamic_axes={'images': _DYNAMIC, **sizes})
 
+    write_onnx(model, images, Path(path), config, input_names=['images'], output_names=maps or ['logits'], **options)
+
+
+def write_onnx(model: nn.Module, example: torch.Tensor, path: Path, config: str, **options: Any) -> None:
+    """Trace a model and write a checked ONNX file, with `config` (JSON) in its metadata.
+
+    Args:
+        model: Ready to be traced.
+        example: Its input.
+        path: File.
+        config: What the file says of the model.
+        options: Of `torch.onnx.export`.
+
+    Raises:
+        ImportError: The extra `export` is not installed.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as e:
+        raise ImportError(f"ONNX export needs the extra: pip install 'wrn_timm[export]' ({e})") from e
+
     def write(beside: Path) -> None:
-        torch.onnx.export(
-            model, (images,), str(beside), verbose=False, input_names=['images'], output_names=maps or ['logits'],
-            **options)
+        torch.onnx.export(model, (example,), str(beside), verbose=False, **options)
         written = onnx.load(beside)
         onnx.helper.set_model_props(written, {'config': config})
         onnx.checker.check_model(written, full_check=True)
         onnx.save(written, beside)
 
-    atomic_write(Path(path), write)
+    atomic_write(path, write)
 
 
 def to_exported_program(model: nn.Module, path: str | Path) -> None:

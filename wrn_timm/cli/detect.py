@@ -137,15 +137,15 @@ def show(results: Iterable[ImageObjects], options: DetectOptions, classes: Seque
 
 def run_finding(options: DetectOptions, model: str) -> int:
     """Find objects with a trained detector; the exit code."""
-    drawn = Path(options.draw).resolve() if options.draw else None
-    if mixed := next((name for name in options.images if drawn and Path(name).resolve().parent == drawn), None):
-        raise ValueError(f'{options.draw} is the folder of {mixed}; choose another --draw, so that drawings replace no '
-                         f'photographs')
-    detector = open_detector(model, options.device)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='surrogateescape')  # names of files can be any bytes
-    paths = (path for path in find_images(named(options.images)) if Path(path).resolve().parent != drawn)
+    names, drawn = list(named(options.images)), Path(options.draw).resolve() if options.draw else None
+    if mixed := next((name for name in names if drawn and Path(name).resolve().parent == drawn), None):
+        raise ValueError(f'{options.draw} is the folder of {mixed}; choose another --draw, so that drawings replace no '
+                         f'photographs')
+    detector = open_detector(model, options.device)
+    paths = (path for path in find_images(names) if Path(path).resolve().parent != drawn)
     threshold = 0. if options.coco and options.threshold is None else options.threshold
     if failed := show(find_in_files(detector, paths, threshold), options, detector.classes):
         print(f'{failed} {"file" if failed == 1 else "files"} could not be read', file=sys.stderr)

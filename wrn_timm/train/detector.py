@@ -212,6 +212,9 @@ def train_detectors(
     """
     runs, deadline = [], machine.deadline()
     planned = planned_runs(config, out, seeds, machine.resume)
+    for _, folder, resume in planned if seeds > 1 else ():  # of all, before what was asked for is written anew
+        if not resume:
+            RunDir.check(folder, {})
     if seeds > 1 and not machine.resume:
         make_folder(Path(out))
         atomic_write(Path(out) / _ASKED, json.dumps({'detect': dataclasses.asdict(config)}, indent=2) + '\n')
