@@ -1,5 +1,6 @@
 """Detectors: against torchvision's own on the same network, and the whole way on photographs of blood cells."""
 import csv
+import io
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
@@ -24,10 +25,12 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 import wrn_timm  # noqa: F401
 from wrn_timm.cli import detect as detect_script
-from wrn_timm.data.boxes import divide, read_boxes
-from wrn_timm.detection import faster_rcnn, fpn_backbone, open_detector, retinanet
+from wrn_timm.data.boxes import divide, read_boxes, read_reduced
+from wrn_timm.data.folders import read_rgb
+from wrn_timm.detection import build_detector, faster_rcnn, fpn_backbone, open_detector, retinanet
 from wrn_timm.train import detector as detector_run
 from wrn_timm.train.detector import _backbone_in_bfloat16
+from wrn_timm.train.find_objects import FoundObject, ImageObjects, draw_objects, find_in_files
 from wrn_timm.train.measure_boxes import detection_metrics, predict_boxes
 from wrn_timm.weights import sha256_of
 
@@ -133,7 +136,7 @@ def test_boxes_of_the_sample():
         'BloodImage_00338.xml, object 13 (RBC): box 504, 337, 504, 337 has no area')
     with pytest.raises(ValueError, match='1 boxes or files of .* are bad: .*BloodImage_00338.xml, object 13'):
         read_boxes(BCCD, on_bad='fail')
-    image, target = images.as_dataset(lambda *pair: pair)[0]
+    image, target = images.as_dataset(lambda *pair: pair, 96)[0]
     assert target['boxes'].canvas_size == (480, 640) == image.size[::-1] and set(target['labels'].tolist()) <= {1, 2, 3}
 
 
@@ -397,6 +400,146 @@ def test_finding_objects_with_a_finished_run(run, tmp_path, capsys):
     in_python = wrn_timm.find_objects(run, [photograph, bad], threshold=0.)
     assert [o.box for o in in_python[0].objects] == [tuple(o['box']) for o in result['objects']]
     assert in_python[1].error == failed['error']
+
+
+def test_drawings_replace_earlier_ones_and_no_other_file(tmp_path):
+    photograph, folder = tmp_path / 'a.jpg', tmp_path / 'drawn'
+    Image.new('RGB', (60, 40)).save(photograph)
+    folder.mkdir()
+    Image.new('RGB', (5, 5)).save(folder / 'a.png')
+    (folder / 'a_2.png').write_text('no image')
+    others = {file: file.read_bytes() for file in folder.iterdir()}
+
+    def draw(*objects):
+        return draw_objects(ImageObjects(str(photograph), objects), ['cat'], folder, set())
+
+    plain = draw()
+    before = plain.read_bytes()
+    assert plain.name == 'a_3.png' == draw(FoundObject('cat', .9, (10., 10., 30., 30.))).name
+    assert plain.read_bytes() != before and {file: file.read_bytes() for file in others} == others
+    assert len(list(folder.iterdir())) == 3
+    with Image.open(plain) as image:
+        assert image.getpixel((20, 30)) == (255, 0, 0)  # the lower edge of the box
+
+
+def test_photographs_listed_on_standard_input_are_not_taken_for_drawings(run, tmp_path, monkeypatch, capsys):
+    photograph = tmp_path / 'a.jpg'
+    Image.new('RGB', (60, 40)).save(photograph)
+    args = ['--model', str(run), '-', '--device', 'cpu', '--draw']
+    monkeypatch.setattr('sys.stdin', io.StringIO(f'{photograph}\n'))
+    assert detect_script.main([*args, str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert f'{tmp_path} is the folder of {photograph}; choose another --draw' in err and not out
+    assert [p.name for p in tmp_path.iterdir()] == ['a.jpg']
+    monkeypatch.setattr('sys.stdin', io.StringIO(f'{photograph}\n'))
+    assert detect_script.main([*args, str(tmp_path / 'drawn')]) == 0
+    assert str(photograph) in capsys.readouterr().out and (tmp_path / 'drawn/a.png').is_file()
+
+
+LIGHT = 1100, 300, 1900, 1500  # the box of the one object on a large photograph of 2400 x 1800
+
+
+def save_large(file, turned=False):
+    """A dark photograph with a light rectangle; `turned` has its EXIF data rotate it into place."""
+    image, exif = Image.new('RGB', (2400, 1800)), Image.Exif()
+    ImageDraw.Draw(image).rectangle([LIGHT[0], LIGHT[1], LIGHT[2] - 1, LIGHT[3] - 1], 'white')
+    if turned:
+        image, exif[0x0112] = image.transpose(Image.Transpose.ROTATE_90), 6
+    image.save(file, exif=exif)
+
+
+class FindsLight(nn.Module):
+    """Finds the light rectangle of each image, and keeps the sizes of the images."""
+    classes, threshold = ('cat',), .5
+
+    def __init__(self, side=300):
+        super().__init__()
+        self.transform, self.sizes = torch.nn.Module(), []
+        self.transform.max_size, self.score_thresh = side, 0.
+        self.register_parameter('device', nn.Parameter(torch.zeros(1)))
+
+    def forward(self, images):
+        self.sizes += [tuple(image.shape[:0:-1]) for image in images]
+        places = [(image[0] > .5).nonzero().flip(1) for image in images]
+        return [{'boxes': torch.cat([at.amin(0), at.amax(0) + 1])[None].float(), 'scores': torch.tensor([.9]),
+                 'labels': torch.tensor([1])} for at in places]
+
+
+def test_large_photographs_are_reduced_and_their_boxes_are_in_pixels_of_the_whole(tmp_path):
+    files = [tmp_path / name for name in ('a.jpg', 'turned.jpg', 'a.png')]
+    for file in files:
+        save_large(file, turned='turned' in file.name)
+        whole = read_rgb(file)
+        image, scale = read_reduced(file, 500)
+        assert image.size == (600, 450) and scale == (4, 4)
+        expected = np.asarray(whole.resize((600, 450), Image.Resampling.BOX), float)
+        assert np.abs(np.asarray(image, float) - expected).mean() < 1  # of 255
+        image, scale = read_reduced(file, 1201)
+        assert scale == (1, 1) and np.array_equal(np.asarray(image), np.asarray(whole))
+    detector = FindsLight()
+    for found in find_in_files(detector, map(str, files)):
+        assert found.objects[0].box == pytest.approx(LIGHT, abs=8)
+    assert detector.sizes == [(300, 225)] * 3
+    # sides that no whole number divides, and a photograph that is larger than the detector needs, but not large
+    for size, reduced in (((2333, 1501), (583, 375)), ((1999, 501), (1999, 501))):
+        read_rgb(files[0]).resize(size).save(tmp_path / 'b.jpg')
+        image, scale = read_reduced(tmp_path / 'b.jpg', 400)
+        assert tuple(round(v * s) for v, s in zip(image.size, scale, strict=True)) == size
+        assert image.size == pytest.approx(reduced, abs=1)
+
+
+def test_large_photographs_are_trained_and_measured_on(tmp_path, monkeypatch):
+    data = voc(tmp_path / 'data', [LIGHT])
+    for part in ('train', 'test'):
+        save_large(data / f'JPEGImages/{part}.jpg', turned=part == 'test')
+        shutil.copy(data / 'Annotations/a.xml', data / f'Annotations/{part}.xml')
+        (data / f'ImageSets/Main/{part}.txt').write_text(f'{part}\n')
+    trained_on, reported = [], []
+    monkeypatch.setattr(detector_run, '_step', lambda detector, optimizer, images, targets, device: trained_on.extend(
+        zip(images, targets, strict=True)) or 0.)
+    monkeypatch.setattr(detector_run, 'write_detector_report', lambda *args: reported.extend(args[4]))
+    monkeypatch.setattr(detector_run, 'open_detector', lambda *args: FindsLight())
+    monkeypatch.setattr(detector_run, 'finish_detector_folder', lambda *args: None)
+    config = wrn_timm.DetectConfig(
+        model='wrn16_1', pretrained=False, epochs=2, batch_size=1, image_size=160, out_channels=16, anchor_scale=8.)
+    metrics = detector_run.train_detector(config, data, tmp_path / 'run')
+    for image, target in trained_on:  # mirrored or not
+        assert image.shape == (3, 150, 200)
+        assert target['boxes'][0].tolist() == pytest.approx(FindsLight()([image])[0]['boxes'][0].tolist(), abs=1)
+    assert len(trained_on) == 2 and metrics['map_75'] == 100
+    assert reported[0]['boxes'][0].tolist() == pytest.approx(LIGHT, abs=12)
+
+
+def test_memory_that_is_short_in_training_names_what_to_lower(tmp_path, monkeypatch, capsys):
+    def step(*args):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+
+    monkeypatch.setattr(detector_run, '_step', step)
+    args = ['--data', f'bccd:{BCCD}', *SMALL, '--out']
+    assert detect_script.main([*args, str(tmp_path / 'a')]) == 1
+    assert ('out of memory on cpu at batch size 2 and 96 px; choose a smaller --batch-size or --image-size'
+            in capsys.readouterr().err)
+    assert detect_script.main([*args, str(tmp_path / 'b'), '--batch-size', '1']) == 1
+    assert 'at batch size 1 and 96 px; choose a smaller --image-size' in capsys.readouterr().err
+
+
+def test_the_trial_of_batch_sizes_counts_the_state_of_the_optimizer(monkeypatch):
+    config = wrn_timm.DetectConfig(
+        model='wrn16_1', pretrained=False, batch_size=8, image_size=64, out_channels=16, anchor_scale=4., rois=16)
+    detector, real, tried = build_detector(config, ['cat']), detector_run._step, []
+    before = {k: v.clone() for k, v in detector.state_dict().items()}
+
+    def step(detector, optimizer, images, *args):
+        tried.append((len(images), bool(optimizer.state)))
+        if len(images) > 2 and optimizer.state:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+        return real(detector, optimizer, images, *args)
+
+    monkeypatch.setattr(detector_run, '_step', step)
+    assert detector_run._fitting_batch(detector, config, torch.device('cpu')) == 2
+    assert tried == [(8, False), (8, True), (4, True), (2, True), (2, True)]
+    assert all(torch.equal(v, before[k]) for k, v in detector.state_dict().items())
+    assert all(p.grad is None for p in detector.parameters())
 
 
 def test_metrics_are_those_of_torchmetrics():

@@ -71,7 +71,8 @@ class DetectOptions(Training):
     """Print the objects as COCO results. Their image_id is the number in the file's name, or the name; category_id
     counts the detector's classes from 1."""
     draw: str = option('', 'FOLDER')
-    """Draw the objects on copies of the photographs in this folder."""
+    """Draw the objects on copies of the photographs in this folder. Earlier drawings there are replaced, other files
+    are not."""
     workers: int = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
     """Processes that read photographs."""
     on_bad: Literal['skip', 'fail'] = 'skip'
@@ -142,8 +143,8 @@ def run_finding(options: DetectOptions, model: str) -> int:
             stream.reconfigure(errors='surrogateescape')  # names of files can be any bytes
     names, drawn = list(named(options.images)), Path(options.draw).resolve() if options.draw else None
     if mixed := next((name for name in names if drawn and Path(name).resolve().parent == drawn), None):
-        raise ValueError(f'{options.draw} is the folder of {mixed}; choose another --draw, so that drawings replace no '
-                         f'photographs')
+        raise ValueError(f'{options.draw} is the folder of {mixed}; choose another --draw, so that drawings do not lie '
+                         f'among photographs')
     detector = open_detector(model, options.device)
     paths = (path for path in find_images(names) if Path(path).resolve().parent != drawn)
     threshold = 0. if options.coco and options.threshold is None else options.threshold

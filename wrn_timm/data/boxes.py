@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from ..files import digest
 from .folders import looks_like_image, read_rgb, some
 
-__all__ = ['BoxScan', 'BoxedImages', 'data_folder', 'divide', 'read_boxes', 'read_box_split', 'write_box_split']
+__all__ = ['BoxScan', 'BoxedImages', 'data_folder', 'divide', 'read_boxes', 'read_box_split', 'read_reduced',
+           'write_box_split']
 
 _FORMATS = ('voc', 'coco', 'yolo', 'bccd')  # 'bccd' is VOC by the name of a data set
 _IMAGES = ('JPEGImages', 'images', 'Images', 'imgs', '')
@@ -29,6 +31,7 @@ _ANNOTATIONS = ('Annotations', 'annotations', 'xmls', 'labels', '')
 _PARTS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test', 'trainval': 'trainval'}
 _ALL = 'all'
 _ROUNDING = 0.5  # pixels by which a box may overhang its image, at which it is cut
+_LARGE = 2000  # pixels of a side; only larger photographs are reduced: the published figures are of smaller ones
 Box = tuple[float, float, float, float]
 
 
@@ -55,22 +58,63 @@ class BoxedImages:
         paths, boxes, labels = (tuple(column[i] for i in index) for column in (self.paths, self.boxes, self.labels))
         return dataclasses.replace(self, paths=paths, boxes=boxes, labels=labels)
 
-    def as_dataset(self, transform: Any) -> Dataset:
-        """A data set of `transform(RGB image, target)`; the target's boxes know the image's size."""
-        return _BoxDataset(self, transform)
+    def as_dataset(self, transform: Any, side: int) -> Dataset:
+        """A data set of `transform(RGB image, target)`.
+
+        Large photographs are reduced by `read_reduced`. A target has `labels`; `boxes`, in pixels of the image, which
+        know its size; and `scale`, float32 (4,), which times the boxes gives pixels of the whole photograph.
+
+        Args:
+            transform: Applied to each image when it is requested. It must not zoom in.
+            side: Longer side at which the detector works.
+        """
+        return _BoxDataset(self, transform, side)
 
 
 class _BoxDataset(Dataset):
-    def __init__(self, images: BoxedImages, transform: Any):
-        self.images, self.transform = images, transform
+    def __init__(self, images: BoxedImages, transform: Any, side: int):
+        self.images, self.transform, self.side = images, transform, side
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[Any, dict[str, torch.Tensor]]:
-        image = read_rgb(self.images.paths[i])
-        boxes = tv_tensors.BoundingBoxes(self.images.boxes[i], format='XYXY', canvas_size=image.size[::-1])
-        return self.transform(image, {'boxes': boxes, 'labels': self.images.labels[i]})
+        image, scale = read_reduced(self.images.paths[i], self.side)
+        scale = torch.tensor(scale * 2)
+        boxes = tv_tensors.BoundingBoxes(self.images.boxes[i] / scale, format='XYXY', canvas_size=image.size[::-1])
+        return self.transform(image, {'boxes': boxes, 'labels': self.images.labels[i], 'scale': scale})
+
+
+def read_reduced(path: str | Path, side: int) -> tuple[Image.Image, tuple[float, float]]:
+    """Read a photograph by `read_rgb`, and reduce it if it is much larger than a detector needs.
+
+    A photograph with a side of more than 2000 pixels is reduced by a whole number, so that its longer side keeps
+    `side` pixels or more. Others are returned as they are.
+
+    Returns:
+        The image, and by how much the whole photograph is wider and higher: 1 where it is not reduced.
+
+    Raises:
+        ValueError: As for `read_rgb`.
+    """
+    size = _stored_size(path)
+    if max(size) <= _LARGE:
+        return read_rgb(path), (1., 1.)
+    image = read_rgb(path, side)
+    if (by := max(image.size) // side) > 1:
+        image = image.reduce(by)
+    if (image.width < image.height) != (size[0] < size[1]):  # its EXIF data rotate it
+        size = size[::-1]
+    return image, (size[0] / image.width, size[1] / image.height)
+
+
+def _stored_size(path: str | Path) -> tuple[int, int]:
+    """Width and height before any rotation; (0, 0) of a file that `read_rgb` refuses."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except Exception:  # as in `read_rgb`, which says what is wrong
+        return 0, 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import json
@@ -19,7 +18,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -34,7 +33,7 @@ from ..weights import find, open_model
 from .detector_report import write_detector_report
 from .find_objects import AS_TENSOR
 from .machine import Machine, fused, resolve_precision
-from .measure import largest_batch
+from .measure import largest_batch, out_of_memory
 from .measure_boxes import Target, detection_metrics, predict_boxes
 from .probe import summarise
 from .run import (
@@ -60,10 +59,10 @@ _SHOWN = 6000  # photographs that a detector sees, with repetitions, where the n
 OnEpoch = Callable[[dict[str, float]], None]
 
 
-def _loader(images: BoxedImages, transform: Any, batches: Sequence[list[int]], workers: int, seed: int) -> DataLoader:
+def _loader(dataset: Dataset, batches: Sequence[list[int]], machine: Machine, seed: int) -> DataLoader:
     return DataLoader(  # without a generator of its own it would draw from the one whose state a checkpoint keeps
-        images.as_dataset(transform), batch_sampler=batches, num_workers=workers, collate_fn=_columns,
-        generator=torch.Generator().manual_seed(seed))
+        dataset, batch_sampler=batches, num_workers=machine.workers, collate_fn=_columns,
+        pin_memory=torch.device(machine.device).type == 'cuda', generator=torch.Generator().manual_seed(seed))
 
 
 def _drawn_batches(n: int, batch_size: int, seed: int) -> list[list[int]]:
@@ -102,6 +101,7 @@ def train_detector(
 
     Raises:
         FloatingPointError: The loss is no longer finite.
+        RuntimeError: A step does not fit into memory.
         What `read_boxes`, `divide`, `fpn_backbone` and `RunDir` raise.
     """
     started, deadline, out = time.monotonic(), machine.deadline(), Path(out)
@@ -174,8 +174,11 @@ def _test(loop: _Loop, data: _Data, started: float) -> dict[str, Any]:
     folder, machine, config = loop.control.run.path, loop.machine, loop.config
     detector = open_detector(folder, machine.device)
     in_order = list(BatchSampler(range(len(data.test)), config.batch_size, drop_last=False))
-    loader = _loader(data.test, AS_TENSOR, in_order, machine.workers, config.seed)
-    predictions, targets = predict_boxes(detector, loader, machine.device, machine.progress)
+    loader = _loader(data.test.as_dataset(AS_TENSOR, config.image_size), in_order, machine, config.seed)
+    found, reduced = predict_boxes(detector, loader, machine.device, machine.progress)
+    predictions = [f | {'boxes': f['boxes'] * target['scale']} for f, target in zip(found, reduced, strict=True)]
+    targets = [{'boxes': boxes, 'labels': labels} for boxes, labels in zip(
+        data.test.boxes, data.test.labels, strict=True)]
     measured, curves = detection_metrics(predictions, targets, data.test.classes)
     metrics = measured | {
         'dataset': data.name, 'split': data.split, 'left_out': data.scan.bad, 'leaks': data.leaks,
@@ -342,15 +345,16 @@ def _fitting_batch(detector: nn.Module, config: DetectConfig, device: torch.devi
     Raises:
         RuntimeError: Not even one image fits.
     """
-    before = copy.deepcopy(detector.state_dict())  # the trial moves BatchNorm's statistics
-    side = config.image_size
+    # on the CPU, so that the copy takes no memory from the trial
+    before = {k: v.to('cpu', copy=True) for k, v in detector.state_dict().items()}
+    optimizer, side = _optimizer(detector, config), config.image_size
     corners = torch.rand(20, 2, device=device) * side / 2
     target = {'boxes': torch.cat([corners, corners + side / 4], 1),
               'labels': torch.ones(20, dtype=torch.int64, device=device)}
 
     def step(n: int) -> None:
-        losses = detector.train()([torch.rand(3, side, side, device=device) for _ in range(n)], [target] * n)
-        sum(losses.values()).backward()
+        for _ in range(2):  # the second holds the optimizer's state, which the first makes, beside the activations
+            _step(detector.train(), optimizer, list(torch.rand(n, 3, side, side)), [target] * n, device)
 
     with _precision(detector, config, device):
         found = largest_batch(step, config.batch_size)
@@ -388,8 +392,7 @@ class _Loop:
         self.on_epoch = on_epoch
         self.device = torch.device(machine.device)
         self.steps = max(1, len(train) // config.batch_size)
-        self.optimizer = create_optimizer_v2(
-            detector, config.opt, lr=config.lr, weight_decay=config.weight_decay, **fused(config.opt))
+        self.optimizer = _optimizer(detector, config)
         self.scheduler = CosineLRScheduler(
             self.optimizer, t_initial=config.epochs * self.steps, t_in_epochs=False, warmup_t=config.warmup_steps,
             warmup_lr_init=config.lr / 100)
@@ -431,9 +434,10 @@ class _Loop:
         augment = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2), AS_TENSOR])
         self.detector.train()
         bar.set_description(f'epoch {progress.epoch + 1}/{config.epochs}')
-        for images, targets in _loader(self.train, augment, batches, self.machine.workers, seed):
+        dataset = self.train.as_dataset(augment, config.image_size)
+        for images, targets in _loader(dataset, batches, self.machine, seed):
             self.scheduler.step_update(progress.epoch * self.steps + progress.step)
-            progress.total += _step(self.detector, self.optimizer, images, targets, self.device)
+            progress.total += self._loss(images, targets)
             progress.step += 1
             bar.update()
             bar.set_postfix(loss=f'{progress.total / progress.step:.3f}')
@@ -442,6 +446,17 @@ class _Loop:
         self.control.check_finite(progress.total, 'the loss', progress.epoch + 1)
         progress.seconds += time.monotonic() - began
         return reason
+
+    def _loss(self, images: list[torch.Tensor], targets: list[Target]) -> float:
+        """The loss of a batch, after the step against it; memory that is short is an error that says what to do."""
+        try:
+            return _step(self.detector, self.optimizer, images, targets, self.device)
+        except RuntimeError as e:
+            if not out_of_memory(e):
+                raise
+            raise RuntimeError(
+                f'out of memory on {self.device} at batch size {len(images)} and {self.config.image_size} px; choose '
+                f'a smaller {"--batch-size or " * (len(images) > 1)}--image-size') from e
 
     def _end_epoch(self) -> None:
         progress = self.progress
@@ -456,6 +471,11 @@ class _Loop:
             self.on_epoch(progress.history[-1])
         self.control.run.log('epoch %2d/%d  loss %.3f  %4.0f s', progress.epoch, self.config.epochs, loss,
                              progress.seconds)
+
+
+def _optimizer(detector: nn.Module, config: DetectConfig) -> torch.optim.Optimizer:
+    return create_optimizer_v2(
+        detector, config.opt, lr=config.lr, weight_decay=config.weight_decay, **fused(config.opt))
 
 
 def _precision(detector: nn.Module, config: DetectConfig, device: torch.device) -> contextlib.AbstractContextManager:
@@ -484,8 +504,8 @@ def _step(
         device: torch.device,
 ) -> float:
     """The loss of a batch, after the step against it."""
-    losses = detector([image.to(device) for image in images],
-                      [{k: v.to(device) for k, v in t.items()} for t in targets])
+    losses = detector([image.to(device, non_blocking=True) for image in images],
+                      [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in targets])
     loss = sum(losses.values())
     optimizer.zero_grad()
     loss.backward()

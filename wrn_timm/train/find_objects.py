@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 from matplotlib.font_manager import findfont
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torchvision.transforms import v2
-from torchvision.utils import draw_bounding_boxes, save_image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes
 
+from ..data.boxes import read_reduced
 from ..data.folders import read_rgb
 from ..detection import open_detector, postprocessor
 from ..files import atomic_write
@@ -22,6 +26,7 @@ from .predict import find_images
 __all__ = ['AS_TENSOR', 'FoundObject', 'ImageObjects', 'coco_results', 'draw_objects', 'find_in_files', 'find_objects']
 
 AS_TENSOR = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+_DRAWN_BY = 'wrn-timm detect'  # in the PNG file
 _COLOURS = ('red', 'blue', 'green', 'purple', 'orange', 'teal', 'brown', 'magenta')
 
 
@@ -108,14 +113,15 @@ def find_in_files(
     device = next(detector.parameters()).device
     for path in paths:
         try:
-            image = AS_TENSOR(read_rgb(path)).as_subclass(torch.Tensor)
+            image, scale = read_reduced(path, detector.transform.max_size)
         except ValueError as e:
             yield ImageObjects(path, error=str(e))
             continue
+        image = AS_TENSOR(image).as_subclass(torch.Tensor)
         found = {k: v.cpu() for k, v in detector([image.to(device)])[0].items()}
+        boxes = found['boxes'] * torch.tensor(scale * 2)
         keep = found['scores'] >= threshold
-        rows = zip(found['labels'][keep].tolist(), found['scores'][keep].tolist(), found['boxes'][keep].tolist(),
-                   strict=True)
+        rows = zip(found['labels'][keep].tolist(), found['scores'][keep].tolist(), boxes[keep].tolist(), strict=True)
         yield ImageObjects(path, tuple(
             FoundObject(detector.classes[i - 1], round(score, 4), tuple(round(v, 1) for v in box))
             for i, score, box in rows))
@@ -137,6 +143,8 @@ def coco_results(found: ImageObjects, classes: Sequence[str]) -> list[dict[str, 
 def draw_objects(found: ImageObjects, classes: Sequence[str], folder: Path, taken: set[str]) -> Path:
     """Write a photograph to `folder` as PNG with its objects drawn on it.
 
+    Drawings of earlier calls are replaced, other files are not.
+
     Args:
         found: Of a file that can be read.
         classes: Names, which decide on the colours.
@@ -144,15 +152,16 @@ def draw_objects(found: ImageObjects, classes: Sequence[str], folder: Path, take
         taken: Names of the files already written there by this call's predecessors; the new one is added.
 
     Returns:
-        The file written, named as the photograph, with a number if that name is taken.
+        The file written, named as the photograph, with a number if that name is taken, or a file of that name is there
+        that is no drawing.
 
     Raises:
-        ValueError: `folder` holds the photograph itself, or others that a drawing could replace.
+        ValueError: `folder` holds the photograph itself.
     """
     if folder.resolve() == Path(found.image).resolve().parent:
-        raise ValueError(f'{folder} is the folder of {found.image}; choose another for the drawings, so that they '
-                         f'replace no photograph')
-    image = AS_TENSOR(read_rgb(found.image)).as_subclass(torch.Tensor)
+        raise ValueError(f'{folder} is the folder of {found.image}; choose another for the drawings, so that they do '
+                         f'not lie among photographs')
+    image = pil_to_tensor(read_rgb(found.image))
     if found.objects:
         width = max(2, round(max(image.shape[1:]) / 400))
         image = draw_bounding_boxes(
@@ -162,8 +171,21 @@ def draw_objects(found: ImageObjects, classes: Sequence[str], folder: Path, take
             font=findfont('DejaVu Sans'), font_size=6 * width)
     stem = Path(found.image).stem
     names = itertools.chain([stem], (f'{stem}_{i}' for i in itertools.count(2)))
-    taken.add(name := next(n for n in names if n not in taken))
+    name = next(n for n in names if n not in taken and _is_free(folder / f'{n}.png'))
+    taken.add(name)
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f'{name}.png'
-    atomic_write(target, lambda p: save_image(image, p))
+    target, mark = folder / f'{name}.png', PngInfo()
+    mark.add_text('Software', _DRAWN_BY)
+    atomic_write(target, lambda p: to_pil_image(image).save(p, pnginfo=mark))
     return target
+
+
+def _is_free(file: Path) -> bool:
+    """Whether a drawing can be written there: there is no file, or one that `draw_objects` has written."""
+    if not os.path.lexists(file):
+        return True
+    try:
+        with Image.open(file) as image:
+            return image.info.get('Software') == _DRAWN_BY
+    except Exception:  # decoders raise almost anything for damaged files
+        return False
