@@ -504,7 +504,7 @@ def test_large_photographs_are_trained_and_measured_on(tmp_path, monkeypatch):
         model='wrn16_1', pretrained=False, epochs=2, batch_size=1, image_size=160, out_channels=16, anchor_scale=8.)
     metrics = detector_run.train_detector(config, data, tmp_path / 'run')
     for image, target in trained_on:  # mirrored or not
-        assert image.shape == (3, 150, 200)
+        assert image.shape == (3, 225, 300)
         assert target['boxes'][0].tolist() == pytest.approx(FindsLight()([image])[0]['boxes'][0].tolist(), abs=1)
     assert len(trained_on) == 2 and metrics['map_75'] == 100
     assert reported[0]['boxes'][0].tolist() == pytest.approx(LIGHT, abs=12)
