@@ -609,6 +609,7 @@ def test_early_stop_and_the_mean_of_seeds(weights, photographs, tmp_path):
     assert splits[0] != splits[1]
 
 
+@pytest.mark.filterwarnings('ignore:This DataLoader will create 2 worker')  # on one core
 def test_the_same_seed_gives_the_same_run_however_photographs_are_read(weights, photographs, tmp_path):
     for name, workers, memory in (('a', '0', '1'), ('b', '0', '0'), ('c', '2', '0.001')):
         assert tune(photographs, weights, tmp_path / name, '--epochs', '2', '--workers', workers, '--image-memory',

@@ -662,7 +662,7 @@ def test_torchrun_trains_stops_and_resumes(tmp_path):
 def test_a_run_goes_on_from_a_tar_file(run, tmp_path):
     train(SMOKE, '', tmp_path / 'run', time_budget=0)
     shutil.make_archive(str(tmp_path / 'carried'), 'tar', tmp_path / 'run')
-    shutil.unpack_archive(tmp_path / 'carried.tar', tmp_path / 'elsewhere')
+    shutil.unpack_archive(tmp_path / 'carried.tar', tmp_path / 'elsewhere', filter='data')
     train(SMOKE, '', tmp_path / 'elsewhere', resume=True)
     assert final_weights(tmp_path / 'elsewhere') == final_weights(run)
 

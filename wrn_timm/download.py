@@ -178,6 +178,8 @@ def _received(url: str) -> Iterator[bytes]:
             if done < size:
                 raise ConnectionError(f'{done:,} of {size:,} bytes were received')
     except (OSError, HTTPException) as e:
+        if isinstance(e, HTTPError):
+            e.close()  # it holds the connection
         raise RuntimeError(f'{url} could not be downloaded. {_url_fault(e)}') from e
 
 

@@ -12,7 +12,6 @@ import dataclasses
 import io
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from ..names import as_cell, printable
 from ..recipes import DetectConfig
 from ..train.detector import asked_before, train_detectors
 from ..train.find_objects import ImageObjects, coco_results, draw_objects, find_in_files
-from ..train.machine import Machine
+from ..train.machine import Machine, usable_cores
 from ..train.predict import find_images
 from .common import STOPPED, Training, log_to_terminal, machine_of, reports_errors, resumable
 from .finetune import spread
@@ -73,7 +72,7 @@ class DetectOptions(Training):
     draw: str = option('', 'FOLDER')
     """Draw the objects on copies of the photographs in this folder. Earlier drawings there are replaced, other files
     are not."""
-    workers: int = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+    workers: int = min(8, usable_cores()) if torch.cuda.is_available() else 0
     """Processes that read photographs."""
     on_bad: Literal['skip', 'fail'] = 'skip'
     """What to do with bad boxes and unreadable files: leave them out and name them, or stop."""

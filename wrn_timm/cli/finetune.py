@@ -24,7 +24,7 @@ from ..files import atomic_write
 from ..names import printable
 from ..recipes import FinetuneConfig
 from ..train.finetune import finetune_seeds
-from ..train.machine import Machine
+from ..train.machine import Machine, usable_cores
 from ..train.probe import probe
 from ..train.run import begun_with, check_place
 from ..train.transfer_results import record_transfer, transfer_folder
@@ -56,7 +56,7 @@ class FinetuneOptions(Training):
     out: str = 'runs/finetune'
     resume: bool = False
     """Continue the run in --out with its own settings; give its --data again."""
-    workers: int = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+    workers: int = min(8, usable_cores()) if torch.cuda.is_available() else 0
     """Processes that read photographs."""
     image_memory: float = option(1., 'GB')
     """Memory for decoded photographs that each process keeps from epoch to epoch, in GB; those that do not fit are

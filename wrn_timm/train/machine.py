@@ -14,7 +14,7 @@ from ..recipes import Precision, check_numbers
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ['Machine', 'accelerator_on', 'autocast', 'fast_bfloat16', 'fused', 'resolve_precision']
+__all__ = ['Machine', 'accelerator_on', 'autocast', 'fast_bfloat16', 'fused', 'resolve_precision', 'usable_cores']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,11 @@ class Machine:
     def deadline(self) -> float:
         """`time.monotonic()` at which the time budget of a run that begins now ends."""
         return time.monotonic() + self.time_budget
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use: those that a scheduler or `taskset` gave it, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def fast_bfloat16(device: torch.device | str) -> bool:
