@@ -278,7 +278,7 @@ def test_files_removed_while_training_runs(data, weights, tmp_path, on_bad):
                     removed.append((part, str(data / name)))
                     os.remove(data / name)
 
-    config = FinetuneConfig(model=weights, input_size=32, epochs=4, batch_size=4)
+    config = FinetuneConfig(model=weights, input_size=32, epochs=4, batch_size=4, holdout=0.1)
     if on_bad == 'fail':
         with pytest.raises(ValueError, match='does not exist'):
             finetune(config, data, tmp_path / 'run', Machine(image_memory=0, on_bad=on_bad), remove)

@@ -39,6 +39,7 @@ from wrn_timm.data.splits import (
     write_split,
 )
 from wrn_timm.data.timm_sets import is_named
+from wrn_timm.recipes import FinetuneConfig
 
 
 def arrays(n=64, size=32):
@@ -471,6 +472,21 @@ def test_protocols(protocol, train, test):
     assert smaller.test == split.test and {smaller.holdout.labels.count(i) for i in range(8)} == {2}
     assert {*smaller.train.paths, *smaller.holdout.paths} == set(split.train.paths)
     assert len(smaller.train) + len(smaller.holdout) == train
+
+
+@pytest.mark.parametrize('enough', [16, 17])
+def test_files_are_held_out_where_a_tenth_is_enough_to_choose_by(monkeypatch, enough):
+    monkeypatch.setattr('wrn_timm.data.splits.ENOUGH_TO_CHOOSE', enough)
+    scan = list_folder(SAMPLE)
+    split = make_split(scan, '70-30', holdout='auto')  # a tenth of 21 files of each of 8 classes
+    assert (len(split.train), split.holdout and len(split.holdout)) == ((152, 16) if enough == 16 else (168, None))
+    assert split.test == make_split(scan, '70-30').test
+
+
+def test_early_stopping_holds_files_out_however_few():
+    scan = list_folder(SAMPLE)
+    given = {FinetuneConfig(patience=p, holdout=h).held_out: p for p, h in ((0, 'auto'), (3, 'auto'), (3, 0.2))}
+    assert [make_split(scan, '70-30', share).holdout is not None for share in given] == [False, True, True]
 
 
 def test_protocols_that_cannot_be():

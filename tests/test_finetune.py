@@ -264,13 +264,13 @@ def test_photographs_far_larger_than_the_input_are_told_of(weights, tmp_path, ca
 
 def test_what_is_about_to_happen_and_how_long_it_takes_is_said(weights, photographs, tmp_path, caplog):
     caplog.set_level('INFO')
-    ft.finetune(FinetuneConfig(model=weights, epochs=4, batch_size=3), photographs, tmp_path / 'run',
+    ft.finetune(FinetuneConfig(model=weights, epochs=4, batch_size=3, holdout=0.1), photographs, tmp_path / 'run',
                 Machine(progress=False))
     text = caplog.text
     assert 'wrn16_1.test at 32 px on cpu: 4 epochs, batch size 3' in text
     assert 'only 3 files are held out, too few to choose the epoch by (each is 33.3 points)' in text
-    assert text.index('4 epochs, batch size 3') < text.index(' to go, besides') < text.index('epoch  1/4')
-    assert text.count('to go, besides') == 1
+    assert text.index('4 epochs, batch size 3') < text.index(' of training to go') < text.index('epoch  1/4')
+    assert text.count('to go') == 1
 
 
 def test_time_is_told_as_people_say_it():

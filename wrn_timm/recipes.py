@@ -155,9 +155,9 @@ class FinetuneConfig:
     split: str = '70-30'
     """How to split data that has no test split: first30 or random30 (that many training files per class), 70-30 (per
     cent), or the split.csv of another run."""
-    holdout: float = 0.1
-    """Fraction of the training files held out to choose the epoch by. With fewer than 100 held-out files the last epoch
-    is used. 0 trains on all files and uses the last epoch."""
+    holdout: float | Literal['auto'] = 'auto'
+    """Fraction of the training files held out to choose the epoch by. 'auto' is 0.1 if that is at least 100 files, or
+    if patience needs them, else 0: all files are trained on, and the last epoch is used."""
     parts: tuple[str, ...] = ('train', 'validation')
     """Split names of timm's named data sets: training, validation (may be left out) and test."""
     num_classes: int = 0
@@ -218,12 +218,14 @@ class FinetuneConfig:
 
     def __post_init__(self):
         limits = {
-            'epochs': (1, math.inf), 'accumulate': (1, math.inf), 'label_smoothing': (0, 0.999), 'holdout': (0, 0.9),
+            'epochs': (1, math.inf), 'accumulate': (1, math.inf), 'label_smoothing': (0, 0.999),
             'min_scale': (0.001, 1), 'input_size': (0, 4096), 'ema_decay': (0, 0.99999), 'random_erase': (0, 1),
             'warmup_epochs': (0, self.epochs), 'layer_decay': (0.001, 1), 'patience': (0, math.inf),
             'lr': (1e-9, math.inf), 'seed': (0, 40_000), 'mixup': (0, math.inf), 'cutmix': (0, math.inf)}
         if self.batch_size != 'auto':
             limits['batch_size'] = 1, math.inf
+        if self.holdout != 'auto':
+            limits['holdout'] = 0, 0.9
         for field, (low, high) in limits.items():
             if not low <= getattr(self, field) <= high:
                 bound = f'at least {low}' if high == math.inf else f'from {low} to {high}'
@@ -237,6 +239,11 @@ class FinetuneConfig:
         if not self.split.endswith('.csv'):
             check_protocol(self.split)
         check_numbers(vars(self))
+
+    @property
+    def held_out(self) -> float | Literal['auto']:
+        """`holdout` for `make_split`: early stopping needs held-out files, however few."""
+        return 0.1 if self.holdout == 'auto' and self.patience else self.holdout
 
     @property
     def cached(self) -> bool:

@@ -10,13 +10,15 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from ..names import as_cell, from_cell, printable
 from .folders import FolderScan, ImageFiles, found_in, list_csv, list_folder, open_csv, some
 
-__all__ = ['Split', 'check_protocol', 'data_name', 'list_source', 'make_split', 'read_split', 'source_root',
-           'split_files', 'write_split']
+__all__ = ['ENOUGH_TO_CHOOSE', 'Split', 'check_protocol', 'data_name', 'list_source', 'make_split', 'read_split',
+           'source_root', 'split_files', 'write_split']
 
+ENOUGH_TO_CHOOSE = 100  # held-out files, to choose the epoch by; with fewer a file is more than epochs differ
 CALTECH101 = 'caltech101:'
 CALTECH101_BACKGROUND = 'BACKGROUND_Google'  # usually left out: 101 classes, 8,677 files
 _CALTECH101_ARCHIVE = 'https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip'
@@ -124,14 +126,20 @@ def check_protocol(protocol: str) -> None:
                          f'split.csv of another run')
 
 
-def make_split(scan: FolderScan, protocol: str = '70-30', holdout: float = 0., seed: int = 0) -> Split:
+def make_split(
+        scan: FolderScan,
+        protocol: str = '70-30',
+        holdout: float | Literal['auto'] = 0.,
+        seed: int = 0,
+) -> Split:
     """Split by a protocol, unless the files are already split.
 
     Args:
         scan: The files. `protocol` is ignored if they have a test part, and `holdout` if they have a validation part.
         protocol: `first30`: the first 30 files of each class by name for training, the rest for testing; `random30`:
             30 random files of each class; `80-20`: random files, in per cent of each class.
-        holdout: Share of the training files of each class to hold out. A class with one or two files keeps them.
+        holdout: Share of the training files of each class to hold out; 'auto' is a tenth if that is at least 100 files,
+            else none. A class with one or two files keeps them.
         seed: Seed of the random protocols.
 
     Raises:
@@ -147,10 +155,11 @@ def make_split(scan: FolderScan, protocol: str = '70-30', holdout: float = 0., s
             train, test = split_files(train, int(found['test']) / 100, seed)
     chosen_by = scan.val
     if holdout and not chosen_by:
+        share, least = (0.1, ENOUGH_TO_CHOOSE) if holdout == 'auto' else (holdout, 1)
         # another seed than the split's, which would draw the same places again
         chosen = {i for index in _members(train).values() if len(index) > 2
-                  for i in random.Random(f'{seed} {index[0]}').sample(index, max(1, round(len(index) * holdout)))}
-        if chosen:
+                  for i in random.Random(f'{seed} {index[0]}').sample(index, max(1, round(len(index) * share)))}
+        if len(chosen) >= least:
             train, chosen_by = _divided(train, chosen)
     return Split(train, chosen_by, test)
 

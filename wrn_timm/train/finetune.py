@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..card import finish_weights_folder
 from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine, some
 from ..data.splits import (
+    ENOUGH_TO_CHOOSE,
     Split,
     data_name,
     list_source,
@@ -41,7 +42,7 @@ from ..files import atomic_write
 from ..recipes import FinetuneConfig
 from ..schemas import check_scan, read_json
 from ..weights import eval_transform, export_weights, open_model, weights_name
-from .finetune_loop import ENOUGH_TO_CHOOSE, BatchTooLarge, Finetuner, Fitted
+from .finetune_loop import BatchTooLarge, Finetuner, Fitted
 from .linear import LinearFit
 from .machine import Machine, accelerator_on
 from .measure import Features, Predictions, classification_metrics, largest_batch, predict
@@ -350,8 +351,9 @@ def size_advice(model: torch.nn.Module, size: int, side: int) -> str:
     if side < _FAR_LARGER * size:
         return ''
     larger = min(4 * size, side)
-    text = (f'half of the photographs have {side} px or more on their shorter side, and the network sees {size}: what '
-            f'is small in them is lost. --input-size {larger} takes {(larger / size) ** 2:.0f} times as long')
+    text = (f'half of the photographs have {side} px or more on their shorter side, and the network sees {size}. If '
+            f'the classes differ in small things, try --input-size {larger}: it takes up to '
+            f'{(larger / size) ** 2:.0f} times as long')
     if size >= 128:
         return text
     with torch.device('meta'):
@@ -405,12 +407,15 @@ def prepare_split(
         return read_split(config.split, source_root(data, machine.download)), {
             'split': _split_name(config.split), 'bad': [], 'leaks': [], 'summary': [f'split by {config.split}']}
     scan = examine(list_source(data, config.nested, machine.download), machine.on_bad, at_most=EXAMINED_AT_MOST)
-    split = make_split(scan, config.split, config.holdout, config.seed)
+    split = make_split(scan, config.split, config.held_out, config.seed)
     leaks = split.leaks(scan.twins)
     summary = scan.summary()
     if leaks:
         summary.append(f'{len(leaks)} files to test on have the content of files to train on: '
                        + some([f'{b} = {a}' for a, b in leaks], '; '))
+    if config.holdout == 'auto' and not split.holdout and not config.cached:
+        summary.append('no files are held out, as fewer than 100 are too few to choose the epoch by: the last epoch is '
+                       'used (--holdout 0.1 holds a tenth out all the same)')
     for line in summary:
         _logger.info('%s', line)
     sides = [min(size) for size in scan.sizes.elements()]

@@ -20,15 +20,14 @@ from tqdm import tqdm
 
 from ..data.augment import mixer
 from ..data.folders import some
+from ..data.splits import ENOUGH_TO_CHOOSE
 from ..names import duration
 from ..recipes import FinetuneConfig
 from .machine import Machine, fused
 from .measure import largest_batch, loss_and_accuracy, make_loader, out_of_memory, predict
 from .run import RunControl, RunDir, any_process, is_best, progress_bar
 
-__all__ = ['ENOUGH_TO_CHOOSE', 'BatchTooLarge', 'Finetuner', 'Fitted']
-
-ENOUGH_TO_CHOOSE = 100  # held-out files, to choose the epoch by; with fewer a file is more than epochs differ
+__all__ = ['BatchTooLarge', 'Finetuner', 'Fitted']
 
 
 class BatchTooLarge(RuntimeError):
@@ -387,7 +386,7 @@ class _Timer:
         if step == self._after and step > 1:
             self._told = True
             seconds = (time.monotonic() - self._first) / (step - 1) * (left - step)
-            self._run.log('about %s to go, besides measuring the held-out files', duration(seconds))
+            self._run.log('about %s of training to go', duration(seconds))
 
 
 def _too_large(network: torch.nn.Module, images: torch.Tensor, batch_size: int, world: int) -> BatchTooLarge:
