@@ -249,7 +249,8 @@ def test_photographs_far_larger_than_the_input_are_told_of(weights, tmp_path, ca
     """With the multiply-adds of the table of models: WRN-18-1 at 224 px 1.81 G, WRN-16-1 at 32 px 0.03 G."""
     model = timm.create_model('wrn16_1')
     advice = ft.size_advice(model, 32, 2592)
-    assert '2592 px' in advice and '--input-size 128 takes 16 times' in advice and '--model wrn18_1.a1_in1k' in advice
+    assert '2592 px' in advice and '--input-size 128: it takes up to 16 times' in advice
+    assert '--model wrn18_1.a1_in1k' in advice
     assert int(re.search(r'224 px\) takes (\d+) times', advice)[1]) == pytest.approx(1.81 / 0.0273, rel=0.1)
     assert not ft.size_advice(model, 32, 255) and not ft.size_advice(model, 32, 0)
     assert '--model' not in ft.size_advice(timm.create_model('wrn18_1', device='meta'), 224, 2592)

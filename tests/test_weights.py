@@ -63,11 +63,11 @@ def test_timms_own_configuration_and_transform_give_the_trainers_accuracy(name):
     model = timm.create_model(name, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     official = {'cifar10': CIFAR10, 'cifar100': CIFAR100}[dataset]
-    images = Subset(official(directory, train=False, transform=transform), range(2000))
+    images = Subset(official(directory, train=False, transform=transform), range(500))
     with torch.inference_mode():
         hits = sum((model(x).argmax(1) == y).sum().item() for x, y in DataLoader(images, 250))
-    arrays = load(dataset, directory, train=False).subset(torch.arange(2000))
-    assert 100 * hits / 2000 == pytest.approx(evaluate(model, arrays, torch.device('cpu'))['accuracy'], abs=0.051)
+    arrays = load(dataset, directory, train=False).subset(torch.arange(500))
+    assert hits / 5 == pytest.approx(evaluate(model, arrays, torch.device('cpu'))['accuracy'], abs=0.01)
 
 
 @pytest.mark.parametrize('name', RELEASED)
