@@ -4,7 +4,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ def probe(
         config: Its `split` (but no file), `holdout`, `seed`, `input_size` (0 takes the weights' own) and `nested`.
         seeds: How many, from `config.seed` on.
         test_all: Measure all of them on the test files, for figures to publish; the ranking stays.
-        machine: Device, workers, whether to download...
+        machine: Device, workers, whether to download the data.
         on_row: Called with each row as it is done, and again with those that get their test figures.
 
     Returns:
@@ -212,15 +212,9 @@ def probe(
     best: tuple[dict[str, Any], _Bank, list[float]] | None = None
 
     for name in names:
-        began = time.monotonic()
         bank = _Bank(name, config.input_size, accelerator, machine)
-        found = [_measured_on_held_out(bank, split, seed) for seed, split in splits.items()]
-        seconds = round(time.monotonic() - began, 1)
-        for way in found[0]:
-            row = about | {'weights': name, 'way': way, 'input_size': bank.size, 'skipped': bank.bad,
-                           'seconds': seconds, 'holdout': _summary([f[way][0] for f in found])}
+        for row, penalties in _measured(bank, splits, about | {'weights': name}):
             rows.append(row)
-            penalties = [f[way][1] for f in found]
             if test_all:
                 _add_test(row, bank, splits, penalties)
             if best is None or _rank(row) > _rank(best[0]):
@@ -233,6 +227,20 @@ def probe(
         if on_row:
             on_row(row)
     return sorted(rows, key=_rank, reverse=True)
+
+
+def _measured(
+        bank: _Bank,
+        splits: dict[int, Split],
+        about: dict[str, Any],
+) -> Iterator[tuple[dict[str, Any], list[float]]]:
+    """A row for each way, with the figures of the held-out files, and the penalty that was best for each split."""
+    began = time.monotonic()
+    found = [_measured_on_held_out(bank, split, seed) for seed, split in splits.items()]
+    seconds = round(time.monotonic() - began, 1)
+    for way in found[0]:
+        yield about | {'way': way, 'input_size': bank.size, 'skipped': bank.bad, 'seconds': seconds,
+                       'holdout': _summary([f[way][0] for f in found])}, [f[way][1] for f in found]
 
 
 def _rank(row: dict[str, Any]) -> tuple[float, float]:
