@@ -142,8 +142,8 @@ def run_finding(options: DetectOptions, model: str) -> int:
             stream.reconfigure(errors='surrogateescape')  # names of files can be any bytes
     names, drawn = list(named(options.images)), Path(options.draw).resolve() if options.draw else None
     if mixed := next((name for name in names if drawn and Path(name).resolve().parent == drawn), None):
-        raise ValueError(f'{options.draw} is the folder of {mixed}; choose another --draw, so that drawings do not lie '
-                         f'among photographs')
+        raise ValueError(f'{options.draw} is the folder of {mixed}; choose another --draw, so that drawings are '
+                         f'not mixed with photographs')
     detector = open_detector(model, options.device)
     paths = (path for path in find_images(names) if Path(path).resolve().parent != drawn)
     threshold = 0. if options.coco and options.threshold is None else options.threshold

@@ -159,8 +159,8 @@ def draw_objects(found: ImageObjects, classes: Sequence[str], folder: Path, take
         ValueError: `folder` holds the photograph itself.
     """
     if folder.resolve() == Path(found.image).resolve().parent:
-        raise ValueError(f'{folder} is the folder of {found.image}; choose another for the drawings, so that they do '
-                         f'not lie among photographs')
+        raise ValueError(f'{folder} is the folder of {found.image}; choose another for the drawings, so that they '
+                         f'are not mixed with photographs')
     image = pil_to_tensor(read_rgb(found.image))
     if found.objects:
         width = max(2, round(max(image.shape[1:]) / 400))

@@ -352,7 +352,7 @@ def size_advice(model: torch.nn.Module, size: int, side: int) -> str:
         return ''
     larger = min(4 * size, side)
     text = (f'half of the photographs have {side} px or more on their shorter side, and the network sees {size}. If '
-            f'the classes differ in small things, try --input-size {larger}: it takes up to '
+            f'the classes differ in small details, try --input-size {larger}: it takes up to '
             f'{(larger / size) ** 2:.0f} times as long')
     if size >= 128:
         return text
@@ -414,8 +414,8 @@ def prepare_split(
         summary.append(f'{len(leaks)} files to test on have the content of files to train on: '
                        + some([f'{b} = {a}' for a, b in leaks], '; '))
     if config.holdout == 'auto' and not split.holdout and not config.cached:
-        summary.append('no files are held out, as fewer than 100 are too few to choose the epoch by: the last epoch is '
-                       'used (--holdout 0.1 holds a tenth out all the same)')
+        summary.append('no files are held out, because a tenth of them would be fewer than 100, too few to choose the '
+                       'epoch by; the last epoch is used (--holdout 0.1 holds a tenth out anyway)')
     for line in summary:
         _logger.info('%s', line)
     sides = [min(size) for size in scan.sizes.elements()]
