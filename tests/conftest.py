@@ -1,3 +1,4 @@
+import contextlib
 import logging
 import os
 import sys
@@ -82,6 +83,18 @@ def offline(monkeypatch):
     yield go
     monkeypatch.undo()
     forget_sessions()
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """As on a full disk: no file may grow over so many bytes."""
+    import resource  # not on Windows
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def randomise(model):

@@ -2,13 +2,12 @@
 import json
 import os
 import re
-import resource
 import shutil
-import subprocess
 import sys
 
+import processes
 import pytest
-from conftest import ROOT, SAMPLE
+from conftest import SAMPLE, files_of_at_most
 from PIL import Image
 
 from wrn_timm.cli import finetune as finetune_script
@@ -334,58 +333,41 @@ def test_no_place_to_write(data, weights, tmp_path, capsys):
     assert str(tmp_path / 'file') in capsys.readouterr().err
 
 
-def test_disk_full_at_a_checkpoint(data, weights, tmp_path):
+def test_disk_full_at_a_checkpoint(data, weights, tmp_path, capsys):
     """Files may not grow over 1 MB: the weights fit, the checkpoint with its momentum does not."""
-    command = [sys.executable, str(ROOT / 'scripts' / 'finetune.py'), '--data', str(data), '--model', weights, '--out',
-               str(tmp_path / 'run'), '--device', 'cpu', '--input-size', '32', '--epochs', '1', '--messages', 'quiet']
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)))
-    assert done.returncode == 1 and 'Traceback' not in done.stderr
-    assert 'cannot be written' in done.stderr and 'MB are free there' in done.stderr
+    with files_of_at_most(1_000_000):
+        assert tune(data, weights, tmp_path / 'run') == 1
+    error = capsys.readouterr().err
+    assert 'Traceback' not in error and 'cannot be written' in error and 'MB are free there' in error
     assert not list((tmp_path / 'run' / 'checkpoints').iterdir())
     assert tune(data, weights, tmp_path / 'run', '--resume') == 0
     open_model(str(tmp_path / 'run' / 'best'))
 
 
-# As `finetune.py`, but the process may take so many bytes more than it has when it is loaded.
-LIMITED = '''
-import re, resource, sys
-import torch
-from wrn_timm.cli import finetune
-torch.backends.mkldnn.enabled = False  # it does not survive a lack of memory: then it crashes, or fails ever after
-has = 1024 * int(re.search('VmData:\\\\s*(\\\\d+) kB', open('/proc/self/status').read())[1])
-resource.setrlimit(resource.RLIMIT_DATA, (has + int(sys.argv[1]),) * 2)
-sys.exit(finetune.main(sys.argv[2:]))
-'''
-
-
 def tune_in_little_memory(data, out, *argv):
     """WRN-16-1 at 192 px takes some 37 MB an image in training, so that eight do not fit and four do."""
-    return subprocess.run(
-        [sys.executable, '-c', LIMITED, '250_000_000', '--data', str(data), '--out', str(out), '--device', 'cpu',
-         '--model', 'wrn16_1.cifar10', '--split', '50-50', '--input-size', '192', '--epochs', '1', '--holdout', '0',
-         '--messages', 'quiet', '--precision', 'no', *argv],
-        capture_output=True, text=True,
-        env={**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "scripts"}', 'OMP_NUM_THREADS': '1',
-             'MALLOC_MMAP_THRESHOLD_': '65536'})  # what is freed goes back at once
+    return processes.run(
+        'finetune', '--data', data, '--out', out, '--device', 'cpu', '--model', 'wrn16_1.cifar10', '--split', '50-50',
+        '--input-size', '192', '--epochs', '1', '--holdout', '0', '--messages', 'quiet', '--precision', 'no', *argv,
+        errors=f'{out}.errors', memory=250_000_000)
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='limits the memory of a process as Linux does')
 def test_out_of_memory_names_a_batch_size_that_fits(data, tmp_path):
-    done = tune_in_little_memory(data, tmp_path / 'run', '--batch-size', '8')
-    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    status, errors = tune_in_little_memory(data, tmp_path / 'run', '--batch-size', '8')
+    assert status == 1 and 'Traceback' not in errors
     found = re.search('out of memory on cpu at batch size 8; --batch-size ([124]) fits, with --accumulate ([248]) to '
-                      'the same effect', done.stderr)
-    assert found, done.stderr
-    again = tune_in_little_memory(data, tmp_path / 'again', '--batch-size', found[1], '--accumulate', found[2])
-    assert again.returncode == 0, again.stderr
+                      'the same effect', errors)
+    assert found, errors
+    status, errors = tune_in_little_memory(
+        data, tmp_path / 'again', '--batch-size', found[1], '--accumulate', found[2])
+    assert status == 0, errors
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='limits the memory of a process as Linux does')
 def test_a_batch_size_that_fits_is_found(data, tmp_path):
     """Through training, measuring and the report."""
-    done = tune_in_little_memory(data, tmp_path / 'run', '--batch-size', 'auto')
-    assert done.returncode == 0, done.stderr
+    status, errors = tune_in_little_memory(data, tmp_path / 'run', '--batch-size', 'auto')
+    assert status == 0, errors
     assert json.loads((tmp_path / 'run' / 'metrics.json').read_text())['images'] == 8
     assert (tmp_path / 'run' / 'report.html').is_file()

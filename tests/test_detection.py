@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,8 +13,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
 from PIL import Image, ImageDraw
+from processes import Command
 from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
@@ -287,14 +286,12 @@ def test_stopped_and_resumed_gives_the_same_detector(run, tmp_path, capsys):
 
 def test_sigterm_leaves_a_run_that_resumes_to_the_same_detector(whole_epochs, tmp_path):
     out = tmp_path / 'run'
-    process = subprocess.Popen([sys.executable, str(ROOT / 'scripts/detect.py'), *IN_STEPS, '--out', str(out)],
-                               stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    while not (out / 'train.log').is_file():
-        assert process.poll() is None, process.communicate()[1]
+    command = Command('detect', *IN_STEPS, '--out', out, errors=tmp_path / 'errors')
+    while command.has_not_ended() and not (out / 'train.log').is_file():
         time.sleep(0.01)
-    process.terminate()
-    errors = process.communicate()[1]
-    assert process.returncode == 130 and 'stopped by SIGTERM' in errors
+    command.process.terminate()
+    status, errors = command.end()
+    assert status == 130 and 'stopped by SIGTERM' in errors
     checkpoint, = (out / 'checkpoints').iterdir()
     assert checkpoint.name in ('epoch-0000-step-000001.pt', 'epoch-0000-step-000002.pt')
     assert detect_script.main([*IN_STEPS, '--out', str(out), '--resume']) == 0

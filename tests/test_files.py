@@ -1,7 +1,6 @@
 """Files that are whole or not there: what is on the disk when, what a full disk says, and who may write."""
 import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -11,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import timm
-from conftest import ROOT, SAMPLE
+from conftest import ROOT, SAMPLE, files_of_at_most
+from processes import Command
 
+from wrn_timm.cli import finetune as finetune_script
+from wrn_timm.cli import train as train_script
 from wrn_timm.files import FolderLock, atomic_folder, atomic_write
 from wrn_timm.train.run import RunDir
 from wrn_timm.weights import export_weights
@@ -91,6 +93,8 @@ def test_what_fails_leaves_what_was_there(tmp_path):
 HOLDER = '''
 import os, sys, time
 from pathlib import Path
+from wrn_timm.cli import finetune as finetune_script
+from wrn_timm.cli import train as train_script
 from wrn_timm.files import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 if os.fork():
@@ -142,36 +146,34 @@ def test_a_folder_is_free_when_its_run_is_forgotten(tmp_path):
 
 
 @posix
-def test_a_second_run_on_one_folder_is_refused(tmp_path):
-    command = [sys.executable, str(ROOT / 'scripts/train.py'), '--recipe', 'smoke', '--device', 'cpu', '--epochs',
-               '999', '--checkpoint-every', '0', '--out', str(tmp_path / 'run')]
-    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+def test_a_second_run_on_one_folder_is_refused(tmp_path, capsys):
+    options = ['--recipe', 'smoke', '--device', 'cpu', '--epochs', '999', '--checkpoint-every', '0', '--out',
+               str(tmp_path / 'run')]
+    first = Command('train', *options, errors=tmp_path / 'errors')
     try:
-        while not list(tmp_path.glob('run/checkpoints/epoch-*.pt')):
-            assert first.poll() is None, first.communicate()[1]
+        while first.has_not_ended() and not list(tmp_path.glob('run/checkpoints/epoch-*.pt')):
             time.sleep(0.02)
-        second = subprocess.run([*command, '--resume'], capture_output=True, text=True, cwd=ROOT)
+        assert train_script.main([*options, '--resume']) == 1
     finally:
-        first.kill()
-        first.communicate()
-    assert second.returncode == 1 and 'Traceback' not in second.stderr
-    assert f'error: another run (process {first.pid}) is writing to {tmp_path / "run"}' in second.stderr
+        first.process.kill()
+        first.end()
+    error = capsys.readouterr().err
+    assert 'Traceback' not in error
+    assert f'error: another run (process {first.process.pid}) is writing to {tmp_path / "run"}' in error
 
 
 @posix
-def test_a_disk_that_is_full_when_the_weights_are_exported(weights, tmp_path):
+def test_a_disk_that_is_full_when_the_weights_are_exported(weights, tmp_path, capsys):
     """Files may not grow over 300 kB: the records of the fit do not, the network's 700 kB do."""
-    command = [sys.executable, str(ROOT / 'scripts/finetune.py'), '--model', weights, '--out', str(tmp_path / 'run'),
-               '--device', 'cpu', '--input-size', '32', '--epochs', '1', '--train', 'head', '--messages', 'quiet',
-               '--data', str(tmp_path / 'data')]
     for name in ('ketch', 'pizza'):
         (tmp_path / 'data' / name).mkdir(parents=True)
         for path in sorted((SAMPLE / name).iterdir())[:6]:
             shutil.copy(path, tmp_path / 'data' / name)
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT)},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)))
-    assert done.returncode == 1 and 'Traceback' not in done.stderr
-    assert f'error: {tmp_path / "run" / "last"} cannot be written (' in done.stderr
+    with files_of_at_most(300_000):
+        assert finetune_script.main([
+            '--model', weights, '--out', str(tmp_path / 'run'), '--device', 'cpu', '--input-size', '32', '--epochs',
+            '1', '--train', 'head', '--messages', 'quiet', '--data', str(tmp_path / 'data')]) == 1
+    error = capsys.readouterr().err
+    assert 'Traceback' not in error and f'error: {tmp_path / "run" / "last"} cannot be written (' in error
     assert not list((tmp_path / 'run').glob('.last.part'))
     assert (tmp_path / 'run' / 'history.csv').is_file()

@@ -22,9 +22,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from conftest import ROOT, SAMPLE
 from huggingface_hub import ModelCard
 from PIL import Image
+from processes import Command
 from torch.utils.data import Subset
 
 import wrn_timm
@@ -38,9 +40,10 @@ from wrn_timm.data.splits import Split, make_split
 from wrn_timm.names import duration
 from wrn_timm.recipes import FinetuneConfig
 from wrn_timm.train import finetune as ft
+from wrn_timm.train.accelerator import RunAccelerator
 from wrn_timm.train.finetune_loop import Finetuner, Fitted, _Unfreezing
 from wrn_timm.train.linear import LinearFit, fit_linear
-from wrn_timm.train.machine import Machine, accelerator_on, fast_bfloat16
+from wrn_timm.train.machine import Machine, fast_bfloat16
 from wrn_timm.train.measure import Features, largest_batch, make_loader, predict, validate
 from wrn_timm.train.probe import extract_features, knn, probe
 from wrn_timm.train.report import grad_cam
@@ -429,16 +432,14 @@ def test_figures_of_other_runs_are_not_written_over(run, photographs, weights, t
 
 
 def test_sigterm_is_answered_as_ctrl_c_is(weights, photographs, tmp_path):
-    command = [sys.executable, str(ROOT / 'scripts/finetune.py'), '--data', str(photographs), '--model', weights,
-               '--out', str(tmp_path / 'run'), '--input-size', '32', '--epochs', '1000', '--device', 'cpu']
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    while not list(tmp_path.glob('run/checkpoints/epoch-*.pt')):
-        assert process.poll() is None, process.communicate()[1]
+    command = Command('finetune', '--data', photographs, '--model', weights, '--out', tmp_path / 'run',
+                      '--input-size', '32', '--epochs', '1000', '--device', 'cpu', errors=tmp_path / 'errors')
+    while command.has_not_ended() and not list(tmp_path.glob('run/checkpoints/epoch-*.pt')):
         time.sleep(0.05)
-    process.terminate()
-    errors = process.communicate()[1]
+    command.process.terminate()
+    status, errors = command.end()
     assert re.search(r'stopped by SIGTERM after epoch \d+; continue with --resume', errors)
-    assert process.returncode == 130
+    assert status == 130
 
 
 @pytest.mark.parametrize(('saved', 'message'), [
@@ -513,7 +514,7 @@ def test_the_classifier_alone_is_fitted_without_a_learning_rate(weights, photogr
     with open(tmp_path / 'run' / 'split.csv') as f:
         rows = [row for row in csv.DictReader(f) if row['part'] != 'test']
     files = ImageFiles.of([(str(photographs / row['path']), row['label']) for row in rows])
-    found = extract_features(model, files.as_dataset(eval_transform(model)), accelerator_on('cpu', 'auto'))
+    found = extract_features(model, files.as_dataset(eval_transform(model)), RunAccelerator('cpu', 'auto'))
     scale = (found.logits - found.logits.mean(0)).square().mean().sqrt()
     loss = F.cross_entropy(model.fc(found.logits), found.labels)
     loss = loss + metrics['penalty'] / 2 * (scale * model.fc.weight).square().sum()
@@ -624,7 +625,7 @@ def test_labels_that_are_mixed_are_smoothed_too():
     config = FinetuneConfig(mixup=.2, label_smoothing=.3, ema_decay=0.)
     model, images = timm.create_model('wrn16_1').train(), torch.randn(8, 3, 32, 32)
     targets = torch.rand(8, 10).softmax(1)
-    finetuner = Finetuner(model, config, accelerator_on('cpu'), None)
+    finetuner = Finetuner(model, config, RunAccelerator('cpu'), None)
     finetuner._mix = lambda *_: (images, targets)
     finetuner._stepper = finetuner.accelerator.prepare(finetuner.optimizer)
     with torch.no_grad():
@@ -691,15 +692,42 @@ def test_probes_that_are_recorded_are_tested_all(weights, photographs, tmp_path,
             r['way']: r['mean_per_class'] for r in rows if r['weights'] == name}
 
 
-def test_each_run_of_a_process_has_its_own_device(monkeypatch):
-    assert accelerator_on('cpu').device.type == 'cpu'
+def test_each_run_of_a_process_has_its_own_device_and_precision(monkeypatch):
+    monkeypatch.setattr(AcceleratorState, 'mixed_precision', 'bf16')  # of a notebook's own Accelerator
+    network = torch.nn.Linear(2, 2)
+    for precision, dtype in ('no', torch.float32), ('bf16', torch.bfloat16), ('no', torch.float32):
+        accelerator = RunAccelerator('cpu', precision)
+        assert accelerator.device.type == 'cpu' and accelerator.mixed_precision == precision
+        assert accelerator.scaler is None
+        prepared = accelerator.prepare(network)
+        assert prepared(torch.ones(1, 2)).dtype is torch.float32
+        with accelerator.autocast():
+            assert prepared(torch.ones(1, 2)).dtype is dtype
     with pytest.raises(ValueError, match="device is 'tpu'; choose 'cpu', or 'cuda'"):
-        accelerator_on('tpu')
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
-    assert accelerator_on('cuda').device.type == 'cuda'
+        RunAccelerator('tpu')
     monkeypatch.undo()
-    assert accelerator_on('cpu').device.type == 'cpu'
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    on_gpu = RunAccelerator('cuda', 'fp16')
+    assert on_gpu.device.type == 'cuda' and on_gpu.scaler.is_enabled()
+    monkeypatch.undo()
+    assert RunAccelerator('cpu').device.type == 'cpu'
+
+
+def test_float16_scales_the_loss_and_leaves_out_steps_that_overflow():
+    """On a CPU, whose scaler is the GPU's in all but its device."""
+    accelerator = RunAccelerator('cpu')
+    accelerator.scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
+    model = torch.nn.Linear(1, 1, bias=False)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.5))
+    with torch.no_grad():
+        model.weight.fill_(3.)
+    for factor, weight in (2., 2.), (math.inf, 2.), (1., 1.5):
+        accelerator.backward((model(torch.ones(1, 1)) * factor).sum())
+        if factor == 2.:
+            assert model.weight.grad.item() == 2 * 1024
+        optimizer.step()
+        optimizer.zero_grad()
+        assert model.weight.item() == weight
 
 
 def test_results_of_other_kinds_are_kept_beside_one_another(tmp_path):
@@ -741,7 +769,7 @@ def test_a_linear_fit_is_at_the_minimum_of_its_loss():
 
 def test_features_are_what_the_classifier_is_given(weights, photographs):
     model, files = open_model(weights), list_folder(photographs).train
-    data, accelerator = files.as_dataset(eval_transform(model)), accelerator_on('cpu')
+    data, accelerator = files.as_dataset(eval_transform(model)), RunAccelerator('cpu')
     features, logits = (f(model, data, accelerator).logits for f in (extract_features, predict))
     torch.testing.assert_close(model.fc(features), logits)
     again = predict(model.fc, Features(features, torch.tensor(files.labels)), accelerator)
@@ -761,7 +789,7 @@ def test_where_no_image_can_be_read_it_is_said(weights, tmp_path):
     (tmp_path / 'x.jpg').write_bytes(b'')
     files = ImageFiles([str(tmp_path / 'x.jpg')], [0], ('x',))
     with pytest.raises(ValueError, match='no image can be read: .*x.jpg is not an image'):
-        predict(open_model(weights), files.as_dataset(None), accelerator_on('cpu'))
+        predict(open_model(weights), files.as_dataset(None), RunAccelerator('cpu'))
 
 
 def test_grad_cam_of_a_pooled_classifier_is_its_class_activation_map():
@@ -777,23 +805,6 @@ def test_grad_cam_of_a_pooled_classifier_is_its_class_activation_map():
     torch.testing.assert_close(maps, plain.detach(), atol=1e-4, rtol=1e-4)
 
 
-def test_two_processes_share_a_run(weights, photographs, tmp_path):
-    own = shutil.copytree(weights, tmp_path / 'wrn16_1.test')
-    (own / 'transfer.json').unlink(missing_ok=True)
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-         str(ROOT / 'scripts' / 'finetune.py'), '--data', str(photographs), '--model', str(own), '--out',
-         str(tmp_path / 'run'), '--device', 'cpu', '--input-size', '32', '--epochs', '2', '--train', 'gradual',
-         '--messages', 'json', '--record'],
-        capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
-    assert [line.get('epoch') for line in lines] == [1, 2, None] and lines[-1]['images'] == 12
-    assert len((tmp_path / 'run' / 'split.csv').read_text().splitlines()) == 37
-    assert [row['protocol'] for row in read_transfer(own)] == ['70-30']
-    open_model(str(tmp_path / 'run' / 'best'))
-
-
 ONE_AFTER_ANOTHER = '''
 import os, sys, time
 import timm
@@ -804,6 +815,7 @@ def slowly(*args, **kwargs):
     time.sleep(1)
     model = create(*args, **kwargs)
     print(rank, 'ends', flush=True)
+    timm.create_model = create
     return model
 
 timm.create_model = slowly
@@ -812,14 +824,24 @@ sys.exit(finetune.main(sys.argv[1:]))
 '''
 
 
-def test_one_process_alone_fetches_weights(weights, tmp_path):
+def test_two_processes_share_a_run(weights, photographs, tmp_path):
+    """And one alone fetches the weights."""
+    own = shutil.copytree(weights, tmp_path / 'wrn16_1.test')
+    (own / 'transfer.json').unlink(missing_ok=True)
     (tmp_path / 'main.py').write_text(ONE_AFTER_ANOTHER)
     done = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-         str(tmp_path / 'main.py'), '--data', 'nowhere', '--model', weights, '--out', str(tmp_path / 'run'),
-         '--device', 'cpu'], capture_output=True, text=True,
+         str(tmp_path / 'main.py'), '--data', str(photographs), '--model', str(own), '--out', str(tmp_path / 'run'),
+         '--device', 'cpu', '--input-size', '32', '--epochs', '2', '--train', 'gradual', '--messages', 'json',
+         '--record'], capture_output=True, text=True,
         env={**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "scripts"}', 'OMP_NUM_THREADS': '1'})
-    assert done.stdout.splitlines()[:2] == ['0 begins', '0 ends'] and 'no folder at nowhere' in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:4] == ['0 begins', '0 ends', '1 begins', '1 ends']
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
+    assert [line.get('epoch') for line in lines] == [1, 2, None] and lines[-1]['images'] == 12
+    assert len((tmp_path / 'run' / 'split.csv').read_text().splitlines()) == 37
+    assert [row['protocol'] for row in read_transfer(own)] == ['70-30']
+    open_model(str(tmp_path / 'run' / 'best'))
 
 
 def test_a_stream_among_processes_is_refused_before_anything_is_written(tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -14,16 +13,16 @@ import statistics
 import subprocess
 import sys
 import time
-from multiprocessing import forkserver
 
 import pytest
 import timm
 import torch
 from conftest import ROOT, SAMPLE, randomise
-from distributed_gradients import gradients
+from processes import SERVER, Command
 from safetensors.torch import load_file
 from timm.optim.muon import _COEFFICIENTS, resolve_ns_coefficients, zeropower_via_newtonschulz
 from torchvision.transforms.functional import gaussian_blur, resize
+from two_processes import gradients
 
 from wrn_timm.card import check_golden, model_card
 from wrn_timm.cli import train as train_script
@@ -33,7 +32,8 @@ from wrn_timm.data.small_sets import load
 from wrn_timm.recipes import RECIPES, get_recipe
 from wrn_timm.train import scratch
 from wrn_timm.train.machine import resolve_precision
-from wrn_timm.train.measure import classification_metrics, evaluate, validate
+from wrn_timm.train.measure import evaluate, validate
+from wrn_timm.train.metrics import classification_metrics
 from wrn_timm.train.optimizers import Muon, create_optimizer
 from wrn_timm.train.run import RunDir
 from wrn_timm.train.scratch import Learner, ScratchMachine, _climb, _schedule
@@ -278,16 +278,12 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing in the loop may catch it."""
 
 
-def test_twenty_times_killed_the_weights_are_those_of_a_run_never_killed(tmp_path, monkeypatch):
+def test_twenty_times_killed_the_weights_are_those_of_a_run_never_killed(tmp_path):
     """Real SIGKILLs at random moments: in a step, in the writing of a checkpoint, of the curves, of the weights."""
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    forkserver._forkserver._stop()  # one that another test has begun would preload nothing
-    server = multiprocessing.get_context('forkserver')  # children start with torch imported
-    server.set_forkserver_preload(['wrn_timm.train.scratch', 'torch._dynamo', 'matplotlib.figure'])
-
     def start(out, resume):
-        process = server.Process(
-            target=train, args=(KILLED, '', out), kwargs={'checkpoint_every': 0., 'resume': resume})
+        process = SERVER.Process(
+            target=scratch.train, args=(KILLED, '', out),
+            kwargs={'machine': ScratchMachine(checkpoint_every=0., resume=resume)})
         process.start()
         return process
 
@@ -342,24 +338,21 @@ def test_killed_at_random_steps_and_resumed_the_weights_are_the_same(tmp_path, m
     assert final_weights(tmp_path / 'cut') == final_weights(tmp_path / 'whole')
 
 
-def script(out, *argv):
-    return [sys.executable, str(ROOT / 'scripts/train.py'), '--recipe', 'smoke', '--out', str(out), '--device', 'cpu',
-            *argv]
+def smoke(out, *argv):
+    return ['--recipe', 'smoke', '--out', str(out), '--device', 'cpu', *argv]
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_signals_leave_a_run_that_resumes_to_the_same_weights(run, tmp_path, number):
     out = tmp_path / 'run'
-    process = subprocess.Popen(script(out, '--checkpoint-every', '0'), stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    while not list(out.glob('checkpoints/epoch-*.pt')):
-        assert process.poll() is None, process.communicate()[1]
+    command = Command('train', *smoke(out, '--checkpoint-every', '0'), errors=tmp_path / 'errors')
+    while command.has_not_ended() and not list(out.glob('checkpoints/epoch-*.pt')):
         time.sleep(0.01)
-    process.send_signal(number)
-    errors = process.communicate()[1]
+    os.kill(command.process.pid, number)
+    status, errors = command.end()
     if number != signal.SIGKILL:
-        assert process.returncode == 130 and f'stopped by {signal.Signals(number).name}' in errors
-    done = subprocess.run(script(out, '--resume'), capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+        assert status == 130 and f'stopped by {signal.Signals(number).name}' in errors
+    assert train_script.main(smoke(out, '--resume')) == 0
     assert final_weights(out) == final_weights(run)
 
 
@@ -637,19 +630,28 @@ def torchrun(*argv, stops=False):
     return done
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    torchrun(ROOT / 'tests/distributed_gradients.py', tmp_path / 'gradients.pt')
-    for shared, alone in zip(torch.load(tmp_path / 'gradients.pt'), gradients(0, 1), strict=True):
+TRAIN = ROOT / 'scripts/train.py'
+IN_TWO = '--conv-drop-rate', '0.1', '--batch-size', '16'  # 24 steps an epoch
+
+
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory):
+    """Gradients that two processes share, and a run that they share from beginning to end."""
+    folder = tmp_path_factory.mktemp('two')
+    torchrun(ROOT / 'tests/two_processes.py', folder / 'gradients.pt', *smoke(folder / 'run', *IN_TWO))
+    return folder
+
+
+def test_two_processes_have_the_gradients_of_one(two_processes):
+    for shared, alone in zip(torch.load(two_processes / 'gradients.pt'), gradients(0, 1), strict=True):
         torch.testing.assert_close(shared, alone, atol=1e-6, rtol=1e-5)
 
 
-def test_torchrun_trains_stops_and_resumes(tmp_path):
-    whole, out = tmp_path / 'whole', tmp_path / 'run'
-    options = '--conv-drop-rate', '0.1', '--batch-size', '16'  # 24 steps an epoch, of which it stops after 20
-    torchrun(*script(whole, *options)[1:])
-    stopped = torchrun(*script(out, *options, '--time-budget', '0', '--tracker', 'tensorboard')[1:], stops=True)
+def test_torchrun_trains_stops_and_resumes(two_processes, tmp_path):
+    whole, out = two_processes / 'run', tmp_path / 'run'
+    stopped = torchrun(TRAIN, *smoke(out, *IN_TWO, '--time-budget', '0', '--tracker', 'tensorboard'), stops=True)
     assert 'stopped by the time budget after epoch 0, step 20' in stopped.stderr and not (out / 'weights').exists()
-    torchrun(*script(out, *options, '--resume')[1:])
+    torchrun(TRAIN, *smoke(out, *IN_TWO, '--resume'))
     history, expected = (list(csv.DictReader((p / 'history.csv').read_text().splitlines())) for p in (out, whole))
     assert len(history) == SMOKE.epochs and float(history[-1]['train_accuracy']) > 50
     for row, other in zip(history, expected, strict=True):

@@ -42,7 +42,8 @@ from wrn_timm.files import atomic_write
 from wrn_timm.recipes import FinetuneConfig
 from wrn_timm.train.finetune import finetune
 from wrn_timm.train.machine import Machine
-from wrn_timm.train.measure import classification_metrics, predict_logits
+from wrn_timm.train.measure import predict_logits
+from wrn_timm.train.metrics import classification_metrics
 from wrn_timm.train.probe import summarise
 from wrn_timm.train.run import environment
 from wrn_timm.weights import eval_transform, open_model

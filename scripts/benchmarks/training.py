@@ -105,8 +105,8 @@ def _peak_in_this_process(contestant: str, name: str, size: int, batch: int, dev
     return (torch.cuda.max_memory_allocated() if device == 'cuda' else _peak_rss() - before) / 1e6
 
 
-def _peak_rss(who: int = resource.RUSAGE_SELF) -> int:
-    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+def _peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def peak_memory(contestant: str, name: str, size: int, batch: int, device: str) -> float | None:
@@ -160,19 +160,29 @@ def train(command: Command) -> Iterator[Case]:
         yield Case(f'{name}, {size} px, batch {settings[2]}', rows)
 
 
+# Runs a command, and prints the peak resident memory of its processes as `_peak_rss` has it. A process that is itself
+# small has to start them: they take over the peak of the one that does.
+_PEAK_OF = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == 'darwin' else 1024))
+sys.exit(code)
+"""
+
+
 def _train_in_processes(count: int, device: str, *args: str) -> tuple[list[float], float]:
     """Images/s of each epoch but the first, and the peak resident MB of one of `count` processes that train."""
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={count}',
-             '-m', 'wrn_timm.cli', 'train', '--recipe', 'smoke', '--device', device, '--holdout', '0',
-             '--ema-decay', '0.999', '--out', f'{folder}/run', *args],
+            [sys.executable, '-c', _PEAK_OF, sys.executable, '-m', 'torch.distributed.run', '--standalone',
+             f'--nproc-per-node={count}', '-m', 'wrn_timm.cli', 'train', '--recipe', 'smoke', '--device', device,
+             '--holdout', '0', '--ema-decay', '0.999', '--out', f'{folder}/run', *args],
             env={**os.environ, **({'OMP_NUM_THREADS': '1'} if device == 'cpu' else {})}, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f'training in {count} processes failed: {done.stderr[-500:]}')
         with open(f'{folder}/run/history.csv', newline='', encoding='utf-8') as f:
             rates = [float(row['images_per_second']) for row in csv.DictReader(f)]
-    return rates[1:], _peak_rss(resource.RUSAGE_CHILDREN) / 1e6
+    return rates[1:], int(done.stdout.split()[-1]) / 1e6
 
 
 def scale(command: Command) -> Iterator[Case]:
@@ -183,10 +193,8 @@ def scale(command: Command) -> Iterator[Case]:
         batch = batch_size(command, 3 * flops(name, 32))
         rows: list[Row] = []
         for count in (2 ** i for i in range(most.bit_length()) if not batch % 2 ** i):
-            # in a process of its own, whose children's peak is theirs alone
-            with ProcessPoolExecutor(1, multiprocessing.get_context('forkserver')) as pool:
-                rates, peak = pool.submit(_train_in_processes, count, command.device, '--model', name, '--batch-size',
-                                          str(batch), '--epochs', str(command.rounds + 1)).result()
+            rates, peak = _train_in_processes(count, command.device, '--model', name, '--batch-size', str(batch),
+                                              '--epochs', str(command.rounds + 1))
             rate = statistics.median(rates)
             rows.append({
                 'name': f'{count} processes' if count > 1 else '1 process', 'images_per_second': rate,

@@ -42,10 +42,12 @@ from ..files import atomic_write
 from ..recipes import FinetuneConfig
 from ..schemas import check_scan, read_json
 from ..weights import eval_transform, export_weights, open_model, weights_name
+from .accelerator import RunAccelerator
 from .finetune_loop import BatchTooLarge, Finetuner, Fitted
 from .linear import LinearFit
-from .machine import Machine, accelerator_on
-from .measure import Features, Predictions, classification_metrics, largest_batch, predict
+from .machine import Machine
+from .measure import Features, Predictions, largest_batch, predict
+from .metrics import classification_metrics
 from .probe import extract_features, summarise
 from .report import write_report
 from .run import RunControl, RunDir, any_process, check_place, environment, planned_runs
@@ -372,7 +374,7 @@ def _multiply_adds(model: torch.nn.Module, size: int) -> int:
 
 def make_accelerator(config: FinetuneConfig, device: str) -> Accelerator:
     """The device, the precision and the processes of a run."""
-    return accelerator_on(
+    return RunAccelerator(
         device, config.precision, gradient_accumulation_steps=config.accumulate,
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.train != 'all')])

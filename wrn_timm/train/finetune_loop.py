@@ -315,7 +315,9 @@ class Finetuner:
         images = images.contiguous(memory_format=torch.channels_last)
         with self.accelerator.accumulate(model):
             try:
-                loss = F.cross_entropy(model(images).float(), targets, class_weights,
+                with self.accelerator.autocast():
+                    logits = model(images)
+                loss = F.cross_entropy(logits.float(), targets, class_weights,
                                        label_smoothing=self.config.label_smoothing)
                 self.accelerator.backward(loss)
             except RuntimeError as e:
@@ -367,7 +369,7 @@ class Finetuner:
         self.accelerator.wait_for_everyone()
         for parameter in self.network.parameters():
             parameter.requires_grad_(True)
-        self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        self.accelerator.unwrap_model(model)
         self.accelerator.free_memory()
 
 

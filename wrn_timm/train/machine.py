@@ -5,16 +5,13 @@ import dataclasses
 import math
 import os
 import time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import torch
 
 from ..recipes import Precision, check_numbers
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-__all__ = ['Machine', 'accelerator_on', 'autocast', 'fast_bfloat16', 'fused', 'resolve_precision', 'usable_cores']
+__all__ = ['Machine', 'autocast', 'fast_bfloat16', 'fused', 'resolve_precision', 'usable_cores']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,25 +91,6 @@ def autocast(device: torch.device | str, precision: Literal['no', 'fp16', 'bf16'
 
 
 _FUSED = ('sgd', 'momentum', 'nesterov', 'adam', 'adamw')
-
-
-def accelerator_on(device: str, precision: Precision = 'no', **kwargs: Any) -> Accelerator:
-    """accelerate on this device, whatever an earlier run of this process was on.
-
-    Args:
-        device: 'cpu' or 'cuda'.
-        precision: Of `accelerator.autocast()`, as `resolve_precision` takes it.
-        **kwargs: Of `accelerate.Accelerator`.
-
-    Raises:
-        ValueError: The device is another, or torch finds no GPU.
-    """
-    if device not in ('cpu', 'cuda') or (device == 'cuda' and not torch.cuda.is_available()):
-        raise ValueError(f"device is {device!r}; choose 'cpu', or 'cuda' on a machine where torch finds a GPU")
-    from accelerate import Accelerator  # takes a second to import, and not every command needs it
-    from accelerate.state import AcceleratorState
-    AcceleratorState._reset_state(reset_partial_state=int(os.environ.get('WORLD_SIZE', 1)) == 1)
-    return Accelerator(cpu=device == 'cpu', mixed_precision=resolve_precision(precision, device), **kwargs)
 
 
 def fused(opt: str) -> dict[str, bool]:

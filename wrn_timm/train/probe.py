@@ -19,9 +19,11 @@ from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine
 from ..data.splits import Split, data_name, list_source, make_split
 from ..recipes import FinetuneConfig
 from ..weights import WEIGHTS_FILE, list_weights, open_model, places
+from .accelerator import RunAccelerator
 from .linear import LinearFit
-from .machine import Machine, accelerator_on
-from .measure import Features, Predictions, classification_metrics, predict
+from .machine import Machine
+from .measure import Features, Predictions, predict
+from .metrics import classification_metrics
 
 __all__ = ['extract_features', 'knn', 'probe']
 
@@ -207,7 +209,7 @@ def probe(
     if not names:
         raise ValueError('there are no weights on this machine to probe; name them to fetch them')
     splits, about = _splits(data, config, seeds, machine)
-    accelerator = accelerator_on(machine.device, config.precision)
+    accelerator = RunAccelerator(machine.device, config.precision)
     rows: list[dict[str, Any]] = []
     best: tuple[dict[str, Any], _Bank, list[float]] | None = None
 

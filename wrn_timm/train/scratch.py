@@ -268,8 +268,8 @@ def _tracker(name: str, run: RunDir, settings: dict[str, Any], device: torch.dev
     if not name:
         yield None
         return
-    from accelerate import Accelerator
-    tracker = Accelerator(cpu=device.type == 'cpu', log_with=name, project_dir=run.path)
+    from .accelerator import RunAccelerator  # takes a second to import, and few ask for it
+    tracker = RunAccelerator(device.type, log_with=name, project_dir=run.path)
     told = {k: str(v) if isinstance(v, tuple) else v for k, v in vars(settings['recipe']).items()}
     tracker.init_trackers('wrn_timm', told)
     try:

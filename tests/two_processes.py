@@ -1,4 +1,8 @@
-"""Started by torchrun: gradients of one batch, shared by the processes, with BatchNorm frozen; the first saves them."""
+"""Started by torchrun: two_processes.py FILE OPTIONS.
+
+The first process saves the gradients of one batch, shared by the processes, with BatchNorm frozen, to FILE. Then they
+train with these options.
+"""
 import os
 import sys
 
@@ -9,6 +13,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import wrn_timm  # noqa: F401
+from wrn_timm.cli import train
 from wrn_timm.data.augment import TrivialAugment
 from wrn_timm.data.on_device import DeviceLoader
 from wrn_timm.data.small_sets import load
@@ -31,4 +36,6 @@ if __name__ == '__main__':
     found = gradients(rank, world)
     if rank == 0:
         torch.save(found, sys.argv[1])
+    status = train.main(sys.argv[2:])
     dist.destroy_process_group()
+    sys.exit(status)
