@@ -8,8 +8,8 @@
     python scripts/benchmark.py trainers --help              # accuracy of other libraries' trainers
 
 The ratio on each line says how many times as fast as the first line of its case it is: the median over the rounds, in
-each of which every contestant runs once. `matmul` is the share of the rate of a large matrix product of the same type,
-which is the ceiling of what convolutions reach.
+each of which every contestant runs once. `matmul` is the rate relative to a large matrix product of the same type;
+convolutions can exceed it.
 """
 from __future__ import annotations
 

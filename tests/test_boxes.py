@@ -210,7 +210,7 @@ def test_bad_things_are_left_out_and_named(tmp_path):
 
 
 def test_what_is_no_data_set_with_boxes(tmp_path):
-    with pytest.raises(FileNotFoundError, match='nowhere is not there'):
+    with pytest.raises(FileNotFoundError, match='nowhere does not exist'):
         read_boxes(tmp_path / 'nowhere')
     images(tmp_path / 'only')
     with pytest.raises(ValueError, match='holds no annotations of a known form'):

@@ -193,7 +193,7 @@ def test_damaged_and_missing_files(tmp_path):
             wrn_timm.convert_checkpoint(tmp_path / name)
     with pytest.raises(FileNotFoundError, match='no checkpoint at'):
         wrn_timm.convert_checkpoint(tmp_path / 'none.pt')
-    with pytest.raises(FileNotFoundError, match='which is not there'):
+    with pytest.raises(FileNotFoundError, match='which does not exist'):
         load('wrn16_1', tmp_path / 'none.pt')
 
 

@@ -146,7 +146,7 @@ def test_a_package_that_is_not_installed_names_its_extra(name, package, extra, m
         monkeypatch.delitem(sys.modules, f'wrn_timm.cli.{module}', raising=False)
     assert cli.main([name, '--help']) == 1
     assert capsys.readouterr().err == (
-        f'error: {name} needs {package}, which is not installed: pip install "wrn_timm[{extra}]"\n')
+        f'error: {name} needs {package}, which is not installed; in a clone of wrn_timm: pip install -e ".[{extra}]"\n')
 
 
 def test_a_package_that_is_missed_late_names_its_extra(capsys):
@@ -156,7 +156,7 @@ def test_a_package_that_is_missed_late_names_its_extra(capsys):
     main.__module__ = 'wrn_timm.cli.detect'
     assert reports_errors(main)([]) == 1
     assert capsys.readouterr().err == (
-        'error: detect needs fiftyone, which is not installed: pip install "wrn_timm[detect]"\n')
+        'error: detect needs fiftyone, which is not installed; in a clone of wrn_timm: pip install -e ".[detect]"\n')
 
 
 def test_exit_codes_of_what_was_stopped(monkeypatch, tmp_path, capsys):
@@ -246,7 +246,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize(('recipe', 'message'), [
     (None, 'wrn16_1.test holds no recipe.json: only folders that wrn-timm train or finetune wrote can be finished'),
     ('{"recipe": {}', 'recipe.json is damaged: '),
-    ('{"converted_from": "x"}', 'recipe.json tells of no run of wrn-timm train or finetune'),
+    ('{"converted_from": "x"}', 'recipe.json describes no run of wrn-timm train or finetune'),
 ])
 def test_a_card_is_written_of_our_runs_alone(folder, capsys, recipe, message):
     (folder / 'history.csv').write_text('epoch\n1\n')

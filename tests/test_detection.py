@@ -175,7 +175,7 @@ def test_bad_boxes_and_files_are_named(tmp_path):
         with pytest.raises(ValueError, match=f'a.xml: {message}'):
             read_boxes(f'voc:{broken}', on_bad='fail')
     (broken / 'Annotations/a.xml').unlink()
-    with pytest.raises(ValueError, match='a.xml is not there'):
+    with pytest.raises(ValueError, match='a.xml does not exist'):
         read_boxes(f'voc:{broken}', on_bad='fail')
 
 

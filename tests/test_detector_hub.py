@@ -152,7 +152,7 @@ def spoil_json(file, change):
 
 
 @pytest.mark.parametrize('spoil, message', [
-    (lambda f: (f / 'recipe.json').write_text('{}'), 'recipe.json is no part of a weights folder'),
+    (lambda f: (f / 'recipe.json').write_text('{}'), 'recipe.json is not part of a weights folder'),
     (lambda f: (f / 'golden.npz').unlink(), 'golden.npz is missing: wrn-timm detect writes it'),
     (lambda f: (f / WEIGHTS_FILE).write_bytes(b'x'), 'another file: sha256 .*, but detector.json names'),
     (lambda f: spoil_json(f / 'detector.json', lambda d: d.pop('sha256')), 'detector.json names no sha256'),

@@ -155,7 +155,7 @@ def test_exported_file_gives_the_logits_of_photographs(to, trained, photographs,
         assert largest_difference(run_exported(out, images), trained(images)) < 1e-5
     with pytest.raises(SystemExit):
         export_script.main(args)
-    assert 'is there already' in capsys.readouterr().err
+    assert 'already exists' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('to', ['onnx', 'pt2', 'ts'])

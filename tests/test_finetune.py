@@ -325,7 +325,7 @@ def test_predict_csv_with_several_answers_and_without_a_model(run, capsys):
     assert rows[2]['error'] == 'gone.jpg does not exist' and not rows[2]['label_2']
     assert predict_script.main([*options, images[0]]) == 0
     answer = capsys.readouterr()
-    assert 'no --model is given: wrn16_1.cifar10 answers, which knows airplane, ' in answer.err
+    assert 'no --model is given: using wrn16_1.cifar10, which knows only airplane, ' in answer.err
     assert len(answer.out.splitlines()) == 2
 
 
@@ -530,7 +530,7 @@ def test_card_of_a_classifier_alone(weights, photographs, tmp_path):
 
 def test_a_classifier_that_is_no_linear_layer_is_not_fitted_to_features(monkeypatch):
     monkeypatch.setattr(timm.models.ResNet, 'get_classifier', lambda self: torch.nn.Identity())
-    with pytest.raises(ValueError, match='the classifier of resnet18 is no linear layer.*--no-cache'):
+    with pytest.raises(ValueError, match='the classifier of resnet18 is not a linear layer.*--no-cache'):
         ft.build_model(FinetuneConfig(model='resnet18', pretrained=False, train='head'))
 
 

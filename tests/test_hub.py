@@ -163,7 +163,7 @@ def test_other_bytes_read_back_are_refused(hub, folder):
             handler.serve(b'x' * (folder / 'history.csv').stat().st_size, '0' * 40)
         return handler.command == 'GET'
     hub.faults['/history.csv'] = other
-    with pytest.raises(RuntimeError, match='gave back other bytes of history.csv'):
+    with pytest.raises(RuntimeError, match='returned different bytes for history.csv'):
         publish(folder, 'acme')
 
 
@@ -176,7 +176,7 @@ def test_private_repository(hub, folder, load, logits, tmp_path, monkeypatch):
         load(cache='another')
     monkeypatch.setenv('HF_TOKEN', hub.token)
     hub.repositories[f'acme/{NAME}'].private = False
-    with pytest.raises(ValueError, match='is there already and is public'):
+    with pytest.raises(ValueError, match='already exists and is public'):
         publish(folder, 'acme', private=True)
     written = [p for root in (tmp_path, Path(HOME.name)) for p in root.rglob('*') if p.is_file()]
     assert written and not [p for p in written if hub.token.encode() in p.read_bytes()]
@@ -228,8 +228,8 @@ def spoil_golden(folder):
 
 
 @pytest.mark.parametrize('spoil, message', [
-    (lambda f: (f / 'pytorch_model.bin').write_bytes(b''), 'pytorch_model.bin is no part of a weights folder'),
-    (lambda f: (f / 'notes').mkdir(), 'notes is no part of a weights folder'),
+    (lambda f: (f / 'pytorch_model.bin').write_bytes(b''), 'pytorch_model.bin is not part of a weights folder'),
+    (lambda f: (f / 'notes').mkdir(), 'notes is not part of a weights folder'),
     (lambda f: (f / 'history.csv').write_bytes(bytes(5_000_001)), 'history.csv has 5,000,001 bytes; the limit is 5,0'),
     (lambda f: ((f / 'recipe.json').unlink(), (f / 'recipe.json').symlink_to('/etc/passwd')), 'recipe.json is a link'),
     (lambda f: (f / 'golden.npz').unlink(), r'golden.npz is missing: .*validate --write'),

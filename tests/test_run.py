@@ -84,8 +84,8 @@ def test_checkpoints_of_older_versions_are_taken_and_checked_too(run):
 
 
 @pytest.mark.parametrize(('settings', 'format', 'message'), [
-    ({**SETTINGS, 'seed': 7}, None, 'is of another run than .*recipe.json: the settings differ'),
-    ({**SETTINGS, 'recipe': dataclasses.replace(RECIPES['smoke'], lr=.2)}, None, 'is of another run'),
+    ({**SETTINGS, 'seed': 7}, None, 'does not belong to .*recipe.json: the settings differ'),
+    ({**SETTINGS, 'recipe': dataclasses.replace(RECIPES['smoke'], lr=.2)}, None, 'does not belong to'),
     (SETTINGS, 2, 'was written by a later version of wrn_timm'),
 ])
 def test_a_checkpoint_of_another_run_or_version_is_refused(run, tmp_path, settings, format, message):
@@ -98,7 +98,7 @@ def test_a_checkpoint_of_another_run_or_version_is_refused(run, tmp_path, settin
     with pytest.raises(ValueError, match=message):
         RunDir(run.path, SETTINGS, resume=True).load_checkpoint()
     torch.save([1, 2], run.checkpoints / foreign.name)
-    with pytest.raises(ValueError, match='is no checkpoint of a training run'):
+    with pytest.raises(ValueError, match='is not a checkpoint of a training run'):
         run.load_checkpoint()
 
 

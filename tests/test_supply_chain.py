@@ -327,7 +327,7 @@ CONFIGURATIONS = [  # (field, values that it cannot have, what it must be)
     ('model_args.num_classes', (-1, 'x', 10 ** 30), 'model_args.num_classes is '),
     ('model_args.drop_rate', ('x', 2), 'model_args.drop_rate is '),
     ('model_args.features_only', (True,), 'features_only is True; it must be left out'),
-    ('model_args.unknown', (1,), r'makes no \w+: TypeError: .*unknown'),
+    ('model_args.unknown', (1,), r'is not valid for \w+: TypeError: .*unknown'),
 ]
 
 

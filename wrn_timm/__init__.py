@@ -34,7 +34,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as e:
         extra = 'detect' if name in _DETECTION else 'train'
         raise ImportError(
-            f'wrn_timm.{name} needs {e.name}, which is not installed: pip install "wrn_timm[{extra}]"') from e
+            f'wrn_timm.{name} needs {e.name}, which is not installed; in a clone of wrn_timm: '
+            f'pip install -e ".[{extra}]"') from e
 
 
 def __dir__() -> list[str]:

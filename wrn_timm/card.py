@@ -48,11 +48,11 @@ PAPER_ERROR = {
 _IN_TABLE_5 = ('wrn40_4', 'wrn16_8', 'wrn28_10')
 
 _TITLES = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'svhn': 'SVHN'}
-_TINY_IMAGES = ('taken from Tiny Images, whose collection from the web was not curated; its authors state no licence, '
-                'and its images are not here')
+_TINY_IMAGES = ('The images come from Tiny Images, an uncurated collection from the web; the authors of CIFAR state no '
+                'licence, and the images are not included.')
 _LIMITS = {
-    'cifar10': f'CIFAR-10 has ten classes of animals and vehicles at 32x32 pixels, {_TINY_IMAGES}.',
-    'cifar100': f'CIFAR-100 has a hundred classes at 32x32 pixels, {_TINY_IMAGES}; its classes baby, boy, girl, man '
+    'cifar10': f'CIFAR-10 has ten classes of animals and vehicles at 32x32 pixels. {_TINY_IMAGES}',
+    'cifar100': f'CIFAR-100 has a hundred classes at 32x32 pixels. {_TINY_IMAGES} Its classes baby, boy, girl, man '
                 f'and woman carry the biases of that collection.',
 }
 TEMPLATES = jinja2.Environment(
@@ -149,8 +149,8 @@ def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
     text = (
         f"Top-1 **{metrics['top1']:.2f} %** (error {100 - metrics['top1']:.2f} %){top5}; expected calibration error "
         f"{metrics['ece']:.2f} %. Measured by `{metrics.get('measured_by', 'wrn-timm validate')}` on "
-        f"{metrics['images']:,} images of {title} ({_part(metrics)}), from the weights as they lie here; {seed}, "
-        f"{weights}{'; nothing was chosen by the test set' if recipe else ''}.")
+        f"{metrics['images']:,} images of {title} ({_part(metrics)}) with these weights, reloaded from disk: {seed}, "
+        f"{weights}.{' No choice was made on the test set.' if recipe else ''}")
     if recipe.get('dataset') not in ('cifar10', 'cifar100'):
         return text
     paper = 'no figure for this network'
@@ -179,7 +179,7 @@ def check_run_records(folder: Path) -> dict[str, Any]:
                                     f'be finished by --write')
     run = read_record(folder / 'recipe.json')
     if not any(isinstance(run.get(key), dict) for key in ('recipe', 'finetune')) or 'environment' not in run:
-        raise ValueError(f'{folder / "recipe.json"} tells of no run of wrn-timm train or finetune')
+        raise ValueError(f'{folder / "recipe.json"} describes no run of wrn-timm train or finetune')
     return run
 
 

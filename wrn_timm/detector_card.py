@@ -45,8 +45,8 @@ def _accuracy(metrics: dict[str, Any]) -> str:
     return (
         f"mAP@0.5:0.95 **{metrics['map']:.2f} %**, mAP@0.5 **{metrics['map_50']:.2f} %**, mAP@0.75 "
         f"{metrics['map_75']:.2f} %, as COCO defines them. Measured by `{metrics['measured_by']}` on "
-        f"{metrics['images']:,} test photographs of {printable(metrics['dataset'])} (split: {metrics['split']}), from "
-        f"the weights as they lie here; one seed, weights of the last epoch.")
+        f"{metrics['images']:,} test photographs of {printable(metrics['dataset'])} (split: {metrics['split']}) "
+        f"with these weights, reloaded from disk: one seed, weights of the last epoch.")
 
 
 def _training(folder: Path, metrics: dict[str, Any], record: dict[str, Any]) -> str:

@@ -239,7 +239,8 @@ def write_onnx(model: nn.Module, example: torch.Tensor, path: Path, config: str,
         import onnx
         import onnxscript  # noqa: F401  (torch's exporter needs it)
     except ImportError as e:
-        raise ImportError(f"ONNX export needs the extra: pip install 'wrn_timm[export]' ({e})") from e
+        raise ImportError(
+            f"ONNX export needs the extra [export] ({e}); in a clone of wrn_timm: pip install -e '.[export]'") from e
 
     def write(beside: Path) -> None:
         torch.onnx.export(model, (example,), str(beside), verbose=False, **options)

@@ -95,7 +95,7 @@ def _file_faults(folder: Path, kind: _Kind) -> Iterator[str]:
     """What is there that should not be, and the other way round."""
     for path in sorted(folder.iterdir()):
         if path.name not in kind.files + kind.optional:
-            yield f'{path.name} is no part of a weights folder: move it away'
+            yield f'{path.name} is not part of a weights folder: move it away'
         elif path.is_symlink() or not path.is_file():
             yield f'{path.name} is a link or a folder: put the file itself there'
         elif path.name != WEIGHTS_FILE and path.stat().st_size > SIZE_LIMIT:
@@ -117,7 +117,7 @@ def _content_faults(folder: Path, kind: _Kind) -> Iterator[str]:
             if isinstance(value, str) and re.search(r'[/\\]', value) and not value.startswith(_NO_PATHS):
                 yield f'{kind.record} names a path of this machine, {key} {value}: put the name of what is there'
         if not settings:
-            yield f'{kind.record} says nothing of a training run: converted weights of others are not published'
+            yield f'{kind.record} describes no training run: converted weights of other authors are not published'
         difference = kind.check_golden(folder)
         if not difference <= GOLDEN_TOLERANCE:
             yield f'the {kind.golden} differ by {difference:.2g} from {GOLDEN_FILE}; the limit is {GOLDEN_TOLERANCE:g}'
@@ -217,7 +217,7 @@ def publish(folder: str | Path, namespace: str, private: bool = False, endpoint:
         api.create_repo(repo_id, private=private, exist_ok=True)
         public = not api.repo_info(repo_id).private
     if private and public:
-        raise ValueError(f'{repo_id} is there already and is public: make it private on the Hub, or publish in public')
+        raise ValueError(f'{repo_id} already exists and is public: make it private on the Hub, or publish in public')
     operations = [  # by path where it can be: the client shows progress for these only
         CommitOperationAdd(name, data if name == 'README.md' else folder / name) for name, data in files.items()]
     with _explained(repo_id, endpoint):
@@ -226,7 +226,7 @@ def publish(folder: str | Path, namespace: str, private: bool = False, endpoint:
         api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
         differ = _differ(api, repo_id, commit.oid, files)
     if differ:
-        raise RuntimeError(f'{repo_id} gave back other bytes of {", ".join(differ)}; publish it again')
+        raise RuntimeError(f'{repo_id} returned different bytes for {", ".join(differ)}; publish it again')
     return commit.commit_url
 
 

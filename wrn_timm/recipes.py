@@ -73,8 +73,8 @@ class Recipe:
     sam_rho: float = 0.
     """Radius of sharpness-aware minimization (arXiv:2010.01412), which doubles the cost; 0 for none."""
     sizes: tuple[tuple[int, float], ...] = ()
-    """Smaller image sizes for the first epochs, each with its fraction of all epochs: (16, 0.3), (24, 0.2) trains at
-    16 pixels, then at 24, and at full size for the remaining half."""
+    """Smaller image sizes for the first epochs, each with its fraction of all epochs. ((16, 0.3), (24, 0.2)), on the
+    command line --sizes 16 0.3 24 0.2, trains at 16 pixels, then at 24, and at full size for the remaining half."""
     pad: int = 4
     """Padding by reflection before the random crop, in pixels."""
     flip: bool = True
@@ -84,13 +84,13 @@ class Recipe:
     cutout: int = 0
     """Side of the cutout square (arXiv:1708.04552), in pixels; 0 for none."""
     trivial_augment: bool = False
-    """One random operation per image (arXiv:2103.10158)."""
+    """TrivialAugment: one random operation per image (arXiv:2103.10158)."""
     rand_augment: int = 0
-    """Number of random operations per image, at one strength (arXiv:1909.13719); 0 for none."""
+    """RandAugment: number of random operations per image, at one strength (arXiv:1909.13719); 0 for none."""
     rand_magnitude: int = 9
     """Strength of `rand_augment`, 0 to 30."""
     auto_augment: bool = False
-    """The learnt policy of CIFAR, or of SVHN for SVHN (arXiv:1805.09501)."""
+    """AutoAugment with its CIFAR-10 policy, or its SVHN policy for SVHN (arXiv:1805.09501)."""
     mixup: float = 0.
     """Alpha of mixup (arXiv:1710.09412); 0 for none."""
     cutmix: float = 0.
@@ -115,7 +115,7 @@ class Recipe:
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f'warmup_epochs is {self.warmup_epochs:g}; it must be below the {self.epochs} epochs')
         if any(size < 8 or not share > 0 for size, share in self.sizes) or sum(share for _, share in self.sizes) >= 1:
-            raise ValueError(f'sizes are {self.sizes}; each wants at least 8 pixels and a share of the epochs above 0, '
+            raise ValueError(f'sizes are {self.sizes}; each needs at least 8 pixels and a share of the epochs above 0, '
                              f'and the shares must leave epochs for the full size')
         if self.alternate_flip and not self.flip:
             raise ValueError('alternate_flip needs flip: leave out --no-flip, or add --no-alternate-flip')
@@ -151,15 +151,18 @@ class FinetuneConfig:
     half of the epochs; or head, the classifier alone."""
     cache: bool = True
     """With 'head', run the backbone once over the photographs, without augmentation, and fit the classifier to its
-    features by L-BFGS. This needs no epochs and no learning rate; the L2 penalty is chosen on held-out files."""
+    features by L-BFGS. This needs no epochs and no learning rate. The L2 penalty is chosen by five-fold
+    cross-validation, or on the held-out files if there are at least 1,000."""
     split: str = '70-30'
     """How to split data that has no test split: first30 or random30 (that many training files per class), 70-30 (per
     cent), or the split.csv of another run."""
     holdout: float | Literal['auto'] = 'auto'
-    """Fraction of the training files held out to choose the epoch by. 'auto' is 0.1 if that is at least 100 files, or
-    if patience needs them, else 0: all files are trained on, and the last epoch is used."""
+    """Fraction of the training files held out to choose the epoch by; fewer than 100 files do not choose it. 'auto' is
+    0.1 if that is at least 100 files, or if patience needs them, else 0: all files are trained on, and the last epoch
+    is used."""
     parts: tuple[str, ...] = ('train', 'validation')
-    """Split names of timm's named data sets: training, validation (may be left out) and test."""
+    """Splits of a timm data set (hfds/..., wds/...) to train on, to choose the epoch by (may be left out) and to test
+    on. With two names, the second is the test set."""
     num_classes: int = 0
     """Number of classes, for a named data set that does not tell it."""
     nested: bool = False
@@ -182,7 +185,7 @@ class FinetuneConfig:
     weight_decay: float = 5e-4
     """Weight decay; biases and BatchNorm are left out."""
     layer_decay: float = 0.9
-    """Factor of the learning rate from each block to the one below it."""
+    """Each block's learning rate is this times that of the block above it."""
     schedule: Literal['cosine', 'step'] = 'cosine'
     """Cosine to 0, or step: times 0.1 after each third of the epochs."""
     warmup_epochs: int = 1
@@ -212,7 +215,7 @@ class FinetuneConfig:
     """Stop after this many epochs without a better held-out accuracy; 0 never stops early."""
     precision: Precision = 'auto'
     """Precision of training. 'auto' is bf16 on GPUs and CPUs that are faster in it, else fp16 on GPUs and float32
-    ('no') on CPUs. Test figures are always computed in float32."""
+    ('no') on CPUs. Test metrics are always computed in float32."""
     seed: int = 0
     """Seed of the split, the order, the crops and the new classifier."""
 
@@ -235,7 +238,8 @@ class FinetuneConfig:
         if self.stem == 'imagenet' and not self.input_size:
             raise ValueError('stem imagenet needs an input_size, 128 or more; that of the weights is for the 3x3 stem')
         if len(self.parts) not in (2, 3):
-            raise ValueError(f'parts are {", ".join(self.parts)}; two or three are wanted')
+            raise ValueError(f'parts are {", ".join(self.parts)}; give two (training, test) or three (training, '
+                             f'held-out, test)')
         if not self.split.endswith('.csv'):
             check_protocol(self.split)
         check_numbers(vars(self))
@@ -279,9 +283,9 @@ class DetectConfig:
 
     model: str = 'auto'
     """timm name of a WRN. 'auto' takes ImageNet weights (wrn18_1 on a CPU, wrn50_2 on a GPU) if they are on this
-    machine or can be downloaded, and the CIFAR-100 weights of wrn16_2 otherwise (wrn16_2 too with --no-pretrained).
-    'torchvision/resnet50_fpn' is
-    torchvision's own detector on ResNet-50, from scratch, for comparison."""
+    machine or can be downloaded, and otherwise the CIFAR-100 weights of wrn16_2. With --no-pretrained it is wrn16_2
+    with random weights. 'torchvision/resnet50_fpn' is torchvision's own detector on ResNet-50, from scratch, for
+    comparison."""
     detector: Literal['faster_rcnn', 'retinanet'] = 'faster_rcnn'
     """Faster R-CNN or RetinaNet."""
     pretrained: bool = True
@@ -310,7 +314,7 @@ class DetectConfig:
     """Steps of linear warm-up from lr / 100."""
     precision: Literal['auto', 'no', 'bf16'] = 'auto'
     """Precision of the backbone in training. 'auto' is bf16 on GPUs and CPUs that are faster in it, else float32
-    ('no'). The boxes, and all test figures, are computed in float32."""
+    ('no'). The boxes, and all test metrics, are computed in float32."""
     train_split: str = ''
     """Part of the data to train on; '' finds it, or splits by the seed."""
     test_split: str = ''
@@ -454,8 +458,8 @@ float32 261. Wide networks gain little: WRN-28-10 has 24 images/s in both.
 """
 
 CPU_CIFAR100 = Recipe(dataset='cifar100', **_CPU)
-"""The same for CIFAR-100. It made `wrn16_2.cifar100`; then with `--lr 0.08`. Its settings were
-taken from CIFAR-10, not chosen on CIFAR-100.
+"""The same for CIFAR-100. `wrn16_2.cifar100` was trained with it and `--lr 0.08`. Its settings were taken
+from CIFAR-10, not chosen on CIFAR-100.
 
     wrn-timm train --recipe cpu_cifar100 --data DIR --out RUN --compile
 """

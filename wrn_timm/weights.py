@@ -56,7 +56,7 @@ class Weights:
         size: Bytes of the weights file; None if it is neither on this machine nor released by us.
         sha256: Of the weights file; None as above.
         license: SPDX identifier.
-        top1: Accuracy on the test set in %, by `validate.py`; None if it is not known here.
+        top1: Accuracy on the test set in %, by `wrn-timm validate`; None if it is not known here.
         published_error: Error on the test set in % as pytorchcv published it with weights of its own, not measured
             here; None for all others.
         default: Whether `create_model(<arch>, pretrained=True)` takes these.
@@ -330,7 +330,7 @@ def _verified(cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, Any
     if (entry := _published_at(cfg.url)) and not (cfg.state_dict or cfg.file):
         return dict(file=str(unpacked(cfg.url, entry['sha1'], cache_dir)))
     if cfg.file and not cfg.state_dict and not Path(cfg.file).is_file():
-        raise FileNotFoundError(f'pretrained_cfg_overlay names {cfg.file}, which is not there')
+        raise FileNotFoundError(f'pretrained_cfg_overlay names {cfg.file}, which does not exist')
     return {}
 
 
@@ -401,7 +401,7 @@ def open_model(name: str, pretrained: bool = True, **kwargs: Any) -> torch.nn.Mo
     except (AssertionError, AttributeError, KeyError, TypeError) as e:
         if kwargs:  # they may be what does not fit
             raise
-        raise RuntimeError(f'{folder / "config.json"} makes no {architecture}: {type(e).__name__}: {e}') from e
+        raise RuntimeError(f'{folder / "config.json"} is not valid for {architecture}: {type(e).__name__}: {e}') from e
 
 
 def source_of(name: str) -> str:

@@ -23,7 +23,7 @@ _EXTRAS = {'detect': 'detect', 'export': 'train,export'}  # the others need [tra
 def what_to_install(error: ModuleNotFoundError, name: str) -> str:
     """What to do about a package that the command `name` needs and that is not installed."""
     package, extra = error.name.partition('.')[0], _EXTRAS.get(name, 'train')
-    return f'{name} needs {package}, which is not installed: pip install "wrn_timm[{extra}]"'
+    return f'{name} needs {package}, which is not installed; in a clone of wrn_timm: pip install -e ".[{extra}]"'
 
 
 def command(name: str) -> Callable[[Sequence[str] | None], int]:

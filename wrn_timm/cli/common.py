@@ -13,8 +13,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import torch
-
 from ..names import printable, terminal_handler
 from ..recipes import check_numbers
 from ..train.machine import Machine
@@ -47,7 +45,7 @@ class Options:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnDevice(Options):
     """Of a command that computes."""
-    device: str = 'cuda' if torch.cuda.is_available() else 'cpu'
+    device: str = Machine.device
     """Where to compute: 'cpu' or 'cuda'."""
 
 
@@ -59,7 +57,7 @@ class Training(OnDevice):
     resume: bool = False
     """Continue the run in --out."""
     time_budget: float = option(math.inf, 'SECONDS')
-    """Seconds after which the run stops; --resume goes on with it."""
+    """Seconds after which the run stops; --resume continues it."""
 
 
 _Machine = TypeVar('_Machine', bound=Machine)

@@ -58,7 +58,7 @@ class DetectOptions(Training):
     resume: bool = False
     """Continue the run in --out with its own settings; give its --data again."""
     seeds: int = 1
-    """Runs, each with its own seed; their mean and standard deviation are written too."""
+    """Number of runs, each with its own seed; their mean and standard deviation are written too."""
     threshold: float | None = None
     """Lowest score of an object, 0 to 1; the default is the score with the highest F1 on the test photographs of the
     run, and with --coco 0."""

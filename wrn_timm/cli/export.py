@@ -2,7 +2,7 @@
 
     wrn-timm export --model wrn16_1.cifar10 --to onnx --out wrn16_1.onnx    # or pt2, ts
     wrn-timm export --model wrn16_1.cifar10 --features --to onnx --out backbone.onnx
-    wrn-timm export --model RUN --to onnx --out detector.onnx               # or ts; RUN is of detect
+    wrn-timm export --model RUN --to onnx --out detector.onnx               # or ts; RUN is a run of detect
 
 The file is checked against the network and kept only if both give the same.
 """
@@ -47,7 +47,7 @@ class ExportOptions(Options):
         if out.suffix != f'.{self.to}':
             raise ValueError(f'--to {self.to} writes a .{self.to} file; {out} is named otherwise')
         if out.exists():
-            raise ValueError(f'{out} is there already; choose another --out')
+            raise ValueError(f'{out} already exists; choose another --out')
         if self.of_detector and self.to not in DETECTOR_EXPORTERS:
             raise ValueError(f'torch.export cannot trace {self.model}, a detector, because the number of boxes depends '
                              f'on the image; choose --to {" or ".join(DETECTOR_EXPORTERS)}')

@@ -51,8 +51,8 @@ PURPOSES = {
 class FinetuneOptions(Training):
     """Options beside the settings of the training."""
     data: str = ''
-    """Folder of class folders, FILE.csv (path, label) or caltech101:DIR; in a checkout the default is its sample of
-    Caltech 101."""
+    """Folder of class folders, FILE.csv (path, label), caltech101:DIR or a timm data set (hfds/...); in a checkout the
+    default is its sample of Caltech 101."""
     out: str = 'runs/finetune'
     resume: bool = False
     """Continue the run in --out with its own settings; give its --data again."""
@@ -66,14 +66,14 @@ class FinetuneOptions(Training):
     download: bool = False
     """Download Caltech 101 if it is missing."""
     time_budget: float = option(Training.time_budget, 'SECONDS')
-    """Seconds after which no epoch is begun that would not end within them."""
+    """Start no epoch that would not finish within this many seconds."""
     seeds: int = 1
-    """Runs, each with its own seed; their mean and standard deviation are written too."""
+    """Number of runs, each with its own seed; their mean and standard deviation are written too."""
     probe: tuple[str, ...] = option((), 'WEIGHTS')
     """Train nothing; rank these weights ('all': every weight at hand) by nearest neighbours and a linear classifier on
     their features, on files held out of training, measure the best on the test files, and write RUN/probe.json."""
     record: bool = False
-    """Keep the figures in the folder of the weights too (transfer.json), for the table of README."""
+    """Also write the results to transfer.json in the weights folder, for the tables of weights/README.md."""
     messages: Literal['text', 'json', 'quiet'] = 'text'
     """What is printed: lines and a progress bar, a JSON object per line, or errors only."""
 

@@ -113,7 +113,8 @@ class _Parser(argparse.ArgumentParser):
         if prog.endswith('.py'):
             text = text.replace(f'wrn-timm {name}', f'python {prog}')
         usage = ' '.join(['%(prog)s [OPTIONS]', *(
-            f"{o.metadata['metavar']} ..." for o in options.values() if o.metadata.get('positional'))])
+            f"{o.metadata['metavar']} ..." if o.required else f"[{o.metadata['metavar']} ...]"
+            for o in options.values() if o.metadata.get('positional'))])
         super().__init__(prog=prog, usage=usage, description=text.strip(), add_help=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
         self.options = options

@@ -29,16 +29,16 @@ class PredictOptions(OnDevice):
     images: tuple[str, ...] = option(metavar='IMAGE', positional=True)
     """File, folder, or - for a list on standard input."""
     model: str | None = None
-    """timm name or weights folder; the default is wrn16_1.cifar10."""
+    """timm name, weights folder or run directory; the default is wrn16_1.cifar10."""
     json: bool = False
     """Print one JSON list."""
     csv: bool = False
-    """Print a line per file: image, label, probability (label_2... with --top-k), error; a name that a spreadsheet
-    would take for a formula is put after a '."""
+    """Print a line per file: image, label, probability (label_2... with --top-k), error; names
+    that a spreadsheet would read as a formula get a leading '."""
     top_k: int | None = option(None, 'K')
     """Classes per file; the default is 5, and 1 with --csv."""
     batch_size: int = 32
-    """Files a step."""
+    """Files per batch."""
     precision: Precision = 'auto'
     """'auto' is bfloat16 on GPUs and CPUs that are faster in it, 'no' is float32."""
 
@@ -82,8 +82,7 @@ def main(argv: Sequence[str]) -> int:
     options, _ = parse(argv, ('predict', __doc__), PredictOptions)
     if options.model is None:
         labels = timm.get_pretrained_cfg(DEFAULT).label_names
-        print(f'no --model is given: {DEFAULT} answers, which knows {", ".join(labels)} and nothing else',
-              file=sys.stderr)
+        print(f'no --model is given: using {DEFAULT}, which knows only {", ".join(labels)}', file=sys.stderr)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='surrogateescape')  # names of files can be any bytes

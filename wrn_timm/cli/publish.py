@@ -4,8 +4,8 @@
     wrn-timm publish RUN/best --namespace NAME --private
     wrn-timm publish --all --namespace NAME                # in a checkout, every folder of weights/
 
-Each is checked, uploaded, tagged and read back. The token is the one of `hf auth login` or $HF_TOKEN. What is there
-already is not uploaded again.
+Each is checked, uploaded, tagged and read back. The token is the one of `hf auth login` or $HF_TOKEN. Files
+that are already there are not uploaded again.
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PublishOptions(Options):
     dry_run: bool = False
     """Check, and show each file, its size and the card."""
     endpoint: str | None = option(None, 'URL')
-    """Another Hub than $HF_ENDPOINT or, where that is not set, the Hub itself."""
+    """URL of the Hub; the default is $HF_ENDPOINT or the Hugging Face Hub."""
     all: bool = False
     """Publish every folder of the checkout's weights/."""
 

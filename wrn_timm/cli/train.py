@@ -38,11 +38,11 @@ class TrainOptions(Training):
     recipe: str
     """Name of the recipe."""
     data: str = ''
-    """Folder of the official files of the data set."""
+    """Folder with the data set's official files, or to download them to."""
     download: bool = False
     """Download the data set into --data if it is missing."""
     seed: int = 0
-    """Of the weights, the order and the augmentation."""
+    """Seed of the weights, the order and the augmentation."""
     checkpoint_every: float = option(60., 'SECONDS')
     """Time between checkpoints."""
     compile: bool | None = None
@@ -51,7 +51,7 @@ class TrainOptions(Training):
     precision: Literal['auto', 'bf16', 'no'] = 'auto'
     """'auto' is bfloat16 on GPUs and CPUs that are faster in it, 'no' is float32."""
     grad_checkpointing: bool = False
-    """Save memory by computing blocks twice."""
+    """Save memory by recomputing activations in the backward pass."""
     half: bool = False
     """Export half-precision weights (BatchNorm stays float32)."""
     tracker: str = ''

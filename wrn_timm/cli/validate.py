@@ -4,7 +4,7 @@
     wrn-timm validate --model RUN/weights --data cifar10:DIR --write    # finish a weights folder
     wrn-timm validate --model RUN/best --data caltech101:DIR --split RUN/split.csv
 
-The figures are printed as JSON.
+The metrics are printed as JSON.
 """
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .options import option, parse
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidateOptions(OnDevice):
     model: str
-    """timm name or weights folder."""
+    """timm name, weights folder or run directory."""
     data: str
     """cifar10:DIR, cifar100:DIR, svhn:DIR, synthetic, folder:DIR, caltech101:DIR or FILE.csv."""
     split: str = ''
@@ -39,7 +39,7 @@ class ValidateOptions(OnDevice):
     workers: int = 0
     """Processes that read photographs."""
     corruptions: bool = False
-    """Measure under noise, blur and JPEG too."""
+    """Also measure under noise, blur and JPEG (named data sets only)."""
     write: bool = False
     """Write metrics, golden logits and the card into the weights folder that --model names."""
     other_seeds: tuple[str, ...] = option((), 'FOLDER')
@@ -47,7 +47,7 @@ class ValidateOptions(OnDevice):
     and standard deviation over all of them."""
     precision: Precision | None = None
     """'auto' is bfloat16 on GPUs and CPUs that are faster in it, 'no' is float32. The default is auto, and no with
-    --write, since published figures are float32."""
+    --write, since published metrics are float32."""
 
     def __post_init__(self):
         super().__post_init__()

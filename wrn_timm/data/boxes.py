@@ -198,7 +198,7 @@ def read_boxes(source: str | Path, on_bad: str = 'skip') -> BoxScan:
         raise ValueError(f"on_bad is {on_bad!r}; choose 'skip' or 'fail'")
     kind, root = _parsed(source)
     if not root.exists():
-        raise FileNotFoundError(f'{root} is not there')
+        raise FileNotFoundError(f'{root} does not exist')
     title, parts, declared = _recognised(root, kind)
     examined = _examine([image for part in parts.values() for image in part])
     bad = tuple(dict.fromkeys(reason for found in examined.values() for reason in found.bad))
@@ -357,7 +357,7 @@ def _read_xml(file: Path, by_stem: dict[str, Path], images: Path) -> _Annotated:
     try:
         tree = ET.parse(file).getroot()
     except FileNotFoundError:
-        return _Annotated(by_stem.get(file.stem, images / f'{file.stem}.jpg'), fault=f'{file} is not there')
+        return _Annotated(by_stem.get(file.stem, images / f'{file.stem}.jpg'), fault=f'{file} does not exist')
     except (LookupError, ValueError, OSError, ET.ParseError) as e:  # the first of an encoding that Python has not
         return _Annotated(by_stem.get(file.stem, images / f'{file.stem}.jpg'), fault=f'{file}: {e}')
     named = images / Path((tree.findtext('filename') or '').strip().replace('\\', '/')).name

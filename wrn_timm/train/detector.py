@@ -89,7 +89,7 @@ def train_detector(
     `workers` the rest of that epoch's photographs are changed otherwise.
 
     Args:
-        config: How.
+        config: Settings of the training.
         data: Folder or file as `read_boxes` reads it.
         out: Run directory.
         machine: Device, workers, time budget...

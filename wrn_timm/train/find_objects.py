@@ -21,6 +21,7 @@ from ..data.boxes import read_reduced
 from ..data.folders import read_rgb
 from ..detection import open_detector, postprocessor
 from ..files import atomic_write
+from .machine import Machine
 from .predict import find_images
 
 __all__ = ['AS_TENSOR', 'FoundObject', 'ImageObjects', 'coco_results', 'draw_objects', 'find_in_files', 'find_objects']
@@ -90,7 +91,7 @@ def find_objects(
         What `find_images` and `open_detector` raise.
     """
     names = [images] if isinstance(images, (str, os.PathLike)) else images
-    detector = open_detector(os.fspath(model), device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    detector = open_detector(os.fspath(model), device or Machine.device)
     return list(find_in_files(detector, find_images(map(os.fspath, names)), threshold))
 
 

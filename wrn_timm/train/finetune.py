@@ -75,11 +75,12 @@ def finetune(
     run goes on from its last epoch; on a CPU it ends as if it had not been stopped.
 
     Args:
-        config: How.
-        data: Folder of class folders (split into `train/` and `test/`, or not), `FILE.csv` or `caltech101:DIR`.
+        config: Model, split, optimizer, augmentation... (the options of the command).
+        data: Folder of class folders (split into `train/` and `test/`, or not), `FILE.csv`, `caltech101:DIR`, or a data
+            set known to timm (`hfds/...`).
         out: Run directory.
-        machine: Device, workers, time budget... No epoch is begun that would not end within the time budget; the first
-            always runs.
+        machine: Device, workers, time budget... An epoch that would not finish within the time budget is not started,
+            except the first.
         on_epoch: Called with each epoch's line of the history.
 
     Returns:
@@ -87,7 +88,11 @@ def finetune(
         stopped the run while it trained.
 
     Raises:
-        What `prepare_split`, `RunDir` and `Finetuner.fit` raise.
+        FileExistsError: `out` already holds a run.
+        FileNotFoundError: The data does not exist, or there is no run to resume.
+        ValueError: A setting or the data cannot be used; the message says which.
+        FloatingPointError: The loss is no longer finite.
+        RuntimeError: Out of memory, or the weights cannot be loaded.
     """
     started, deadline = time.monotonic(), machine.deadline()
     _check_policy(config.auto_augment)
@@ -361,8 +366,8 @@ def size_advice(model: torch.nn.Module, size: int, side: int) -> str:
     with torch.device('meta'):
         other = timm.create_model(_FOR_PHOTOGRAPHS)
     times = _multiply_adds(other, 224) / _multiply_adds(copy.deepcopy(model).to('meta'), size)
-    return (f'{text}; weights made on photographs serve better: --model {_FOR_PHOTOGRAPHS} (ImageNet, 224 px) takes '
-            f'{times:.0f} times as long, and little with --train head, as each photograph goes through it once')
+    return (f'{text}; weights trained on photographs usually serve better: --model {_FOR_PHOTOGRAPHS} (ImageNet, 224 '
+            f'px) takes {times:.0f} times as long, or little with --train head, where it sees each photograph once')
 
 
 def _multiply_adds(model: torch.nn.Module, size: int) -> int:
@@ -441,7 +446,7 @@ def _check_policy(policy: str) -> None:
         create_transform(32, is_training=True, auto_augment=policy or None)
     except (AssertionError, ValueError, KeyError, IndexError) as e:
         raise ValueError(
-            f'auto_augment {policy!r} is no policy of timm ({e}); try rand-m9-mstd0.5, augmix-m5 or original') from e
+            f'auto_augment {policy!r} is not a timm policy ({e}); try rand-m9-mstd0.5, augmix-m5 or original') from e
 
 
 def build_model(config: FinetuneConfig) -> torch.nn.Module:
@@ -459,10 +464,10 @@ def build_model(config: FinetuneConfig) -> torch.nn.Module:
         raise ValueError(f'{config.model} has no option {" nor ".join(kwargs)}') from e
     own = model.pretrained_cfg.get('input_size', (0,))[-1]
     if model.pretrained_cfg.get('fixed_input_size') and config.input_size not in (0, own):
-        raise ValueError(f'{config.model} takes images of {own} px alone; leave out --input-size')
+        raise ValueError(f'{config.model} takes only images of {own} px; leave out --input-size')
     if config.cached and not isinstance(model.get_classifier(), torch.nn.Linear):
-        raise ValueError(f'the classifier of {config.model} is no linear layer, which train head fits to features; add '
-                         f'--no-cache, or train all')
+        raise ValueError(f'the classifier of {config.model} is not a linear layer, so --train head cannot fit it to '
+                         f'features; add --no-cache, or use --train all')
     return model
 
 

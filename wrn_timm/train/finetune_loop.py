@@ -130,7 +130,7 @@ class Finetuner:
 
     Args:
         network: On the accelerator's device.
-        config: How.
+        config: Settings of the training.
         accelerator: Device, precision, processes and accumulation; it shares each batch among the processes.
         control: When to save and to stop, and where.
         machine: Workers, what to do with files that cannot be read, whether to resume.

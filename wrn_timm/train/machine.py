@@ -18,8 +18,8 @@ __all__ = ['Machine', 'autocast', 'fast_bfloat16', 'fused', 'resolve_precision',
 class Machine:
     """Settings of a run that belong to the machine and not to the result."""
 
-    device: str = 'cpu'
-    """'cpu' or 'cuda'."""
+    device: str = 'cuda' if torch.cuda.is_available() else 'cpu'
+    """'cpu' or 'cuda'; the default is 'cuda' if torch finds a GPU."""
     workers: int = 0
     """Processes that read images."""
     image_memory: float = 1.

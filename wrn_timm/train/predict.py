@@ -13,7 +13,7 @@ import torch
 from ..data.folders import looks_like_image, read_rgb, walk_files
 from ..recipes import Precision
 from ..weights import eval_transform, open_model
-from .machine import autocast, resolve_precision
+from .machine import Machine, autocast, resolve_precision
 
 __all__ = ['Prediction', 'find_images', 'predict', 'predict_files']
 
@@ -71,7 +71,7 @@ def predict(
     if top_k < 1:
         raise ValueError(f'top_k is {top_k}; it must be at least 1')
     names = [images] if isinstance(images, (str, os.PathLike)) else images
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = device or Machine.device
     found = predict_files(os.fspath(model), find_images(map(os.fspath, names)), device=device, top_k=top_k, **kwargs)
     return [Prediction(row['image'], tuple((one['label'], one['probability']) for one in row.get('top', ())),
                        row.get('error', '')) for row in found]

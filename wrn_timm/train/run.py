@@ -179,7 +179,7 @@ def _check_known(there: dict[str, Any], known: dict[str, Any], recipe: dict[str,
         environment = recipe.get('environment')
         version = environment.get('wrn_timm') if isinstance(environment, dict) else None
         raise ValueError(f'{file} names settings that wrn_timm {__version__} does not know ({", ".join(names)}); it '
-                         f'was written by version {version or "unknown"}: go on with that one')
+                         f'was written by version {version or "unknown"}: continue with that version')
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
@@ -363,11 +363,11 @@ class RunDir:
             self.log('%s is damaged (%s); going back to the one before', path, e, level=logging.WARNING)
             return None
         if not isinstance(found, dict) or not {'epoch', 'step', 'history'} <= found.keys():
-            raise ValueError(f'{path} is no checkpoint of a training run; move it away')
+            raise ValueError(f'{path} is not a checkpoint of a training run; move it away')
         if found.get('format', _FORMAT) > _FORMAT:
-            raise ValueError(f'{path} was written by a later version of wrn_timm; go on with that one')
+            raise ValueError(f'{path} was written by a later version of wrn_timm; continue with that version')
         if found.get('fingerprint', self._fingerprint) != self._fingerprint:  # older versions wrote none
-            raise ValueError(f'{path} is of another run than {self.recipe_file}: the settings differ. Move it away, or '
+            raise ValueError(f'{path} does not belong to {self.recipe_file}: the settings differ. Move it away, or '
                              f'restore the recipe.json that it belongs to')
         return found
 

@@ -93,7 +93,7 @@ class Learner:
 
     Args:
         model: On its device; trained in place.
-        recipe: How.
+        recipe: Settings of the training.
         steps: Optimizer steps per epoch.
         seed: Of dropout and mixing, together with the step and the process: a resumed run draws the same.
         compile: Compile the network; the first step at each image size then takes a minute or so.
@@ -303,7 +303,7 @@ def train(
     for bit what it would have given, from the middle of an epoch too.
 
     Args:
-        recipe: How.
+        recipe: Settings of the training.
         data_dir: Folder of the data set's official files.
         out: Run directory.
         seed: Of the weights, the order and the augmentation.
