@@ -239,7 +239,7 @@ def spoil_golden(folder):
     (lambda f: (spoil_json(f, 'config.json', lambda c: c['pretrained_cfg'].pop('license')),
                 spoil_card(f, 'license: apache-2.0', 'license:')), 'README.md names no licence: write yours'),
     (lambda f: spoil_json(f, 'config.json', lambda c: c.update(architecture='wrn16_2')), 'checkpoint is a WRN-16-1'),
-    (lambda f: spoil_json(f, 'recipe.json', lambda c: c.pop('recipe')), 'converted weights of others'),
+    (lambda f: spoil_json(f, 'recipe.json', lambda c: c.pop('recipe')), 'converted weights of other authors'),
     (lambda f: spoil_json(f, 'metrics.json', lambda c: c.update(top1=99.9)), 'lacks the accuracy 99.9'),
     (spoil_golden, r'the logits differ by 0.01 from golden.npz; the limit is 0.001'),
     (lambda f: spoil_card(f, 'import wrn_timm\n', ''), 'lacks `import wrn_timm` as the first line of code'),
