@@ -38,7 +38,7 @@ from wrn_timm.data.splits import (
     split_files,
     write_split,
 )
-from wrn_timm.data.timm_sets import is_named
+from wrn_timm.data.timm_sets import NamedImages, is_named
 from wrn_timm.recipes import FinetuneConfig
 
 
@@ -146,6 +146,35 @@ def test_missing_files_and_unknown_names(tmp_path):
         datasets.load('cifar', tmp_path, train=True)
     with pytest.raises(ValueError, match="data 'cifar10' is not NAME:DIR"):
         datasets.parse_spec('cifar10')
+
+
+@pytest.mark.parametrize('names', [
+    ('seg_train', 'seg_test'), ('training_set', 'test_set'), ('train', 'eval'), ('val', 'test')])
+def test_parts_by_other_names_are_not_taken_for_classes(folder, tmp_path, names):
+    for name in names:
+        shutil.copytree(folder, tmp_path / 'parts' / name)
+    with pytest.raises(ValueError, match=r'both hold ketch, pizza: .* rename the folders to train and test \(or val\)'):
+        list_folder(tmp_path / 'parts')
+    assert len(list_folder(tmp_path / 'parts', nested=True).train.classes) == 4
+
+
+def test_a_test_split_without_labels_is_refused(monkeypatch):
+    """As many of the Hub are: the labels are -1."""
+    class Secret(list):
+        classes = ['a', 'b']
+
+    made = {split: Secret([(Image.new('RGB', (8, 8)), label)]) for split, label in (('train', 1), ('test', -1))}
+    monkeypatch.setattr('wrn_timm.data.timm_sets.create_dataset', lambda name, split, **kwargs: made[split])
+    assert NamedImages('hfds/x', 'train').classes == ('a', 'b')
+    with pytest.raises(ValueError, match=r"first image of the split 'test' has the label -1, .* choose other --parts"):
+        NamedImages('hfds/x', 'test')
+
+
+def test_kaggles_names_of_the_parts(folder, tmp_path):
+    for name in ('Training', 'Testing'):
+        shutil.copytree(folder, tmp_path / 'parts' / name)
+    scan = list_folder(tmp_path / 'parts')
+    assert scan.train.classes == scan.test.classes == ('ketch', 'pizza')
 
 
 @pytest.fixture

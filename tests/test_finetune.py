@@ -11,10 +11,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +29,7 @@ from conftest import ROOT, SAMPLE
 from huggingface_hub import ModelCard
 from PIL import Image
 from processes import Command
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 
 import wrn_timm
 from wrn_timm.card import check_golden, model_card
@@ -40,8 +42,9 @@ from wrn_timm.data.splits import Split, make_split
 from wrn_timm.names import duration
 from wrn_timm.recipes import FinetuneConfig
 from wrn_timm.train import finetune as ft
+from wrn_timm.train import finetune_loop
 from wrn_timm.train.accelerator import RunAccelerator
-from wrn_timm.train.finetune_loop import Finetuner, Fitted, _Unfreezing
+from wrn_timm.train.finetune_loop import BatchTooLarge, Finetuner, Fitted, _Unfreezing
 from wrn_timm.train.linear import LinearFit, fit_linear
 from wrn_timm.train.machine import Machine, fast_bfloat16
 from wrn_timm.train.measure import Features, largest_batch, make_loader, predict, validate
@@ -728,6 +731,136 @@ def test_float16_scales_the_loss_and_leaves_out_steps_that_overflow():
         optimizer.step()
         optimizer.zero_grad()
         assert model.weight.item() == weight
+
+
+@pytest.mark.parametrize('opt', ['nesterov', 'adamw'])
+def test_a_first_step_of_float16_that_overflows_is_left_out(opt):
+    accelerator = RunAccelerator('cpu')
+    accelerator.scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
+    model = timm.create_model('wrn16_1', num_classes=2)
+    finetuner = Finetuner(model, FinetuneConfig(opt=opt, lr=0.1, weight_decay=0.), accelerator, None)
+    stepper, before = accelerator.prepare(finetuner.optimizer), copy.deepcopy(model.state_dict())
+    for finite in False, True:
+        accelerator.backward(model(torch.randn(4, 3, 32, 32)).square().mean())
+        if not finite:
+            model.conv1.weight.grad.fill_(math.inf)
+        stepper.step()
+        stepper.zero_grad()
+        moved = [float((p - before[name]).detach().abs().max()) for name, p in model.named_parameters()]
+        assert max(moved) < 1 if finite else max(moved) == 0
+    assert max(moved) > 0
+
+
+def test_layers_that_a_failed_try_has_frozen_are_trained_by_the_next(weights, photographs, tmp_path, monkeypatch):
+    """A try that runs out of memory after the first layers were frozen, and the one with a smaller batch."""
+    fit, seen = Finetuner.fit, []
+
+    def once_too_large(self, *args):
+        seen.append(sum(len(group['params']) for group in self.optimizer.param_groups))
+        if len(seen) == 1:
+            self._unfreezing.train(0)
+            raise BatchTooLarge('out of memory', 8)
+        return fit(self, *args)
+
+    monkeypatch.setattr(Finetuner, 'fit', once_too_large)
+    assert tune(photographs, weights, tmp_path / 'run', '--epochs', '1', '--train', 'gradual', '--batch-size',
+                'auto') == 0
+    assert seen == [len(list(timm.create_model('wrn16_1').parameters()))] * 2
+
+
+def test_a_batch_that_fits_is_sought_with_nothing_of_the_one_that_did_not(monkeypatch):
+    finetuner = Finetuner(timm.create_model('wrn16_1'), FinetuneConfig(), RunAccelerator('cpu', 'bf16'), None)
+    finetuner._batch_size, alive, dtypes = 4, [], []
+
+    def note(module, args, out):
+        alive.append(weakref.ref(out))
+        dtypes.append(out.dtype)
+
+    finetuner.network.layer1.register_forward_hook(note)
+
+    def out_of_memory(loss):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB.')
+
+    def too_large(*args):
+        assert [ref() for ref in alive] == [None]
+        return find(*args)
+
+    find = finetune_loop._too_large
+    monkeypatch.setattr(finetuner.accelerator, 'backward', out_of_memory)
+    monkeypatch.setattr(finetune_loop, '_too_large', too_large)
+    with pytest.raises(BatchTooLarge, match='--batch-size 2 fits'):
+        finetuner._step(finetuner.network, torch.randn(4, 3, 32, 32), torch.arange(4), None)
+    assert dtypes == [torch.bfloat16] * 2
+
+
+def test_a_stream_is_shuffled_by_the_epoch_of_the_run():
+    """Of a resumed run too."""
+    class Stream(IterableDataset):
+        def __len__(self):
+            return 8
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def __iter__(self):
+            return ((torch.full((3, 32, 32), float(self.epoch)), 0, i) for i in range(8))
+
+    config, stream = FinetuneConfig(batch_size=4), Stream()
+    finetuner = Finetuner(timm.create_model('wrn16_1'), config, ft.make_accelerator(config, 'cpu'),
+                          SimpleNamespace(run=None))
+    _, loader = finetuner._prepare(stream)
+    for epoch in 3, 4:
+        finetuner._state.epoch = epoch
+        finetuner._begin_epoch(stream, loader)
+        assert {float(images.mean()) for images, *_ in loader} == {epoch}
+
+
+def test_several_seeds_share_the_time_budget(weights, photographs, tmp_path, monkeypatch):
+    budgets, stopped = [], iter(['', '2 epochs without a better held-out accuracy', 'the time budget'])
+
+    def run(config, data, out, machine, on_epoch):
+        budgets.append(machine.time_budget)
+        time.sleep(0.02)
+        return {'stopped': next(stopped), 'seconds': 1., 'dataset': 'x', 'split': '70-30', 'input_size': 32, 'top1': 1.,
+                'mean_per_class': 1., 'ece': 1.}
+
+    monkeypatch.setattr(ft, 'finetune', run)
+    assert ft.finetune_seeds(FinetuneConfig(), 'x', tmp_path, 4, Machine(time_budget=100.)) is None
+    assert len(budgets) == 3 and budgets[0] - budgets[1] > 0.01 and budgets[1] - budgets[2] > 0.01
+    assert not (tmp_path / 'metrics.json').exists()
+
+
+@pytest.mark.parametrize('part', ['train', 'holdout', 'test'])
+@pytest.mark.parametrize('way', [('--train', 'head'), ('--epochs', '1'), ('--epochs', '1', '--image-memory', '0')])
+def test_no_file_is_left_out_where_it_may_not_be(run, weights, photographs, tmp_path, capsys, part, way):
+    """Of a given split, whose files are not examined beforehand."""
+    data, split = shutil.copytree(photographs, tmp_path / 'data'), run / 'split.csv'
+    bad = next(row['path'] for row in csv.DictReader(split.read_text().splitlines()) if row['part'] == part)
+    (data / bad).write_bytes(b'')
+    assert tune(data, weights, tmp_path / 'run', '--split', str(split), '--on-bad', 'fail', *way) == 1
+    assert f'{Path(bad).name} is not an image' in capsys.readouterr().err
+
+
+def test_files_are_probed_in_float32(weights, photographs, tmp_path, monkeypatch):
+    seen = set()
+
+    def noted(*args, **kwargs):
+        seen.add(torch.is_autocast_enabled('cpu'))
+        return predict(*args, **kwargs)
+
+    monkeypatch.setattr('wrn_timm.train.probe.predict', noted)
+    assert tune(photographs, weights, tmp_path / 'run', '--probe', weights, '--precision', 'bf16') == 0
+    assert seen == {False}
+
+
+def test_processes_that_read_images_leave_ctrl_c_to_their_owner():
+    loader = make_loader(torch.utils.data.TensorDataset(torch.zeros(2, 3), torch.zeros(2)), 2, 1)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        loader.worker_init_fn(0)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_results_of_other_kinds_are_kept_beside_one_another(tmp_path):

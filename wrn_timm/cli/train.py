@@ -51,7 +51,8 @@ class TrainOptions(Training):
     precision: Literal['auto', 'bf16', 'no'] = 'auto'
     """'auto' is bfloat16 on GPUs and CPUs that are faster in it, 'no' is float32."""
     grad_checkpointing: bool = False
-    """Save memory by recomputing activations in the backward pass."""
+    """Save memory by recomputing activations in the backward pass. The running statistics of BatchNorm are then
+    updated twice per step, as in timm."""
     half: bool = False
     """Export half-precision weights (BatchNorm stays float32)."""
     tracker: str = ''

@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import os
+import re
 import statistics
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +26,8 @@ __all__ = [
     'EXAMINED_AT_MOST', 'FORMATS', 'FolderScan', 'ImageFiles', 'ReadableOnly', 'check_shape', 'collate_readable',
     'examine', 'list_csv', 'list_folder', 'looks_like_image', 'open_csv', 'read_rgb', 'walk_files']
 
-_PARTS = {'train': ('train', 'training'), 'test': ('test',), 'val': ('val', 'valid', 'validation')}
+_PARTS = {'train': ('train', 'training'), 'test': ('test', 'testing'), 'val': ('val', 'valid', 'validation')}
+_PART_WORDS = {*itertools.chain(*_PARTS.values()), 'eval', 'evaluation'}
 
 # Formats of photographs, by Pillow's names. Its other decoders are rarely used, and that of EPS runs Ghostscript.
 FORMATS = ('AVIF', 'BMP', 'GIF', 'HEIF', 'JPEG', 'JPEG2000', 'MPO', 'PNG', 'PPM', 'TIFF', 'WEBP')
@@ -376,6 +378,8 @@ def list_folder(root: str | Path, nested: bool = False) -> FolderScan:
     bad: list[str] = []
     if not (given['train'] and given[test_name]):
         whole = root if len(children) - len(strays) > 1 else given['train'] or root
+        if whole == root and not nested:
+            _check_classes(children)
         return FolderScan(_list_part(whole, nested, bad), bad=tuple(bad), notes=notes if whole != root else ())
     if images := [n for n in others if n not in strays]:
         raise ValueError(f'{root} holds {given["train"].name}/ and {given[test_name].name}/, but also '
@@ -386,6 +390,15 @@ def list_folder(root: str | Path, nested: bool = False) -> FolderScan:
     listed = {part: _list_part(folder, nested, bad) for part, folder in parts.items()}
     tested = '' if test_name == 'test' else f'{given[test_name].name}/'
     return FolderScan(**_same_classes(listed, str(root)), bad=tuple(bad), notes=notes, tested=tested)
+
+
+def _check_classes(children: dict[str, Path]) -> None:
+    """Refuse the parts of a split, by other names than ours, that would be taken for classes."""
+    parts = [p for name, p in children.items() if _PART_WORDS & set(re.split(r'[\W_]+', name))]
+    for a, b in itertools.combinations(parts, 2):
+        if shared := sorted({p.name for p in _folders(a)} & {p.name for p in _folders(b)}):
+            raise ValueError(f'{a} and {b} both hold {some(shared)}: if these are the classes, rename the folders to '
+                             f'train and test (or val); if they are not, --nested makes each folder a class')
 
 
 def _holds_images(folder: Path) -> bool:

@@ -65,6 +65,18 @@ class NamedImages:
         if not self.classes:
             raise ValueError(f'{source} does not say how many classes it has; give --num-classes')
         self.streamed = isinstance(self.dataset, IterableDataset)
+        if not self.streamed:
+            self._check_first_label()
+
+    def _check_first_label(self) -> None:
+        """Refuse a test split whose labels are kept secret, as many are, before anything is trained."""
+        try:
+            label = _read(self, 0)[1]
+        except ValueError:  # the image is left out later
+            return
+        if not 0 <= label < len(self.classes):
+            raise ValueError(f'{self.source}: the first image of the split {self.split!r} has the label {label}, which is '
+                             f'none of the {len(self.classes)} classes; choose other --parts')
 
     def __len__(self) -> int:
         return len(self.dataset)

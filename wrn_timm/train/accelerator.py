@@ -35,7 +35,7 @@ class RunAccelerator(Accelerator):
         if device not in ('cpu', 'cuda') or (device == 'cuda' and not torch.cuda.is_available()):
             raise ValueError(f"device is {device!r}; choose 'cpu', or 'cuda' on a machine where torch finds a GPU")
         self._device, self._precision = torch.device(device), resolve_precision(precision, device)
-        several = int(os.environ.get('WORLD_SIZE', 1)) > 1
+        several = 'LOCAL_RANK' in os.environ  # by which accelerate goes too
         super().__init__(cpu=several and device == 'cpu', **kwargs)
         if several:
             self._device = self.state.device  # the GPU of this process

@@ -33,7 +33,7 @@ from ..weights import find, open_model
 from .detector_report import write_detector_report
 from .find_objects import AS_TENSOR
 from .machine import Machine, fused, resolve_precision
-from .measure import largest_batch, out_of_memory
+from .measure import begin_worker, largest_batch, out_of_memory
 from .measure_boxes import Target, detection_metrics, predict_boxes
 from .probe import summarise
 from .run import (
@@ -61,7 +61,7 @@ OnEpoch = Callable[[dict[str, float]], None]
 
 def _loader(dataset: Dataset, batches: Sequence[list[int]], machine: Machine, seed: int) -> DataLoader:
     return DataLoader(  # without a generator of its own it would draw from the one whose state a checkpoint keeps
-        dataset, batch_sampler=batches, num_workers=machine.workers, collate_fn=_columns,
+        dataset, batch_sampler=batches, num_workers=machine.workers, collate_fn=_columns, worker_init_fn=begin_worker,
         pin_memory=torch.device(machine.device).type == 'cuda', generator=torch.Generator().manual_seed(seed))
 
 
@@ -175,7 +175,8 @@ def _test(loop: _Loop, data: _Data, started: float) -> dict[str, Any]:
     detector = open_detector(folder, machine.device)
     in_order = list(BatchSampler(range(len(data.test)), config.batch_size, drop_last=False))
     loader = _loader(data.test.as_dataset(AS_TENSOR, config.image_size), in_order, machine, config.seed)
-    found, reduced = predict_boxes(detector, loader, machine.device, machine.progress)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # in float32 on every GPU
+        found, reduced = predict_boxes(detector, loader, machine.device, machine.progress)
     predictions = [f | {'boxes': f['boxes'] * target['scale']} for f, target in zip(found, reduced, strict=True)]
     targets = [{'boxes': boxes, 'labels': labels} for boxes, labels in zip(
         data.test.boxes, data.test.labels, strict=True)]

@@ -50,7 +50,7 @@ from .measure import Features, Predictions, largest_batch, predict
 from .metrics import classification_metrics
 from .probe import extract_features, summarise
 from .report import write_report
-from .run import RunControl, RunDir, any_process, check_place, environment, planned_runs
+from .run import TIME_BUDGET, RunControl, RunDir, any_process, check_place, environment, planned_runs
 
 __all__ = ['build_model', 'finetune', 'finetune_seeds', 'make_accelerator', 'prepare_split', 'preprocessing',
            'size_advice', 'training_set']
@@ -157,6 +157,7 @@ def _test(job: _Job, fitted: Fitted, best_epoch: int, train_seconds: float, star
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as `validate` measures
         result = predict(best, split.test.as_dataset(transform), accelerator, job.machine.workers, 'testing',
                          job.machine.progress)
+    _check_readable(result, job.machine)
     metrics = classification_metrics(result.logits, result.labels, split.train.classes) | {
         'dataset': data_name(found['data']), 'split': found.get('split'), 'tested_on': found.get('tested_on', ''),
         'input_size': job.size, 'used': _used(job), 'best_epoch': best_epoch,
@@ -256,6 +257,7 @@ def _train_with_room(job: _Job) -> tuple[torch.nn.Module, Fitted]:
         job.config = dataclasses.replace(job.config, batch_size=smaller)
         job.accelerator.free_memory()
         job.model.load_state_dict(before)
+        job.model.requires_grad_(True)  # an optimizer leaves out what is frozen when it is made
         job.machine = dataclasses.replace(job.machine, resume=True)  # from the last epoch, where there is one
 
 
@@ -283,7 +285,7 @@ def _train(job: _Job) -> tuple[torch.nn.Module, Fitted]:
     bad: list[str] = []
     if config.cached:
         train, holdout = (
-            dataset and _keep(extract_features(job.model, dataset, accelerator, machine), bad)
+            dataset and _keep(extract_features(job.model, dataset, accelerator, machine), bad, machine)
             for dataset in (split.train.as_dataset(job.transforms['test']), holdout))
         loss = functools.partial(
             F.cross_entropy, weight=None if class_weights is None else class_weights.to(accelerator.device))
@@ -295,7 +297,7 @@ def _train(job: _Job) -> tuple[torch.nn.Module, Fitted]:
         room = len(holdout or ()) * 3 * job.size ** 2 * 4
         # three times as much while it is gathered, and processes would send it to one another
         if isinstance(split.holdout, ImageFiles) and 3 * room <= memory and accelerator.num_processes == 1:
-            holdout = _keep(predict(torch.nn.Identity(), holdout, accelerator, workers=machine.workers), bad)
+            holdout = _keep(predict(torch.nn.Identity(), holdout, accelerator, workers=machine.workers), bad, machine)
             memory -= room
         train = training_set(config, split, job.transforms['train'], job.size, memory)
         finetuner = Finetuner(network, config, accelerator, job.control, machine, job.on_epoch)
@@ -333,9 +335,15 @@ def _fit_classifier(classifier: torch.nn.Linear, linear: LinearFit, job: _Job) -
     return Fitted(classifier, history, [], stopped, interrupted, penalty=best['penalty'])
 
 
-def _keep(found: Predictions, bad: list[str]) -> Features:
+def _keep(found: Predictions, bad: list[str], machine: Machine) -> Features:
+    _check_readable(found, machine)
     bad += found.bad
     return Features(found.logits, found.labels)
+
+
+def _check_readable(found: Predictions, machine: Machine) -> None:
+    if found.bad and machine.on_bad == 'fail':
+        raise ValueError(some(found.bad, '; '))
 
 
 def training_set(config: FinetuneConfig, split: Split, transform: Any, size: int, memory: float = 0) -> Dataset:
@@ -381,7 +389,7 @@ def make_accelerator(config: FinetuneConfig, device: str) -> Accelerator:
     """The device, the precision and the processes of a run."""
     return RunAccelerator(
         device, config.precision, gradient_accumulation_steps=config.accumulate,
-        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+        dataloader_config=DataLoaderConfiguration(split_batches=True, dispatch_batches=False, non_blocking=True),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.train != 'all')])
 
 
@@ -588,7 +596,7 @@ def finetune_seeds(
         `way`, `dataset`, `protocol`, `input_size`, `epochs` (where there are any), `stem`, `seeds`, `seconds` of all,
         `settings` (the fields of `config` that are not the default), `runs` (their metrics), and of `top1`,
         `mean_per_class` and `ece` the `mean`, the sample standard deviation `std` and the `values`. None if a run was
-        stopped by SIGTERM or Ctrl-C.
+        stopped by SIGTERM or Ctrl-C, or one of several by the time budget, which is that of all together.
 
     Raises:
         What `finetune` raises; the runs that ended are kept. With `resume` they are passed by.
@@ -597,10 +605,11 @@ def finetune_seeds(
     planned = planned_runs(config, out, seeds, machine.resume)
     for own, folder, resume in planned if first else ():  # of all, before the first is run
         RunDir.check(folder, _settings(own, str(data)), resume)
-    runs = []
+    runs, deadline = [], machine.deadline()
     for own, folder, resume in planned:
-        metrics = finetune(own, data, folder, dataclasses.replace(machine, resume=resume), on_epoch)
-        if metrics is None:
+        left = dataclasses.replace(machine, resume=resume, time_budget=max(0., deadline - time.monotonic()))
+        metrics = finetune(own, data, folder, left, on_epoch)
+        if metrics is None or (seeds > 1 and metrics['stopped'] == TIME_BUDGET):
             return None
         runs.append(metrics)
     config = dataclasses.replace(config, split=_split_name(config.split))  # the summary may be published

@@ -154,8 +154,9 @@ class Finetuner:
         self.optimizer = create_optimizer_v2(
             network, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
             layer_decay=config.layer_decay if hasattr(network, 'group_matcher') else None,
-            # it takes no group in which some layers have begun to train and some have not
-            **({} if config.train == 'gradual' else fused(config.opt)))
+            # fused, it takes no group in which some layers have begun to train and some have not, and where the very
+            # first step of float16 overflows, the momentum of SGD begins with what was in memory
+            **({} if config.train == 'gradual' or accelerator.scaler else fused(config.opt)))
         self.ema = ModelEmaV3(network, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self._unfreezing = _Unfreezing(network, config.train, config.epochs)
         self._mix = mixer(config.mixup, config.cutmix, network.num_classes)
@@ -201,7 +202,7 @@ class Finetuner:
                 if stopped := self._reason_to_stop():
                     break
                 epoch_began = time.monotonic()
-                self._begin_epoch(train)
+                self._begin_epoch(train, loader)
                 row = self._train(model, loader, class_weights, bar)
                 if amid := row is None:
                     stopped = self.control.reason_to_stop() or 'another process'
@@ -221,7 +222,7 @@ class Finetuner:
             self.control.run.write_history(state.history)
         self._clean_up(model)
         few = len(holdout or ()) < ENOUGH_TO_CHOOSE and not stopped  # before its end no epoch is the schedule's best
-        bad = gather_object(state.bad) if accelerator.num_processes > 1 else state.bad
+        bad = list(dict.fromkeys(gather_object(state.bad))) if accelerator.num_processes > 1 else state.bad
         interrupted, = any_process(self.control.signalled, device=accelerator.device)
         return Fitted(self.averaged, state.history, bad, stopped, interrupted, earlier, last=few)
 
@@ -253,11 +254,12 @@ class Finetuner:
             reason = next(filter(None, gather_object([reason])), '')
         return reason
 
-    def _begin_epoch(self, train: Dataset) -> None:
+    def _begin_epoch(self, train: Dataset, loader: DataLoader) -> None:
         epoch, seed = self._state.epoch, self.config.seed * 100_003 + self._state.epoch
         random_seed(seed % 2 ** 32, self.accelerator.process_index)
         self._order.manual_seed(seed)
         if isinstance(train, IterableDataset):
+            loader.set_epoch(epoch)  # accelerate counts on from there, and tells the stream
             train.set_epoch(epoch)
         self._unfreezing.train(epoch)
 
@@ -323,9 +325,10 @@ class Finetuner:
             except RuntimeError as e:
                 if not out_of_memory(e):
                     raise
-                loss = None
+                loss = logits = None
             if loss is None:  # outside the handler, which holds the tensors
-                raise _too_large(self.network, images, self._batch_size, self.accelerator.num_processes)
+                with self.accelerator.autocast():
+                    raise _too_large(self.network, images, self._batch_size, self.accelerator.num_processes)
             self._stepper.step()
             self._stepper.zero_grad()
         return loss.detach()
@@ -338,7 +341,7 @@ class Finetuner:
             return {}
         with self.accelerator.autocast():
             result = predict(self.averaged, holdout, self.accelerator, workers=self.machine.workers)
-        self._state.note_bad(result.bad)
+        self._check_readable(result.bad, none_left=False)
         measured = loss_and_accuracy(result.logits, result.labels)
         self.control.check_finite(measured['loss'], 'the loss on held-out files', self._state.epoch + 1)
         return {f'holdout_{k}': v for k, v in measured.items()}
@@ -394,8 +397,12 @@ class _Timer:
 def _too_large(network: torch.nn.Module, images: torch.Tensor, batch_size: int, world: int) -> BatchTooLarge:
     network.zero_grad(set_to_none=True)
     shape, device = images.shape[1:], images.device
-    fits = largest_batch(lambda n: network(torch.zeros(n, *shape, device=device)).sum().backward(),
-                         len(images) // 2) * world
+
+    def step(n: int) -> None:
+        batch = torch.zeros(n, *shape, device=device).contiguous(memory_format=torch.channels_last)
+        network(batch).float().sum().backward()
+
+    fits = largest_batch(step, len(images) // 2) * world
     network.zero_grad(set_to_none=True)
     advice = f'--batch-size {fits} fits, with --accumulate {math.ceil(batch_size / fits)} to the same effect' if fits \
         else 'not even one image fits; choose a smaller --input-size or --model'

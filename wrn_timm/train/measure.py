@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from .machine import Machine, autocast, resolve_precision
 from .run import environment
 
 __all__ = [
-    'Features', 'Predictions', 'evaluate', 'largest_batch', 'loss_and_accuracy', 'make_loader', 'out_of_memory',
-    'predict', 'predict_logits', 'validate']
+    'Features', 'Predictions', 'begin_worker', 'evaluate', 'largest_batch', 'loss_and_accuracy', 'make_loader',
+    'out_of_memory', 'predict', 'predict_logits', 'validate']
 
 Batches = Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
@@ -135,6 +136,11 @@ class Features(Dataset):
         return self.features[index], self.labels[index], index, []
 
 
+def begin_worker(worker: int) -> None:
+    """For a DataLoader: Ctrl-C, which reaches its workers too, is answered by the process that they belong to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def make_loader(dataset: Dataset, batch_size: int, workers: int, pin: bool = False, **kwargs: Any) -> DataLoader:
     """Batches of (images, labels, indices into the data set that a Subset is of, why others could not be read)."""
     inner = dataset.dataset if isinstance(dataset, Subset) else dataset
@@ -147,7 +153,7 @@ def make_loader(dataset: Dataset, batch_size: int, workers: int, pin: bool = Fal
     readable = Subset(ReadableOnly(inner), dataset.indices) if inner is not dataset else ReadableOnly(dataset)
     return DataLoader(
         readable, batch_size, num_workers=min(workers, math.ceil(len(dataset) / batch_size)),
-        collate_fn=collate_readable, pin_memory=pin, **kwargs)
+        collate_fn=collate_readable, worker_init_fn=begin_worker, pin_memory=pin, **kwargs)
 
 
 def _with_none_unread(batch: Any) -> Any:

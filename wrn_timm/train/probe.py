@@ -209,7 +209,7 @@ def probe(
     if not names:
         raise ValueError('there are no weights on this machine to probe; name them to fetch them')
     splits, about = _splits(data, config, seeds, machine)
-    accelerator = RunAccelerator(machine.device, config.precision)
+    accelerator = RunAccelerator(machine.device)  # float32, in which test files are measured
     rows: list[dict[str, Any]] = []
     best: tuple[dict[str, Any], _Bank, list[float]] | None = None
 

@@ -48,9 +48,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
-    'RunControl', 'RunDir', 'any_process', 'begun_with', 'check_place', 'config_of', 'environment', 'holds_checkpoint',
-    'is_best', 'planned_runs', 'plot_history', 'progress_bar']
+    'TIME_BUDGET', 'RunControl', 'RunDir', 'any_process', 'begun_with', 'check_place', 'config_of', 'environment',
+    'holds_checkpoint', 'is_best', 'planned_runs', 'plot_history', 'progress_bar']
 
+TIME_BUDGET = 'the time budget'  # as the reason why a run stopped
 _logger = logging.getLogger(__name__)
 
 _RECIPE = 'recipe.json'
@@ -435,7 +436,7 @@ class RunControl:
     def reason_to_stop(self, ahead: float = 0.) -> str:
         """The signal that asks the run to stop, or 'the time budget' where the next `ahead` seconds do not fit into it;
         '' to go on."""
-        return self._asked or ('the time budget' if time.monotonic() + ahead > self.deadline else '')
+        return self._asked or (TIME_BUDGET if time.monotonic() + ahead > self.deadline else '')
 
     @property
     def save_is_due(self) -> bool:
