@@ -75,8 +75,8 @@ class NamedImages:
         except ValueError:  # the image is left out later
             return
         if not 0 <= label < len(self.classes):
-            raise ValueError(f'{self.source}: the first image of the split {self.split!r} has the label {label}, which is '
-                             f'none of the {len(self.classes)} classes; choose other --parts')
+            raise ValueError(f'{self.source}: the first image of the split {self.split!r} has the label {label}, which '
+                             f'is none of the {len(self.classes)} classes; choose other --parts')
 
     def __len__(self) -> int:
         return len(self.dataset)
