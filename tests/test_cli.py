@@ -1,7 +1,6 @@
 """The commands as `wrn-timm`: what they say of wrong words, what is missing, errors, and when they are stopped."""
 import dataclasses
 import importlib
-import json
 import os
 import re
 import shutil
@@ -257,18 +256,3 @@ def test_a_card_is_written_of_our_runs_alone(folder, capsys, recipe, message):
     assert validate_script.main(args) == 1
     assert message in capsys.readouterr().err  # before the data is looked for
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-
-
-def test_a_damaged_scan_of_a_run_is_named(weights, tmp_path, capsys):
-    for name in ('ketch', 'pizza'):
-        (tmp_path / 'data' / name).mkdir(parents=True)
-        for path in sorted((SAMPLE / name).iterdir())[:6]:
-            shutil.copy(path, tmp_path / 'data' / name)
-    args = ['--data', str(tmp_path / 'data'), '--model', weights, '--out', str(tmp_path / 'run'), '--device', 'cpu',
-            '--input-size', '32', '--epochs', '1', '--messages', 'quiet']
-    assert finetune.main(args) == 0
-    scan = tmp_path / 'run' / 'scan.json'
-    for damage in ('{', json.dumps([1])):
-        scan.write_text(damage)
-        assert finetune.main([*args, '--resume']) == 1
-        assert f'error: {scan} is damaged: ' in capsys.readouterr().err

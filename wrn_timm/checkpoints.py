@@ -104,35 +104,32 @@ def from_biased_resnet(state_dict: StateDict) -> StateDict:
     ]))
 
 
-# (key that only this layout has, its name, its converter); native layouts need no converter.
-LAYOUTS: tuple[tuple[str, str, Callable[[StateDict], StateDict]], ...] = (
-    (r'^group0\.block0\.conv0$', "the WRN authors' functional layout", from_authors),
-    (r'^block1\.layer\.0\.conv1\.weight$', 'the xternalz layout', from_xternalz),
-    (r'^features\.post_activ\.bn\.weight$', "pytorchcv's CIFAR layout", from_pytorchcv_cifar),
-    (r'^features\.init_block\.conv\.conv\.weight$', "pytorchcv's and the tutorials' WRN-50-2", from_biased_resnet),
-)
+# By a key that only this layout has, its converter; native layouts need none.
+LAYOUTS: dict[str, Callable[[StateDict], StateDict]] = {
+    'group0.block0.conv0': from_authors,
+    'block1.layer.0.conv1.weight': from_xternalz,
+    'features.post_activ.bn.weight': from_pytorchcv_cifar,
+    'features.init_block.conv.conv.weight': from_biased_resnet,
+}
 
 
 NATIVE = ('a WRN-', 'a ResNet of ')
 
 
-def _layout(state_dict: StateDict) -> tuple[str, Callable[[StateDict], StateDict] | None]:
-    for pattern, name, convert in LAYOUTS:
-        if any(re.match(pattern, key) for key in state_dict):
-            return name, convert
+def _description(state_dict: StateDict) -> str:
     if any(re.match(r'^layer\d+\.0\.skip\.1\.', key) for key in state_dict):
-        return 'a network with BatchNorm in a shortcut fed by the raw input, which is not the paper\'s', None
+        return 'a network with BatchNorm in a shortcut fed by the raw input, which is not the paper\'s'
     first = state_dict.get('layer1.0.conv1.weight')
     if first is None or first.ndim != 4:
-        return 'in an unknown layout', None
+        return 'in an unknown layout'
     if 'layer1.0.bn1.weight' in state_dict and 'bn.weight' in state_dict:
         blocks = sum(bool(re.fullmatch(r'layer1\.\d+\.conv1\.weight', k)) for k in state_dict)
         width = first.shape[0] / 16
-        return f'{NATIVE[0]}{6 * blocks + 4}-{width:g}', None
+        return f'{NATIVE[0]}{6 * blocks + 4}-{width:g}'
     if 'layer4.0.conv1.weight' in state_dict and 'bn1.weight' in state_dict:
         blocks = [sum(bool(re.fullmatch(rf'layer{i}\.\d+\.conv1\.weight', k)) for k in state_dict) for i in range(1, 5)]
-        return f'{NATIVE[1]}{"-".join(map(str, blocks))} blocks, the first {first.shape[0]} channels wide inside', None
-    return 'in an unknown layout', None
+        return f'{NATIVE[1]}{"-".join(map(str, blocks))} blocks, the first {first.shape[0]} channels wide inside'
+    return 'in an unknown layout'
 
 
 def convert_state_dict(state_dict: StateDict) -> StateDict:
@@ -148,7 +145,7 @@ def convert_state_dict(state_dict: StateDict) -> StateDict:
     state_dict = {
         re.sub(r'^(module\.|_orig_mod\.)+', '', k): v.detach()
         for k, v in state_dict.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-    convert = _layout(state_dict)[1]
+    convert = next((convert for key, convert in LAYOUTS.items() if key in state_dict), None)
     return convert(state_dict) if convert else state_dict
 
 
@@ -174,7 +171,7 @@ def convert_checkpoint(path: str | Path) -> StateDict:
     if not isinstance(state_dict, dict):
         raise ValueError(f'{path} holds a {type(state_dict).__name__}, not a dictionary of tensors')
     state_dict = convert_state_dict(state_dict)
-    name = _layout(state_dict)[0]
+    name = _description(state_dict)
     if not name.startswith(NATIVE):
         raise ValueError(f'{path} is {name}')
     return state_dict
@@ -226,6 +223,6 @@ def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
         and not k.endswith('num_batches_tracked')]
     if misfits:
         raise RuntimeError(
-            f'The checkpoint is {_layout(state_dict)[0]}; the model is {_layout(own)[0]}. '
+            f'The checkpoint is {_description(state_dict)}; the model is {_description(own)}. '
             f'{len(misfits)} keys do not fit, first: {"; ".join(misfits[:4])}')
     return state_dict

@@ -187,11 +187,6 @@ class WideResNet(nn.Module):
                 nn.init.zeros_(m.bias)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay: none, as the paper decays every parameter."""
-        return set()
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups by stage (coarse) or block, in order of depth, for layer-wise learning rates."""
         return dict(

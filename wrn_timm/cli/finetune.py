@@ -12,7 +12,6 @@ import dataclasses
 import json
 import logging
 import os
-import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ import torch
 from ..data.bundled import sample
 from ..files import atomic_write
 from ..names import printable
-from ..recipes import FinetuneConfig
+from ..recipes import FinetuneConfig, finetune_command
 from ..train.finetune import finetune_seeds
 from ..train.machine import Machine, usable_cores
 from ..train.probe import probe
@@ -160,15 +159,10 @@ def show_probe(rows: list[dict[str, Any]], options: FinetuneOptions, config: Fin
                           for scores in (row['holdout'], row))
         print(f"{printable(row['weights']):26} {row['input_size']:>3} px  {row['way']:13}{held_out:>26}{test:>26} "
               f"{row['seconds']:8.0f}")
-    config = dataclasses.replace(config, model=rows[0]['weights'])
-    flags = ['--data', options.data] if options.data else []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name in ('model', 'split', 'holdout', 'input_size', 'nested', 'seed') and value != field.default:
-            name = '--' + field.name.replace('_', '-')
-            flags += [name] if value is True else [name, str(value)]
+    kept = ('split', 'holdout', 'input_size', 'nested', 'seed')
+    settings = {'model': rows[0]['weights'], **{name: getattr(config, name) for name in kept}}
     print(f"\nThe best by held-out files is {rows[0]['weights']}. Train all its layers (or, with --train head, the "
-          f"classifier alone, in seconds):\n\n  {shlex.join(['wrn-timm', 'finetune', *flags, '--out', options.out])}")
+          f"classifier alone, in seconds):\n\n  {finetune_command(settings, options.source, options.out)}")
 
 
 def read(argv: Sequence[str]) -> tuple[FinetuneOptions, FinetuneConfig]:

@@ -645,15 +645,12 @@ def read_box_split(file: Path, scan: BoxScan, root: Path) -> tuple[BoxedImages, 
     Raises:
         ValueError: The file is damaged, or an image of it is not among those of the scan any more.
     """
-    images = {_from(root, path): (part, i) for part in scan.parts.values() for i, path in enumerate(part.paths)}
-    chosen: dict[str, list[tuple[BoxedImages, int]]] = {'train': [], 'test': []}
+    whole = _joined(list(scan.parts.values()))
+    place = {_from(root, path): i for i, path in enumerate(whole.paths)}
+    chosen: dict[str, list[int]] = {'train': [], 'test': []}
     with open(file, encoding='utf-8', errors='surrogateescape', newline='') as f:
         for row in csv.DictReader(f):
-            if row.get('part') not in chosen or row.get('path') not in images:
+            if row.get('part') not in chosen or row.get('path') not in place:
                 raise ValueError(f'{file}, {row.get("part")} {row.get("path")}: there is no such image any more')
-            chosen[row['part']].append(images[row['path']])
-    train, test = (BoxedImages(
-        tuple(part.paths[i] for part, i in rows), tuple(part.boxes[i] for part, i in rows),
-        tuple(part.labels[i] for part, i in rows), next(iter(scan.parts.values())).classes)
-        for rows in chosen.values())
-    return train, test
+            chosen[row['part']].append(place[row['path']])
+    return whole.subset(chosen['train']), whole.subset(chosen['test'])

@@ -333,8 +333,8 @@ class FolderScan:
             lines.append(f'more than {EXAMINED_AT_MOST:,} files: they were not checked for damage and '
                          f'duplicates')
         elif self.sizes:
-            width, height = (sorted(Counter(self._sides(axis)).items()) for axis in (0, 1))
-            lines.append(f'sizes: {width[0][0]} to {width[-1][0]} pixels wide, {height[0][0]} to {height[-1][0]} high')
+            widths, heights = zip(*self.sizes, strict=True)
+            lines.append(f'sizes: {min(widths)} to {max(widths)} pixels wide, {min(heights)} to {max(heights)} high')
         if self.bad:
             lines.append(f'left out, {len(self.bad)}: {some(self.bad, "; ")}')
         label = {path: part.classes[i] for part in self.parts().values()
@@ -342,9 +342,6 @@ class FolderScan:
         if torn := [group for group in self.twins if len({label[p] for p in group}) > 1]:
             lines.append(f'same content in several classes, {len(torn)}: {some([" = ".join(g) for g in torn], "; ")}')
         return lines
-
-    def _sides(self, axis: int) -> Iterator[int]:
-        return (size[axis] for size in self.sizes)
 
 
 def some(names: Sequence[str], separator: str = ', ') -> str:

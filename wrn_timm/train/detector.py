@@ -111,7 +111,6 @@ def train_detector(
     read = _read(config, data, out, machine)
     detector, config = _prepared(_kept(config, out, machine), read, out, machine)
     settings = {'detect': config, 'data': read.name, 'classes': read.train.classes}
-    RunDir.check(out, settings, machine.resume)
     run = RunDir(out, settings, machine.resume, device=machine.device)
     atomic_write(out / 'split.csv', write_box_split(read.train, read.test, data_folder(data)))
     loop = _Loop(detector, read.train, config, RunControl(run, deadline), machine, on_epoch)

@@ -19,14 +19,13 @@ class Muon(timm.optim.Muon):
 
     Args:
         params: As timm's.
-        dtype: Type of the matrix products; None takes bfloat16 where the device of the parameters is fast in it.
         **kwargs: As timm's.
     """
 
-    def __init__(self, params: Any, dtype: torch.dtype | None = None, **kwargs: Any):
+    def __init__(self, params: Any, **kwargs: Any):
         super().__init__(params, **kwargs)
         device = self.param_groups[0]['params'][0].device
-        self.dtype = dtype or (torch.bfloat16 if fast_bfloat16(device) else torch.float32)
+        self.dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
 
     def step(self, closure: Any = None) -> Any:
         """One step. timm's takes no type, though the function that it calls does."""
