@@ -156,12 +156,12 @@ def test_tutorial_biases_fold_into_batchnorm(tmp_path, caplog):
     assert 'has 101 classes, this model 1000: its classifier is dropped' in caplog.text
 
 
-def test_another_architecture_is_refused_with_what_it_is(tmp_path):
+def test_another_architecture_is_refused_with_what_it_is(tmp_path, caplog):
     state_dict = {'conv1.weight': torch.zeros(16, 3, 3, 3), 'layer1.0.residual.0.weight': torch.zeros(16),
                   'layer1.0.skip.0.weight': torch.zeros(64, 16, 1, 1), 'layer1.0.skip.1.weight': torch.zeros(64)}
     torch.save(state_dict, tmp_path / 'tutorial.pt')
     with pytest.raises(RuntimeError, match=r'BatchNorm in a shortcut fed by the raw input.*the model is a WRN-16-4'
-                                           r'.*first: layer1\.0\.bn1\.weight is missing'):
+                                           r'.*first: layer1\.0\.bn1\.weight is not in the checkpoint'):
         load('wrn16_4', tmp_path / 'tutorial.pt')
     torch.save({k.replace('layer1', 'layer2'): v for k, v in state_dict.items()}, tmp_path / 'width1.pt')
     with pytest.raises(ValueError, match='width1.pt is a network with BatchNorm in a shortcut'):
@@ -175,11 +175,22 @@ def test_another_architecture_is_refused_with_what_it_is(tmp_path):
     torch.save(timm.create_model('resnet18').state_dict(), tmp_path / 'resnet18.pt')
     with pytest.raises(RuntimeError, match=r'is a ResNet of 2-2-2-2 blocks'):
         load('wrn16_4', tmp_path / 'resnet18.pt')
+    assert 'classifier is dropped' not in caplog.text
+    with pytest.raises(RuntimeError, match=r'is not in the model.*The model has another normalisation \(norm_layer\)'):
+        load('wrn16_2', tmp_path / 'other.safetensors', norm_layer='groupnorm1')
+
+
+def test_a_checkpoint_without_a_classifier(tmp_path, caplog):
+    reference = timm.create_model('wrn16_1')
+    torch.save({k: v for k, v in reference.state_dict().items() if not k.startswith('fc.')}, tmp_path / 'body.pt')
+    model = load('wrn16_1', tmp_path / 'body.pt')
+    assert 'The checkpoint has no classifier; that of this model starts untrained.' in caplog.text
+    torch.testing.assert_close(model.layer3[1].conv2.weight, reference.layer3[1].conv2.weight, atol=0, rtol=0)
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     torch.save({'state_dict': re.compile('x')}, tmp_path / 'code.pt')
-    with pytest.raises(ValueError, match='code.pt cannot be read as weights: '):
+    with pytest.raises(ValueError, match=r'code.pt cannot be read as weights: .*more than tensors \(save'):
         wrn_timm.convert_checkpoint(tmp_path / 'code.pt')
     with pytest.raises(RuntimeError):
         load('wrn16_1', tmp_path / 'code.pt')
@@ -195,6 +206,19 @@ def test_damaged_and_missing_files(tmp_path):
         wrn_timm.convert_checkpoint(tmp_path / 'none.pt')
     with pytest.raises(FileNotFoundError, match='which does not exist'):
         load('wrn16_1', tmp_path / 'none.pt')
+    with pytest.raises(FileNotFoundError, match='is a folder; give the file in it'):
+        wrn_timm.convert_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match='which is a folder; name the file in it'):
+        load('wrn16_1', tmp_path)
+
+
+@pytest.mark.parametrize('name', ['wrn16_1', 'wrn18_1'])  # whose tags have a file, and a repository of the Hub
+def test_an_address_that_the_caller_gives_is_the_one_that_is_read(tmp_path, name):
+    reference = timm.create_model(name)
+    torch.save(reference.state_dict(), tmp_path / 'other.pth')
+    overlay = dict(url=(tmp_path / 'other.pth').as_uri())
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=str(tmp_path / 'cache'))
+    torch.testing.assert_close(model.fc.weight, reference.fc.weight, atol=0, rtol=0)
 
 
 def test_converting_twice_changes_nothing():

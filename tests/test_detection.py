@@ -92,7 +92,11 @@ def test_frozen_stages_and_norms():
     sum(detector([torch.rand(3, 80, 100)] * 2, [TARGET] * 2).values()).backward()
     optimizer.step()
     changed = {k.split('.')[0] for k, v in body.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed == {'layer3'}
+    assert changed == {'conv1', 'layer3'}  # no weights fit this stem
+    whole = fpn_backbone('wrn16_2', stem='cifar', frozen_stages=2).body
+    assert {n.split('.')[0] for n, p in whole.named_parameters() if p.requires_grad} == {'layer3'}
+    with pytest.raises(ValueError, match=r"give the name of its network.*pretrained_cfg_overlay=dict\(file="):
+        fpn_backbone('local-dir:somewhere')
     frozen = fpn_backbone('wrn16_2', frozen_norm=True)
     assert sum(isinstance(m, FrozenBatchNorm2d) for m in frozen.modules()) == 12
     assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())

@@ -200,6 +200,14 @@ def test_exported_file_carries_preprocessing_and_class_names(trained, tmp_path):
         assert config['label_names'][3] == 'cat'
 
 
+def test_exported_files_name_no_classes_of_a_classifier_that_was_replaced(tmp_path):
+    model = timm.create_model('wrn16_1', pretrained=True, num_classes=3)
+    wrn_timm.export.to_torchscript(model, tmp_path / 'other.ts')
+    extra = {'config.json': ''}
+    torch.jit.load(tmp_path / 'other.ts', _extra_files=extra)
+    assert json.loads(extra['config.json'])['label_names'] is None
+
+
 @pytest.mark.parametrize('factor', [1.001, float('nan')])
 def test_an_exported_file_that_gives_something_else_is_not_kept(tmp_path, capsys, monkeypatch, factor):
     monkeypatch.setattr(export_script, 'run_exported', lambda path, images: factor * run_exported(path, images))

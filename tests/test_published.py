@@ -295,6 +295,12 @@ def test_weights_that_are_here_by_chance_change_no_default(no_weights):
     assert 'wrn10_3.cifar100' in timm.list_pretrained('wrn10*')
 
 
+@pytest.mark.parametrize('name, nearest', [('wrn50_4', 'wrn101_2.tv2_in1k'), ('wrn18_2', 'wrn34_1.a1_in1k')])
+def test_the_nearest_of_imagenet_is_named(no_weights, name, nearest):
+    with pytest.raises(RuntimeError, match=f'nearest network that has weights: {nearest}'):
+        timm.create_model(name, pretrained=True)
+
+
 @pytest.mark.parametrize('name, nearest', [
     ('wrn28_10.cifar100', 'wrn28_10.pcv_cifar100'), ('wrn16_10.cifar10', 'wrn16_10.pcv_cifar10'),
     ('wrn34_20', 'wrn28_10.pcv_cifar10'), ('wrn22_8.cifar100', 'wrn16_10.pcv_cifar100'),

@@ -6,8 +6,8 @@ import torchvision
 
 import wrn_timm  # noqa: F401
 
-MILLIONS = {'wrn18_1': 11.7, 'wrn18_1_5': 25.9, 'wrn18_2': 45.6, 'wrn18_3': 101.8, 'wrn34_1_5': 48.6,
-            'wrn34_2': 86.0}  # table 7
+MILLIONS = {'wrn18_1': 11.7, 'wrn18_1_5': 25.9, 'wrn18_2': 45.6, 'wrn18_3': 101.8, 'wrn34_1': 21.8,
+            'wrn34_1_5': 48.6, 'wrn34_2': 86.0}  # table 7
 
 
 def count(model):
@@ -45,7 +45,8 @@ def test_forward_equals_torchvision():
 
 def test_configurations_are_those_of_timm():
     for ours, theirs in (
-            ('wrn18_1', 'resnet18'), ('wrn50_2', 'wide_resnet50_2'), ('wrn101_2', 'wide_resnet101_2')):
+            ('wrn18_1', 'resnet18'), ('wrn34_1', 'resnet34'), ('wrn50_2', 'wide_resnet50_2'),
+            ('wrn101_2', 'wide_resnet101_2')):
         a, b = timm.models.get_arch_pretrained_cfgs(ours), timm.models.get_arch_pretrained_cfgs(theirs)
         assert {n.split('.')[1] for n in a} == {n.split('.')[1] for n in b}
         assert timm.get_pretrained_cfg(ours).tag == timm.get_pretrained_cfg(theirs).tag
@@ -80,7 +81,7 @@ def test_stem_for_small_images_is_resnet18s_usual_one():
     for output_stride in (2, 4, 8):
         dilated = timm.create_model('wrn18_1', stem='cifar', output_stride=output_stride).eval()
         assert dilated.feature_info[-1]['reduction'] == output_stride == 32 // dilated.forward_features(x).shape[-1]
-    with pytest.raises(ValueError, match="output_stride is 16; with the 'cifar' stem it can be 2, 4, 8"):
+    with pytest.raises(ValueError, match="output_stride is 16; with the 'cifar' stem it can be 2, 4 or 8"):
         timm.create_model('wrn18_1', stem='cifar', output_stride=16)
     with pytest.raises(ValueError, match="stem 'vit' is unknown; choose 'cifar' or 'imagenet'"):
         timm.create_model('wrn18_1', stem='vit')

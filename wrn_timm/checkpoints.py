@@ -160,14 +160,18 @@ def convert_checkpoint(path: str | Path) -> StateDict:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f'no checkpoint at {path}')
+        raise FileNotFoundError(
+            f'{path} is a folder; give the file in it' if path.is_dir() else f'no checkpoint at {path}')
     try:
         if path.suffix == '.safetensors':
             state_dict = load_file(path)
         else:
             state_dict = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # what a refused pickle, a damaged zip and a damaged safetensors raise has no common base
-        raise ValueError(f'{path} cannot be read as weights: {str(e).partition(". ")[0]}') from e
+        what = 'it is damaged' if path.suffix == '.safetensors' else (
+            'it is damaged, or holds more than tensors (save model.state_dict(), not the model)')
+        said = f'{type(e).__name__}: {str(e).partition(". ")[0]}'.removesuffix(': ')
+        raise ValueError(f'{path} cannot be read as weights: {what}. {said}') from e
     if not isinstance(state_dict, dict):
         raise ValueError(f'{path} holds a {type(state_dict).__name__}, not a dictionary of tensors')
     state_dict = convert_state_dict(state_dict)
@@ -195,6 +199,28 @@ def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
             *('x'.join(map(str, w.shape[2:])) for w in (first, own_first)))
         state_dict['conv1.weight'] = own_first
 
+    def fits(key: str) -> bool:
+        a, b = own[key].shape, state_dict[key].shape
+        if key.startswith('fc.'):
+            return len(a) == len(b)
+        return a == b if key != 'conv1.weight' else a[:1] == b[:1] and a[2:] == b[2:]
+
+    optional = re.compile(r'^fc\.|\.num_batches_tracked$')
+    misfits = [f'{k} is not in the checkpoint' for k in own if k not in state_dict and not optional.search(k)]
+    misfits += [f'{k} is not in the model' for k in state_dict if k not in own and not optional.search(k)]
+    misfits += [
+        f'{k} is {tuple(state_dict[k].shape)}, not {tuple(own[k].shape)}'
+        for k in own if k in state_dict and not fits(k)]
+    misfits += [
+        f'{k} is {state_dict[k].dtype}, not {own[k].dtype}'
+        for k in own if k in state_dict and own[k].is_floating_point() != state_dict[k].is_floating_point()
+        and not k.endswith('num_batches_tracked')]
+    if misfits:
+        other = ' The model has another normalisation (norm_layer).' if _has_statistics(state_dict) and not (
+            _has_statistics(own)) else ''
+        raise RuntimeError(
+            f'The checkpoint is {_description(state_dict)}; the model is {_description(own)}. '
+            f'{len(misfits)} keys do not fit, first: {"; ".join(misfits[:4])}.{other}')
     if 'fc.weight' in state_dict and state_dict['fc.weight'].ndim == 2:
         classes = len(state_dict['fc.weight'])
         if classes != model.pretrained_cfg['num_classes'] and model.num_classes not in (0, classes):
@@ -204,25 +230,11 @@ def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
         if classes != model.pretrained_cfg['num_classes']:
             model.pretrained_cfg.pop('label_names', None)
         model.pretrained_cfg['num_classes'] = classes  # by which timm decides whether to keep the classifier
-
-    def fits(key: str) -> bool:
-        a, b = own[key].shape, state_dict[key].shape
-        if key.startswith('fc.'):
-            return len(a) == len(b)
-        return a == b if key != 'conv1.weight' else a[:1] == b[:1] and a[2:] == b[2:]
-
-    optional = re.compile(r'^fc\.|\.num_batches_tracked$')
-    misfits = [f'{k} is missing' for k in own if k not in state_dict and not optional.search(k)]
-    misfits += [f'{k} is unknown' for k in state_dict if k not in own and not optional.search(k)]
-    misfits += [
-        f'{k} is {tuple(state_dict[k].shape)}, not {tuple(own[k].shape)}'
-        for k in own if k in state_dict and not fits(k)]
-    misfits += [
-        f'{k} is {state_dict[k].dtype}, not {own[k].dtype}'
-        for k in own if k in state_dict and own[k].is_floating_point() != state_dict[k].is_floating_point()
-        and not k.endswith('num_batches_tracked')]
-    if misfits:
-        raise RuntimeError(
-            f'The checkpoint is {_description(state_dict)}; the model is {_description(own)}. '
-            f'{len(misfits)} keys do not fit, first: {"; ".join(misfits[:4])}')
+    elif model.num_classes and 'fc.weight' not in state_dict:
+        _logger.warning('The checkpoint has no classifier; that of this model starts untrained.')
+        state_dict |= {k: v for k, v in own.items() if k.startswith('fc.')}
     return state_dict
+
+
+def _has_statistics(state_dict: StateDict) -> bool:
+    return any(key.endswith('running_mean') for key in state_dict)

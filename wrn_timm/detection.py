@@ -54,13 +54,15 @@ def fpn_backbone(
     """A network's stages with a feature pyramid: a backbone for torchvision's detectors.
 
     Args:
-        name: timm name of a WRN.
+        name: timm name of a WRN. Weights in a folder are given by `pretrained=True` and
+            `pretrained_cfg_overlay=dict(file='DIR/model.safetensors')`.
         out_indices: Levels of its `feature_info`; None for all stages from `layer1` on.
         out_channels: Channels of every level of the pyramid.
         pretrained: Start from the tag's weights.
         frozen_norm: Replace BatchNorm with `FrozenBatchNorm2d`, for small batches; None does so if `pretrained`, unless
             the stem is not that of the weights.
-        frozen_stages: Freeze the stem and the first n stages; 0 freezes nothing.
+        frozen_stages: Freeze the stem and the first n stages; 0 freezes nothing. A stem chosen by `stem=`, which
+            the pretrained weights do not fit, is trained all the same.
         extra_blocks: Adds levels after the last one; None adds one by max pooling.
         model_kwargs: Passed to `timm.create_model`. The 6N + 4 family gets `stem='imagenet'` by default, because at
             stride 1 a photograph of 640 pixels costs 16 times as much.
@@ -73,6 +75,9 @@ def fpn_backbone(
     Raises:
         ValueError: The network is not a WRN, has no such levels, or has fewer than `frozen_stages` stages.
     """
+    if ':' in name:
+        raise ValueError(f"{name} is a folder or repository; give the name of its network, pretrained=True and "
+                         f"pretrained_cfg_overlay=dict(file='DIR/model.safetensors')")
     cls = timm.models.model_entrypoint(name.partition('.')[0]) if timm.is_model(name) else None
     if cls is None or not cls.__module__.startswith('wrn_timm'):
         raise ValueError(f"{name} is not a network of this package; timm.list_models('wrn*') lists them")
@@ -88,7 +93,8 @@ def fpn_backbone(
         raise ValueError(f'frozen_stages is {frozen_stages}; {name} has {len(stages)} stages')
     if frozen_stages:
         children = [n for n, _ in model.named_children()]
-        freeze(model, children[:children.index(info[stages[frozen_stages - 1]]['module']) + 1])
+        first = children.index('layer1') if getattr(model, 'stem_swapped', False) else 0
+        freeze(model, children[first:children.index(info[stages[frozen_stages - 1]]['module']) + 1])
     if pretrained and not getattr(model, 'stem_swapped', False) if frozen_norm is None else frozen_norm:
         model = freeze_batch_norm_2d(model)
     backbone = BackboneWithFPN(
@@ -229,7 +235,7 @@ def export_detector(detector: nn.Module, folder: Path, record: dict[str, Any]) -
     file = folder / WEIGHTS_FILE
     atomic_write(file, lambda p: save_file(tensors, p))
     atomic_write(folder / DETECTOR_FILE, json.dumps(record | {'sha256': sha256_of(file)}, indent=2) + '\n')
-    shutil.copymode(folder / DETECTOR_FILE, file)  # safetensors lets nobody else read it
+    shutil.copymode(folder / DETECTOR_FILE, file)  # safetensors creates it with mode 0600
 
 
 def find_detector(path: str | Path) -> Path | None:

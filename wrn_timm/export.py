@@ -193,7 +193,9 @@ def _prepared(model: nn.Module) -> tuple[nn.Module, torch.Tensor, str]:
     """The folded model on the CPU, a batch to trace it with, and its preprocessing and class names as JSON."""
     model = fold_batchnorm(model).cpu().float().requires_grad_(False)
     config = resolve_model_data_config(model)
-    config['label_names'] = getattr(model, 'pretrained_cfg', {}).get('label_names')
+    names = getattr(model, 'pretrained_cfg', {}).get('label_names') or ()
+    # timm keeps the names of the pretrained weights where the classifier was replaced
+    config['label_names'] = names if len(names) == getattr(model, 'num_classes', 0) else None
     # different sides, and not those of the configuration, so that a tracer does not take them for constants
     _, height, width = config['input_size']
     return model, torch.randn(2, getattr(model, 'in_chans', 3), height + 16, width + 32), json.dumps(config)

@@ -273,6 +273,7 @@ def locate(
     given = None  # what of the caller's names a source of its own
     if any(overlay.get(k) for k in SOURCES):
         given = cfg = PretrainedCfg(**overlay)
+        overlay.update({k: None for k in SOURCES if not overlay.get(k)})  # timm would prefer some of the tag's
     elif pretrained_cfg is None or isinstance(pretrained_cfg, str):
         cfg = get_pretrained_cfg(f'{variant}.{pretrained_cfg}' if pretrained_cfg else variant)
     else:
@@ -317,6 +318,8 @@ def _nearest(name: str) -> str:
     there = [n for n in list_models('wrn*', include_tags=True)
              if n != name and n.partition('.')[2].removeprefix('pcv_') == tag
              and (find(n) or n in published() or n in released() and _hub_id(n))]
+    if tag == 'untrained':  # of ImageNet; timm's account has weights of some
+        there = [n for n in list_models('wrn*', include_tags=True) if n.endswith('in1k')]
     nearest = min(there, key=lambda n: abs(size(n) - size(name)), default='')
     return f' The nearest network that has weights: {nearest}.' if nearest else ''
 
@@ -330,7 +333,8 @@ def _verified(cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, Any
     if (entry := _published_at(cfg.url)) and not (cfg.state_dict or cfg.file):
         return dict(file=str(unpacked(cfg.url, entry['sha1'], cache_dir)))
     if cfg.file and not cfg.state_dict and not Path(cfg.file).is_file():
-        raise FileNotFoundError(f'pretrained_cfg_overlay names {cfg.file}, which does not exist')
+        what = 'is a folder; name the file in it' if Path(cfg.file).is_dir() else 'does not exist'
+        raise FileNotFoundError(f'pretrained_cfg_overlay names {cfg.file}, which {what}')
     return {}
 
 
@@ -495,7 +499,7 @@ def export_weights(
 
     def fill(new: Path) -> None:
         save_for_hf(model, str(new), model_args=model_args, safe_serialization=True)
-        shutil.copymode(new / 'config.json', new / WEIGHTS_FILE)  # safetensors lets nobody else read it
+        shutil.copymode(new / 'config.json', new / WEIGHTS_FILE)  # safetensors creates it with mode 0600
         config = json.loads((new / 'config.json').read_text(encoding='utf-8'))
         config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf merges or replaces it, by timm's version
         config['sha256'] = sha256_of(new / WEIGHTS_FILE)

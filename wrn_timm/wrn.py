@@ -386,6 +386,7 @@ def register_wrn(depth: int, width: float) -> str:
         ValueError: Depth is not 6N + 4, width gives fractional channels, or the name belongs to another network.
     """
     _layout(depth, width)
+    depth = int(depth)
     name = f'wrn{depth}_{width:g}'.replace('.', '_')
     if name in default_cfgs:
         return name

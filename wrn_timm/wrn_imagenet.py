@@ -47,6 +47,7 @@ default_cfgs = generate_default_cfgs({
     **_hosted_by_timm('wrn50_2', 'wide_resnet50_2'),
     **_hosted_by_timm('wrn101_2', 'wide_resnet101_2'),
     **_hosted_by_timm('wrn18_1', 'resnet18'),
+    **_hosted_by_timm('wrn34_1', 'resnet34'),
     'wrn50_4.untrained': _cfg(),
     'wrn152_2.untrained': _cfg(),
     'wrn200_2.untrained': _cfg(),
@@ -69,7 +70,7 @@ def _resnet(stem: str = 'imagenet', in_chans: int = 3, output_stride: int | None
     strides = {8 // (4 if stem == 'cifar' else 1) * 2 ** i: 8 * 2 ** i for i in range(3)}  # ours: timm's
     if output_stride not in (None, *strides):
         raise ValueError(f'output_stride is {output_stride}; with the {stem!r} stem it can be '
-                         f'{", ".join(map(str, strides))}')
+                         f'{" or ".join(", ".join(map(str, strides)).rsplit(", ", 1))}')
     model = ResNet(in_chans=in_chans, output_stride=strides.get(output_stride, 32), **kwargs)
     if stem == 'cifar':
         old = model.conv1.weight
@@ -152,6 +153,12 @@ def wrn18_2(pretrained: bool = False, **kwargs: Any) -> ResNet:
 def wrn18_3(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """WRN-18-3 (table 7)."""
     return _basic('wrn18_3', pretrained, 3, (2, 2, 2, 2), **kwargs)
+
+
+@register_model
+def wrn34_1(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """WRN-34-1 (table 7), the network that others call ResNet-34."""
+    return _basic('wrn34_1', pretrained, 1, (3, 4, 6, 3), **kwargs)
 
 
 @register_model
