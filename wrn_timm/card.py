@@ -20,7 +20,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from .data.bundled import golden_photographs
 from .data.folders import read_rgb, walk_files
 from .data.small_sets import normalise
-from .files import atomic_write
+from .files import atomic_write, write_json
 from .names import duration
 from .recipes import RECIPES, Recipe, finetune_command, settings_flags
 from .schemas import read_record
@@ -256,7 +256,7 @@ def finish_weights_folder(folder: str | Path, metrics: dict[str, Any]) -> None:
     card = model_card(folder, metrics)
     atomic_write(
         folder / GOLDEN_FILE, lambda p: np.savez_compressed(p, images=images.numpy(), logits=logits.numpy()))
-    atomic_write(folder / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
+    write_json(folder / 'metrics.json', metrics)
     atomic_write(folder / 'README.md', card)
 
 

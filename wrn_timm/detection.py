@@ -6,7 +6,6 @@
 """
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from .download import snapshot
-from .files import atomic_write
+from .files import atomic_write, write_json
 from .recipes import TORCHVISION_DETECTOR, DetectConfig
 from .schemas import check_detector, read_json
 from .weights import WEIGHTS_FILE, check_weights, sha256_of, verify
@@ -234,7 +233,7 @@ def export_detector(detector: nn.Module, folder: Path, record: dict[str, Any]) -
     tensors = {k: v.contiguous() for k, v in detector.state_dict().items()}
     file = folder / WEIGHTS_FILE
     atomic_write(file, lambda p: save_file(tensors, p))
-    atomic_write(folder / DETECTOR_FILE, json.dumps(record | {'sha256': sha256_of(file)}, indent=2) + '\n')
+    write_json(folder / DETECTOR_FILE, record | {'sha256': sha256_of(file)})
     shutil.copymode(folder / DETECTOR_FILE, file)  # safetensors creates it with mode 0600
 
 

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 from .card import GOLDEN_FILE, TEMPLATES, first_photographs, owners_licence, read_history, training_line
 from .data.folders import read_rgb, some
 from .detection import DETECTOR_FILE, open_detector, postprocessor
-from .files import atomic_write
+from .files import atomic_write, write_json
 from .names import duration, printable
 from .recipes import detect_command
 from .schemas import check_detector, read_json
@@ -119,10 +119,10 @@ def finish_detector_folder(folder: str | Path, metrics: dict[str, Any]) -> None:
     card = detector_card(folder, metrics)
     atomic_write(
         folder / GOLDEN_FILE, lambda p: np.savez_compressed(p, images=images.numpy(), scores=scores.numpy()))
-    atomic_write(folder / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
+    write_json(folder / 'metrics.json', metrics)
     atomic_write(folder / 'README.md', card)
     record = read_json(folder / DETECTOR_FILE, check_detector) | {'threshold': metrics['threshold']}
-    atomic_write(folder / DETECTOR_FILE, json.dumps(record, indent=2) + '\n')
+    write_json(folder / DETECTOR_FILE, record)
 
 
 def check_golden_detector(folder: str | Path) -> float:

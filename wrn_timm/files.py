@@ -3,11 +3,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -17,7 +19,7 @@ except ImportError:  # not on Windows
     fcntl = None
 
 __all__ = ['LOCK_FILE', 'FolderLock', 'atomic_folder', 'atomic_write', 'digest', 'discard_partial', 'make_folder',
-           'writing']
+           'write_json', 'writing']
 
 LOCK_FILE = '.lock'
 
@@ -46,6 +48,11 @@ def atomic_write(path: Path, content: str | Callable[[Path], None]) -> None:
             _sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write an indented JSON file by `atomic_write`."""
+    atomic_write(path, json.dumps(content, indent=2) + '\n')
 
 
 def atomic_folder(path: Path, fill: Callable[[Path], None]) -> None:

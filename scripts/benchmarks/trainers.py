@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import os
 import random
@@ -38,7 +37,7 @@ from wrn_timm.cli.options import option, parse
 from wrn_timm.data.bundled import sample
 from wrn_timm.data.folders import ImageFiles, examine, list_folder
 from wrn_timm.data.splits import data_name, list_source, make_split
-from wrn_timm.files import atomic_write
+from wrn_timm.files import write_json
 from wrn_timm.recipes import FinetuneConfig
 from wrn_timm.train.finetune import finetune
 from wrn_timm.train.machine import Machine
@@ -218,5 +217,5 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError('set TIMM_SOURCE to a checkout of timm, whose package lacks train.py, or name trainers')
     result = compare(command)
     if command.out:
-        atomic_write(Path(command.out), json.dumps(result, indent=2) + '\n')
+        write_json(Path(command.out), result)
     return 0

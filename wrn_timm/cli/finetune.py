@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 
 from ..data.bundled import sample
-from ..files import atomic_write
+from ..files import write_json
 from ..names import printable
 from ..recipes import FinetuneConfig, finetune_command
 from ..train.finetune import finetune_seeds
@@ -103,7 +103,7 @@ def run_probe(options: FinetuneOptions, config: FinetuneConfig, machine: Machine
 
     def write(rows: Iterable[dict[str, Any]]) -> None:
         Path(options.out).mkdir(parents=True, exist_ok=True)
-        atomic_write(Path(options.out) / 'probe.json', json.dumps(list(rows), indent=2) + '\n')
+        write_json(Path(options.out) / 'probe.json', list(rows))
 
     def keep(row: dict[str, Any]) -> None:
         kept[row['weights'], row['way']] = row

@@ -26,7 +26,7 @@ from ..data.boxes import BoxedImages, BoxScan, data_folder, divide, read_box_spl
 from ..data.folders import some
 from ..detection import build_detector, export_detector, open_detector
 from ..detector_card import finish_detector_folder
-from ..files import atomic_write, make_folder
+from ..files import atomic_write, make_folder, write_json
 from ..names import printable
 from ..recipes import TORCHVISION_DETECTOR, DetectConfig
 from ..weights import find, open_model
@@ -185,7 +185,7 @@ def _test(loop: _Loop, data: _Data, started: float) -> dict[str, Any]:
         'train_images': len(data.train), 'epochs': config.epochs, 'image_size': config.image_size,
         'train_seconds': round(loop.progress.seconds, 1), 'seconds': round(time.monotonic() - started, 1),
         'environment': environment(machine.device), 'measured_by': 'wrn-timm detect'}
-    atomic_write(folder / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
+    write_json(folder / 'metrics.json', metrics)
     write_detector_report(folder, metrics, curves, data.test, predictions,
                           {'data': data.source, 'summary': data.scan.summary()})
     for file in ('history.csv', 'curves.png'):
@@ -220,7 +220,7 @@ def train_detectors(
             RunDir.check(folder, {})
     if seeds > 1 and not machine.resume:
         make_folder(Path(out))
-        atomic_write(Path(out) / _ASKED, json.dumps({'detect': dataclasses.asdict(config)}, indent=2) + '\n')
+        write_json(Path(out) / _ASKED, {'detect': dataclasses.asdict(config)})
     for own, folder, resume in planned:
         if seeds > 1 and resume and (folder / 'metrics.json').is_file():
             runs.append(json.loads((folder / 'metrics.json').read_text(encoding='utf-8')))
@@ -233,7 +233,7 @@ def train_detectors(
     summary = {'dataset': runs[0]['dataset'], 'seeds': seeds, 'seconds': round(sum(run['seconds'] for run in runs), 1),
                **{key: summarise([run[key] for run in runs]) for key in ('map', 'map_50', 'map_75')}}
     if seeds > 1:
-        atomic_write(Path(out) / 'metrics.json', json.dumps(summary, indent=2) + '\n')
+        write_json(Path(out) / 'metrics.json', summary)
     return {**summary, 'runs': runs}
 
 

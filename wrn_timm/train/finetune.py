@@ -38,7 +38,7 @@ from ..data.splits import (
     write_split,
 )
 from ..data.timm_sets import NamedImages, is_named
-from ..files import atomic_write
+from ..files import atomic_write, write_json
 from ..recipes import FinetuneConfig
 from ..schemas import check_scan, read_json
 from ..weights import eval_transform, export_weights, open_model, weights_name
@@ -232,7 +232,7 @@ def _open_run(
     run = RunDir(out, settings, machine.resume, write=main, device=accelerator.device)
     if main and not named:
         atomic_write(run.path / 'split.csv', write_split(split, source_root(data)))
-        atomic_write(run.path / 'scan.json', json.dumps(found, indent=2) + '\n')
+        write_json(run.path / 'scan.json', found)
     accelerator.wait_for_everyone()
     return run, split or read_split(run.path / 'split.csv', source_root(data)), found
 
@@ -559,11 +559,11 @@ def _export(job: _Job, network: torch.nn.Module, fitted: Fitted) -> int:
 
 def _finish(job: _Job, metrics: dict[str, Any], model: torch.nn.Module, result: Predictions, transform: Any) -> None:
     run = job.control.run
-    atomic_write(run.path / 'metrics.json', json.dumps(metrics, indent=2) + '\n')
+    write_json(run.path / 'metrics.json', metrics)
     write_report(run.path, metrics, model, job.split.test, result, transform, job.found)
     recipe = _without_paths(json.loads(run.recipe_file.read_text(encoding='utf-8')))
     for folder in (run.path / 'best', run.path / 'last'):
-        atomic_write(folder / 'recipe.json', json.dumps(recipe, indent=2) + '\n')
+        write_json(folder / 'recipe.json', recipe)
         for file in ('history.csv', 'curves.png'):
             atomic_write(folder / file, functools.partial(shutil.copyfile, run.path / file))
     finish_weights_folder(run.path / 'best', metrics)
@@ -623,5 +623,5 @@ def finetune_seeds(
                      if f.name != 'model' and getattr(config, f.name) != f.default},
         **{key: summarise([run[key] for run in runs]) for key in ('top1', 'mean_per_class', 'ece')}}
     if seeds > 1 and first:
-        atomic_write(Path(out) / 'metrics.json', json.dumps(summary, indent=2) + '\n')
+        write_json(Path(out) / 'metrics.json', summary)
     return {**summary, 'runs': runs}

@@ -39,7 +39,7 @@ import torchvision
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..files import FolderLock, atomic_write, discard_partial, make_folder, writing
+from ..files import FolderLock, atomic_write, discard_partial, make_folder, write_json, writing
 from ..names import is_utf8
 from ..schemas import read_record
 from ..weights import not_finite
@@ -258,7 +258,7 @@ class RunDir:
             discard_partial(folder)  # a checkpoint that was being written when the run was killed
         if not resume or not self.recipe_file.is_file():
             record = {**_plain(settings), 'environment': {**environment(device), **(notes or {})}}
-            atomic_write(self.recipe_file, json.dumps(record, indent=2) + '\n')
+            write_json(self.recipe_file, record)
 
     @staticmethod
     def check(path: str | Path, settings: dict[str, Any], resume: bool | None = False) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..card import TRANSFER_FILE
-from ..files import atomic_write
+from ..files import write_json
 from ..weights import find, weights_name
 from .run import environment
 
@@ -46,7 +46,7 @@ def record_transfer(weights: str, rows: list[dict[str, Any]]) -> Path:
     for row in results.values():  # no paths of this machine: the folder may be published
         row.pop('skipped', None)
         row.update({'weights': weights_name(row['weights'])} if 'weights' in row else {})
-    atomic_write(folder / TRANSFER_FILE, json.dumps(list(results.values()), indent=2) + '\n')
+    write_json(folder / TRANSFER_FILE, list(results.values()))
     return folder / TRANSFER_FILE
 
 
