@@ -93,7 +93,7 @@ ATTACKS = {
     'header of nothing but brackets': (lambda h, b: joined(b'[' * 500_000, b), 'is damaged'),
     'no header': (lambda h, b: b'', 'is damaged'),
     'tensor named twice': (duplicate, 'names a tensor, or a field of one, twice'),
-    'tensor missing': (without, 'is missing'),
+    'tensor missing': (without, 'is not in the checkpoint'),
     'integers': (other(dtype='I32'), r'layer1.0.conv1.weight is torch.int32, not torch.float32'),
     'type of another size': (other(dtype='F64'), 'is damaged'),
     'transposed': (other(shape=[3, 3, 16, 16]), r'layer1.0.conv1.weight is \(3, 3, 16, 16\), not \(16, 16, 3, 3\)'),
