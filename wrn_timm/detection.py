@@ -53,15 +53,13 @@ def fpn_backbone(
     """A network's stages with a feature pyramid: a backbone for torchvision's detectors.
 
     Args:
-        name: timm name of a WRN. Weights in a folder are given by `pretrained=True` and
-            `pretrained_cfg_overlay=dict(file='DIR/model.safetensors')`.
+        name: timm name of a WRN; for weights in a folder give `pretrained_cfg_overlay=dict(file=...)` too.
         out_indices: Levels of its `feature_info`; None for all stages from `layer1` on.
         out_channels: Channels of every level of the pyramid.
         pretrained: Start from the tag's weights.
         frozen_norm: Replace BatchNorm with `FrozenBatchNorm2d`, for small batches; None does so if `pretrained`, unless
             the stem is not that of the weights.
-        frozen_stages: Freeze the stem and the first n stages; 0 freezes nothing. A stem chosen by `stem=`, which
-            the pretrained weights do not fit, is trained all the same.
+        frozen_stages: Freeze the first n stages, and the stem unless `stem=` changed it; 0 freezes nothing.
         extra_blocks: Adds levels after the last one; None adds one by max pooling.
         model_kwargs: Passed to `timm.create_model`. The 6N + 4 family gets `stem='imagenet'` by default, because at
             stride 1 a photograph of 640 pixels costs 16 times as much.

@@ -148,15 +148,14 @@ def train(command: Command) -> Iterator[Case]:
         repeat = 10 if command.device == 'cuda' else 1  # a step's launches run while the one before computes
         calls = {n: functools.partial(repeated, step, repeat) if callable(step) else step for n, step in steps.items()}
         rows, _ = measure(calls, command.rounds, command.device, repeat * settings[2])
-        for row in rows:
-            if 'absent' not in row:
-                dtype = torch.bfloat16 if command.device == 'cuda' or 'bfloat16' in row['name'] else torch.float32
-                rate = 3 * flops(name, size) * row['images_per_second']
-                row |= {'matmul': rate / matmul_rate(command.device, dtype), 'first_step_s': first[row['name']]}
-                if command.memory:
-                    row['peak_mb'] = peak_memory(row['name'], *settings)
-                    if row['peak_mb'] and rows[0]['peak_mb']:
-                        row['memory'] = row['peak_mb'] / rows[0]['peak_mb']
+        for row in (row for row in rows if 'absent' not in row):
+            dtype = torch.bfloat16 if command.device == 'cuda' or 'bfloat16' in row['name'] else torch.float32
+            rate = 3 * flops(name, size) * row['images_per_second']
+            row |= {'matmul': rate / matmul_rate(command.device, dtype), 'first_step_s': first[row['name']]}
+            if command.memory:
+                row['peak_mb'] = peak_memory(row['name'], *settings)
+                if row['peak_mb'] and rows[0]['peak_mb']:
+                    row['memory'] = row['peak_mb'] / rows[0]['peak_mb']
         yield Case(f'{name}, {size} px, batch {settings[2]}', rows)
 
 

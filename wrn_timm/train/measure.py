@@ -240,9 +240,7 @@ def validate(
         split: str = '',
         precision: Precision = 'no',
 ) -> dict[str, Any]:
-    """Measure a pretrained model, reloaded from disk through `timm.create_model`, on a test set.
-
-    Every published figure is measured here.
+    """Measure a pretrained model, reloaded from disk, on a test set. Every published figure is measured here.
 
     Args:
         name: timm name or weights folder.
