@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wrn_timm.data.boxes import divide, read_box_split, read_boxes, write_box_split
+from wrn_timm.data.boxes import data_folder, divide, read_box_split, read_boxes, write_box_split
 
 BOXES = {'a': [('cat', (2, 3, 20, 25)), ('dog', (10, 0, 40, 30))], 'b': [('dog', (0, 0, 8, 8))], 'c': [],
          'd': [('cat', (5, 5, 15, 25))]}
@@ -219,7 +219,7 @@ def test_what_is_no_data_set_with_boxes(tmp_path):
     with pytest.raises(ValueError, match='data.yaml is not a YOLO data.yaml.*must name its classes'):
         read_boxes(tmp_path / 'only')
     (tmp_path / 'only/data.yaml').write_text('train: x\nnames: [a]\n')
-    with pytest.raises(ValueError, match='data.yaml names x to train on, which is not a folder in'):
+    with pytest.raises(ValueError, match='data.yaml names x under "train", which is neither a folder nor a list'):
         read_boxes(tmp_path / 'only')
 
 
@@ -297,3 +297,124 @@ def test_names_of_yolo_are_numbered_from_0(tmp_path):
         read_boxes(tmp_path)
     (tmp_path / 'data.yaml').write_text("train: images\ntest: ../nowhere\nnames:\n  '1': cat\n  '0': dog\n")
     assert read_boxes(tmp_path).parts['train'].classes == ('dog', 'cat')
+
+
+def by_name(scan, part='all'):
+    """Boxes by the last part of the file's name."""
+    images = scan.parts[part]
+    return {path.rpartition('/')[2]: boxes.tolist() for path, boxes in zip(images.paths, images.boxes, strict=True)}
+
+
+AS_WRITTEN = {name: [list(map(float, box)) for _, box in objects] for name, objects in BOXES.items()}
+
+
+def test_voc_files_of_another_name_than_their_images(tmp_path):
+    root = voc(tmp_path)
+    for i, name in enumerate(BOXES):
+        (root / f'Annotations/{name}.xml').rename(root / f'Annotations/{i}.xml')
+    scan = read_boxes(root)
+    assert by_name(scan) == {f'{name}.jpg': boxes for name, boxes in AS_WRITTEN.items()} and not scan.bad
+    assert len(scan.parts['all']) == len(BOXES)
+
+
+def test_two_annotations_of_one_image(tmp_path):
+    root = voc(tmp_path)
+    (root / 'Annotations/e.xml').write_text(xml('b').replace('b.jpg', 'a.jpg'))
+    scan = read_boxes(root)
+    assert any('a.jpg has other boxes in' in reason and 'e.xml than in' in reason for reason in scan.bad)
+    assert set(by_name(scan)) == {'b.jpg', 'c.jpg', 'd.jpg'}
+
+
+def test_voc_in_sub_folders(tmp_path):
+    for i, folder in enumerate(('x', 'y')):
+        images(tmp_path / 'JPEGImages' / folder, ['1'])
+        (tmp_path / 'Annotations' / folder).mkdir(parents=True)
+        (tmp_path / 'Annotations' / folder / '1.xml').write_text(xml('ab'[i]).replace('ab'[i] + '.jpg', '1.jpg'))
+    expected = {f'JPEGImages/{folder}/1.jpg': AS_WRITTEN[name] for folder, name in (('x', 'a'), ('y', 'b'))}
+    for lists in ((), ('x/1', 'y/1')):
+        if lists:
+            (tmp_path / 'ImageSets/Main').mkdir(parents=True)
+            (tmp_path / 'ImageSets/Main/train.txt').write_text('\n'.join(lists))
+        part, = read_boxes(tmp_path).parts.values()
+        found = {path.removeprefix(f'{tmp_path}/'): boxes.tolist()
+                 for path, boxes in zip(part.paths, part.boxes, strict=True)}
+        assert found == expected
+
+
+def test_lists_with_spaces_and_repeated_lines(tmp_path):
+    root = voc(tmp_path)
+    (root / 'Annotations/a.xml').rename(root / 'Annotations/IMG 1.xml')
+    (root / 'JPEGImages/a.jpg').rename(root / 'JPEGImages/IMG 1.jpg')
+    for line in ('IMG 1', '"IMG 1"', 'IMG 1  1'):
+        change_lists(root, all=[line, 'b', 'b', 'd'])
+        scan = read_boxes(root)
+        assert list(by_name(scan)) == ['IMG 1.jpg', 'b.jpg', 'd.jpg'] and not scan.bad, line
+        assert len(scan.parts['all']) == 3
+
+
+def change_lists(root, **lists):
+    (root / 'ImageSets/Main').mkdir(parents=True, exist_ok=True)
+    for part, names in lists.items():
+        (root / f'ImageSets/Main/{part}.txt').write_text('\n'.join(names))
+
+
+def test_an_annotation_is_of_the_image_of_its_own_name(tmp_path):
+    """Files that were numbered anew keep the names that their tags have; images without a file are background."""
+    root = tmp_path / 'train'
+    images(root, '0123')
+    for i, name in enumerate('ab', start=1):
+        (root / f'{i}.xml').write_text(xml(name).replace(f'{name}.jpg', f'{i - 1}.jpg'))
+    scan = read_boxes(tmp_path)
+    assert by_name(scan, 'train') == {
+        '1.jpg': AS_WRITTEN['a'], '2.jpg': AS_WRITTEN['b'], '0.jpg': [], '3.jpg': []} and not scan.bad
+
+
+def test_keypoints_are_no_outline(tmp_path):
+    root = yolo(tmp_path)
+    (root / 'data.yaml').write_text('train: images\nnames: [dog, cat]\nkpt_shape: [2, 2]\n')
+    (root / 'labels/a.txt').write_text('0 0.5 0.5 0.2 0.2 0.45 0.45 0.55 0.55\n')
+    scan = read_boxes(root)
+    assert by_name(scan, 'train')['a.jpg'] == [[16., 12., 24., 18.]] and not scan.bad
+
+
+def test_data_yaml_names_lists_and_what_is_not_there(tmp_path):
+    root = yolo(tmp_path, ('train', 'val'))
+    (root / 'train.txt').write_text('images/train/a.jpg\n./images/train/b.jpg\r\n\nimages/train/a.jpg\n')
+    file = root / 'data.yaml'
+    file.write_text('path: .\ntrain: train.txt\nval: [images/val, images/val]\nnames: [dog, cat]\n')
+    scan = read_boxes(root)
+    assert by_name(scan, 'train') == {'a.jpg': AS_WRITTEN['a'], 'b.jpg': AS_WRITTEN['b']}
+    assert len(scan.parts['train']) == 2 and len(scan.parts['val']) == len(BOXES)
+    for text, message in (('train: images/train\nval: valid', 'names valid under "val", which is neither a folder'),
+                          ('train: [images/train, more]', 'names more under "train", which is neither a folder'),
+                          ('val: images/val', 'names no images to train on')):
+        file.write_text(f'{text}\nnames: [dog, cat]\n')
+        with pytest.raises(ValueError, match=message):
+            read_boxes(root)
+
+
+def test_numbers_of_classes_and_bad_coordinates_of_yolo(tmp_path):
+    root = as_yolo(tmp_path)
+    (root / 'labels/a.txt').write_text('0.000000 0.5 0.5 0.2 0.2\n1 0.5 0.5 0.2 x\n')
+    (root / 'labels/b.txt').write_text('0.5 0.5 0.5 0.2 0.2\n')
+    scan = read_boxes(root)
+    assert by_name(scan)['a.jpg'] == [[16., 12., 24., 18.]] and 'b.jpg' not in by_name(scan)
+    assert [reason.partition('labels/')[2] for reason in scan.bad] == [
+        'a.txt, line 2: the name or a coordinate is missing',
+        'b.txt, line 1: class 0.5 is not one of the 2 classes, 0 to 1']
+
+
+def test_a_split_is_found_again_however_the_data_is_named(tmp_path, monkeypatch):
+    root = tmp_path / 'data'
+    images(root / 'images')
+    (root / 'annotations').mkdir()
+    (root / 'annotations/instances_all.json').write_text(json.dumps(coco()))
+    monkeypatch.chdir(tmp_path)
+    named = 'coco:data/annotations/instances_all.json'
+    assert data_folder(named).resolve() == root
+    train, test, _ = divide(read_boxes(named))
+    (tmp_path / 'split.csv').write_text(write_box_split(train, test, data_folder(named)))
+    assert 'train,images/a.jpg' in (tmp_path / 'split.csv').read_text()
+    named = f'coco:{root}/annotations/instances_all.json'
+    again = read_box_split(tmp_path / 'split.csv', read_boxes(named), data_folder(named))
+    assert [len(part) for part in again] == [len(train), len(test)]

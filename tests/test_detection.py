@@ -1,5 +1,6 @@
 """Detectors: against torchvision's own on the same network, and the whole way on photographs of blood cells."""
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -26,7 +27,7 @@ import wrn_timm  # noqa: F401
 from wrn_timm.cli import detect as detect_script
 from wrn_timm.data.boxes import divide, read_boxes, read_reduced
 from wrn_timm.data.folders import read_rgb
-from wrn_timm.detection import build_detector, faster_rcnn, fpn_backbone, open_detector, retinanet
+from wrn_timm.detection import build_detector, faster_rcnn, fpn_backbone, open_detector, postprocessor, retinanet
 from wrn_timm.train import detector as detector_run
 from wrn_timm.train.detector import _backbone_in_bfloat16
 from wrn_timm.train.find_objects import FoundObject, ImageObjects, draw_objects, find_in_files
@@ -588,12 +589,21 @@ def test_nothing_to_measure_is_said():
         detection_metrics([empty], [empty], ('a',))
 
 
-def test_several_seeds(tmp_path, capsys):
+def test_several_seeds(tmp_path, capsys, monkeypatch):
     out = tmp_path / 'runs'
     args = ['--data', f'bccd:{BCCD}', '--out', str(out), *SMALL, '--epochs', '1', '--seeds', '2']
-    assert detect_script.main([*args, '--messages', 'json']) == 0
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    def full(*_):
+        raise OSError('disk full')
+
+    with monkeypatch.context() as patch:  # a run without its card and threshold is not finished
+        patch.setattr(detector_run, 'finish_detector_folder', full)
+        assert detect_script.main([*args, '--messages', 'json']) == 1
+    first = json.loads(capsys.readouterr().out)
+    assert detect_script.main([*args, '--messages', 'json', '--resume']) == 0
+    lines = [first, *(json.loads(line) for line in capsys.readouterr().out.splitlines())]
     assert [line['epoch'] for line in lines[:-1]] == [1, 1]
+    assert all('threshold' in json.loads((out / f'seed-{i}/weights/detector.json').read_text()) for i in (0, 1))
     each = [json.loads((out / f'seed-{i}/metrics.json').read_text())['map_50'] for i in (0, 1)]
     summary = json.loads((out / 'metrics.json').read_text())
     assert summary['map_50']['values'] == each and summary['map_50']['mean'] == pytest.approx(np.mean(each), abs=1e-3)
@@ -640,6 +650,11 @@ def test_what_is_left_open_is_found_from_data_and_weights(tmp_path, monkeypatch,
     _, config = detector_run._prepared(wrn_timm.DetectConfig(), data, tmp_path / 'no', machine)
     assert config.model == 'wrn16_2.cifar100' and 'There are no ImageNet weights' in caplog.text
     assert (config.image_size, config.epochs, config.batch_size, config.out_channels) == (640, 60, 2, 64)
+    assert config.max_objects == 100
+    crowded = dataclasses.replace(data.train, boxes=(torch.rand(130, 4).sort().values, *data.train.boxes[1:]))
+    for name in ('faster_rcnn', 'retinanet'):
+        many = detector_run._resolved(wrn_timm.DetectConfig('wrn16_1', name, pretrained=False), data.scan, crowded)
+        assert postprocessor(build_detector(many, data.train.classes)).detections_per_img == 260
     # ImageNet weights in a folder are found, and their BatchNorm is frozen
     folder = tmp_path / 'wrn18_1.tv_in1k'
     wrn_timm.weights.export_weights(timm.create_model('wrn18_1'), folder, {'tag': 'tv_in1k'})
@@ -663,6 +678,7 @@ def test_script_errors(run, tmp_path, capsys):
     for args, expected in (
             (new, '--data is missing'),
             ([*sample, *new, 'a.jpg'], 'not both'),
+            (['--model', 'RUN', 'a.jpg', '--resume'], '--resume is for training; leave it out with photographs'),
             ([*sample, *new, '--json'], '--json is for finding objects in photographs; leave it out with --data'),
             (['--model', 'RUN', 'a.jpg', '--json', '--csv'], 'choose one of --json, --csv and --coco'),
             (['--model', 'RUN', 'a.jpg', '--threshold', '2'], 'threshold is 2.0; it must be from 0 to 1'),
@@ -677,6 +693,7 @@ def test_script_errors(run, tmp_path, capsys):
             (['--data', str(tmp_path), *new], 'holds no annotations of a known form'),
             ([*sample, '--out', str(run), *SMALL], 'already holds a run'),
             ([*sample, *new, '--on-bad', 'fail'], 'has no area'),
+            (['--model', str(run), '--image-size', '320', 'a.jpg'], '--image-size is for training; a trained detector'),
             ([*sample, *new, '--model', 'resnet50'], "is not a network of this package"),
             ([*sample, *new, '--model', 'wrn28_2'], '--no-pretrained starts from random weights'),
     ):

@@ -36,6 +36,7 @@ __all__ = ['DETECTORS', 'DETECTOR_FILE', 'anchor_generator', 'build_detector', '
 
 DETECTOR_FILE = 'detector.json'
 _THRESHOLD = 0.5  # of a detector that was not measured
+_MAX_OBJECTS = 100  # torchvision's own limit
 
 _RATIOS = (0.5, 1., 2.)  # of an anchor's height and width
 
@@ -192,8 +193,11 @@ def build_detector(config: DetectConfig, classes: Sequence[str], pretrained: boo
     """
     # with the shorter side's limit as high as the longer's, the longer one decides
     detector_kwargs = dict(min_size=config.image_size, max_size=config.image_size)
+    most = config.max_objects or _MAX_OBJECTS
     if config.detector == 'faster_rcnn':
-        detector_kwargs |= dict(box_batch_size_per_image=config.rois)
+        detector_kwargs |= dict(box_batch_size_per_image=config.rois, box_detections_per_img=most)
+    else:
+        detector_kwargs |= dict(detections_per_img=most)
     if config.model == TORCHVISION_DETECTOR:
         detector = fasterrcnn_resnet50_fpn(
             weights=None, weights_backbone=None, num_classes=len(classes) + 1, **detector_kwargs,

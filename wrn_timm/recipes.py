@@ -306,6 +306,9 @@ class DetectConfig:
     """Side of a level's anchors, in strides of the level; 0 finds it from the sizes of the boxes."""
     rois: int = 128
     """Regions per image that the second stage of Faster R-CNN is trained on."""
+    max_objects: int = 0
+    """Most objects to find on a photograph; 0 takes 100, or twice the most boxes on a training image if that is
+    more."""
     opt: str = 'adamw'
     """timm name of the optimizer."""
     weight_decay: float = 0.05
@@ -325,8 +328,9 @@ class DetectConfig:
     def __post_init__(self):
         if self.detector not in ('faster_rcnn', 'retinanet'):
             raise ValueError(f'detector {self.detector!r} is unknown; choose one of faster_rcnn, retinanet')
-        for name, low in (('rois', 4), ('epochs', 0), ('batch_size', 0), ('out_channels', 0), ('frozen_stages', 0),
-                          ('image_size', 0), ('warmup_steps', 0), ('seed', 0)):
+        lowest = dict.fromkeys(('epochs', 'batch_size', 'out_channels', 'max_objects', 'frozen_stages', 'image_size',
+                                'warmup_steps', 'seed'), 0)
+        for name, low in (lowest | {'rois': 4}).items():
             if getattr(self, name) < low:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least {low}')
         if 0 < self.image_size < 32:

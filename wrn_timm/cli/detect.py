@@ -38,7 +38,7 @@ PURPOSES = {
         'resume'),
     'Finding objects': ('threshold', 'json', 'csv', 'coco', 'draw'),
     'Data': ('train_split', 'test_split', 'on_bad'),
-    'Network': ('frozen_stages', 'out_channels', 'anchor_scale', 'rois'),
+    'Network': ('frozen_stages', 'out_channels', 'anchor_scale', 'rois', 'max_objects'),
     'Optimisation': ('opt', 'weight_decay', 'warmup_steps', 'seed'),
     'Machine': ('device', 'precision', 'workers', 'time_budget'),
     'Output': ('messages', 'traceback'),
@@ -89,6 +89,9 @@ class DetectOptions(Training):
         for name in ('threshold', 'json', 'csv', 'coco', 'draw') if self.data else ():
             if getattr(self, name) not in (None, False, ''):
                 raise ValueError(f'--{name} is for finding objects in photographs; leave it out with --data')
+        for name, default in (('resume', False), ('seeds', 1)) if self.images else ():
+            if getattr(self, name) != default:
+                raise ValueError(f'--{name} is for training; leave it out with photographs')
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise ValueError(f'threshold is {self.threshold}; it must be from 0 to 1')
         if self.json + self.csv + self.coco > 1:
@@ -181,5 +184,9 @@ def main(argv: Sequence[str]) -> int:
     options, config = parse(argv, ('detect', __doc__), DetectOptions, DetectConfig, start, PURPOSES)
     log_to_terminal(logging.INFO if options.messages == 'text' else logging.ERROR)
     if options.images:
+        untrained = DetectConfig(model=config.model)
+        if given := next((k for k, v in vars(config).items() if v != getattr(untrained, k)), ''):
+            raise ValueError(f"--{given.replace('_', '-')} is for training; a trained detector has its own, so leave "
+                             f"it out with photographs")
         return run_finding(options, options.out if config.model == 'auto' else config.model)
     return run_training(options, config)

@@ -1,15 +1,13 @@
-"""Photographs with boxes, as people have them: Pascal VOC, COCO and YOLO, scanned before training."""
+"""Photographs with boxes: every file examined before training, and divided into those to train and to test on."""
 from __future__ import annotations
 
 import csv
 import dataclasses
 import io
-import json
+import os
 import random
-import re
-import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,19 +18,14 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from ..files import digest
-from .folders import looks_like_image, read_rgb, some
+from .box_formats import ALL, FORMATS, Annotated, Box, corners, recognised
+from .folders import read_rgb, some
 
 __all__ = ['BoxScan', 'BoxedImages', 'data_folder', 'divide', 'read_boxes', 'read_box_split', 'read_reduced',
            'write_box_split']
 
-_FORMATS = ('voc', 'coco', 'yolo', 'bccd')  # 'bccd' is VOC by the name of a data set
-_IMAGES = ('JPEGImages', 'images', 'Images', 'imgs', '')
-_ANNOTATIONS = ('Annotations', 'annotations', 'xmls', 'labels', '')
-_PARTS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test', 'trainval': 'trainval'}
-_ALL = 'all'
 _ROUNDING = 0.5  # pixels by which a box may overhang its image, at which it is cut
 _LARGE = 2000  # pixels of a side; only larger photographs are reduced: the published figures are of smaller ones
-Box = tuple[float, float, float, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,38 +144,19 @@ class BoxScan:
         return [*lines, *(f'left out: {reason}' for reason in self.bad)]
 
 
-@dataclasses.dataclass
-class _Annotated:
-    """An image as its annotations tell of it: boxes in pixels, or, with `fractions`, in fractions of its sides.
-
-    Attributes:
-        image: The file.
-        objects: What to call each in a message, its class, and its box; None where that cannot be read.
-        size: Width and height as the annotations have them.
-        fault: Why it cannot be used at all; '' if it can.
-    """
-    image: Path
-    objects: list[tuple[str, str, Box | None]] = dataclasses.field(default_factory=list)
-    size: tuple[int, int] | None = None
-    fractions: bool = False
-    fault: str = ''
-
-
-_Parts = dict[str, list[_Annotated]]
-
-
 def read_boxes(source: str | Path, on_bad: str = 'skip') -> BoxScan:
     """Recognise a data set with boxes, read it and examine every file.
 
     - Pascal VOC: XML files in `Annotations` (or `annotations`, or beside the images), images in `JPEGImages` (or
-      `images`), and lists in `ImageSets/Main`, or none.
+      `images`) and, for files in sub-folders, in sub-folders of the same name, and lists in `ImageSets/Main`, or none.
     - COCO: a JSON file beside its images (`coco:FILE.json`), or Roboflow's `train/_annotations.coco.json`.
-    - YOLO: `data.yaml`, or `images/` and `labels/`.
+    - YOLO: `data.yaml`, which names folders or lists of images, or `images/` and `labels/`. Outlines are boxed;
+      keypoints are passed over if `data.yaml` has their `kpt_shape`.
 
     A prefix (`voc:DIR`, `coco:FILE`, `yolo:DIR`) names the format where several would do.
 
     Boxes are taken as they are written; they must lie in the image's own size. VOC objects marked difficult count as
-    others do.
+    others do. COCO's crowd regions are left out: they are not trained on, and what is found in them counts as false.
 
     Args:
         source: Folder or file.
@@ -199,7 +173,7 @@ def read_boxes(source: str | Path, on_bad: str = 'skip') -> BoxScan:
     kind, root = _parsed(source)
     if not root.exists():
         raise FileNotFoundError(f'{root} does not exist')
-    title, parts, declared = _recognised(root, kind)
+    title, parts, declared = recognised(root, kind)
     examined = _examine([image for part in parts.values() for image in part])
     bad = tuple(dict.fromkeys(reason for found in examined.values() for reason in found.bad))
     if bad and on_bad == 'fail':
@@ -222,13 +196,14 @@ def read_boxes(source: str | Path, on_bad: str = 'skip') -> BoxScan:
 def _parsed(source: str | Path) -> tuple[str, Path]:
     """The format that a source names ('' for none), and where it is."""
     kind, _, rest = str(source).partition(':')
-    return (kind, Path(rest)) if kind in _FORMATS else ('', Path(source))
+    return (kind, Path(rest)) if kind in FORMATS else ('', Path(source))
 
 
 def data_folder(source: str | Path) -> Path:
     """The folder of what `read_boxes` reads."""
     _, root = _parsed(source)
-    return root.parent if root.is_file() else root
+    folder = root.parent if root.is_file() else root
+    return folder.parent if folder.name == 'annotations' and root.is_file() else folder  # images are beside it
 
 
 def _images(found: Sequence[tuple[Path, list[tuple[str, Box]]]], classes: tuple[str, ...]) -> BoxedImages:
@@ -240,18 +215,6 @@ def _images(found: Sequence[tuple[Path, list[tuple[str, Box]]]], classes: tuple[
         classes)
 
 
-def _recognised(root: Path, kind: str) -> tuple[str, _Parts, Sequence[str]]:
-    """The format's name, the images of each part, and the names of the classes in their order, where that is given."""
-    if kind == 'coco' or not kind and (root.suffix == '.json' or _coco_files(root)):
-        return 'COCO', *_read_coco(root)
-    if kind == 'yolo' or not kind and (_yaml_file(root) or any((root / 'labels').rglob('*.txt'))):
-        return 'YOLO', *_read_yolo(root)
-    if kind or any(next((root / name).glob('*.xml'), None) for name in _ANNOTATIONS) or any(root.glob('*/*.xml')):
-        return 'Pascal VOC', _read_voc(root), ()
-    raise ValueError(f'{root} holds no annotations of a known form: Pascal VOC (Annotations/*.xml), COCO '
-                     f'(_annotations.coco.json, or coco:FILE.json) or YOLO (data.yaml, or images/ and labels/)')
-
-
 @dataclasses.dataclass(frozen=True)
 class _Found:
     size: tuple[int, int] | None  # None where it is left out
@@ -260,13 +223,22 @@ class _Found:
     bad: list[str] = dataclasses.field(default_factory=list)
 
 
-def _examine(images: Iterable[_Annotated]) -> dict[Path, _Found]:
-    unique = {image.image: image for image in images}
+def _examine(images: Iterable[Annotated]) -> dict[Path, _Found]:
+    unique: dict[Path, Annotated] = {}
+    for image in images:
+        first = unique.setdefault(image.image, image)
+        if _boxes_of(first) != _boxes_of(image):
+            unique[image.image] = dataclasses.replace(first, fault=(
+                f'{image.image} has other boxes in {image.file} than in {first.file}; keep one of them'))
     with ThreadPoolExecutor() as pool:
         return dict(zip(unique, pool.map(_examined, unique.values()), strict=True))
 
 
-def _examined(annotated: _Annotated) -> _Found:
+def _boxes_of(annotated: Annotated) -> list[str]:
+    return sorted(f'{label} {box}' for _, label, box in annotated.objects)
+
+
+def _examined(annotated: Annotated) -> _Found:
     """What of an image is good: whole, of the size that its annotation says, with boxes within it."""
     try:
         size = read_rgb(annotated.image).size
@@ -283,7 +255,7 @@ def _examined(annotated: _Annotated) -> _Found:
         if fault := _fault(label, box, size, annotated.fractions):
             bad.append(f'{what}: {fault}')
         else:
-            box = tuple(v * side for v, side in zip(_corners(box), (*size, *size), strict=True)
+            box = tuple(v * side for v, side in zip(corners(box), (*size, *size), strict=True)
                         ) if annotated.fractions else box
             objects.append((label, tuple(min(max(v, 0.), side) for v, side in zip(box, (*size, *size), strict=True))))
     return _Found(size, digest(annotated.image), objects, bad)
@@ -299,7 +271,7 @@ def _fault(label: str, box: Box | None, size: tuple[int, int], fractions: bool) 
             return f'box {written} has no area'
         if not (all(0 <= v <= 1 for v in box[:2]) and all(
                 -_ROUNDING / side <= v <= 1 + _ROUNDING / side
-                for v, side in zip(_corners(box), (*size, *size), strict=True))):
+                for v, side in zip(corners(box), (*size, *size), strict=True))):
             return f'box {written} is not within the image; YOLO has centre, width and height as fractions of its sides'
         return ''
     if not (box[0] < box[2] and box[1] < box[3]):
@@ -311,233 +283,6 @@ def _fault(label: str, box: Box | None, size: tuple[int, int], fractions: bool) 
         return f'box {written} is not within the image of {size[0]} x {size[1]}'
     return ''
 
-
-def _corners(box: Box) -> Box:
-    """xmin, ymin, xmax, ymax of centre, width and height."""
-    x, y, w, h = box
-    return x - w / 2, y - h / 2, x + w / 2, y + h / 2
-
-
-def _folder(root: Path, names: Sequence[str], suffix: str = '') -> Path:
-    """The first of the sub-folders that is there and holds such files; '' stands for the folder itself."""
-    there = [root / name for name in names if (root / name).is_dir()]
-    return next((f for f in there if any(p.suffix.lower() == suffix if suffix else looks_like_image(p)
-                                         for p in f.iterdir())), there[0])
-
-
-# Pascal VOC
-
-def _read_voc(root: Path) -> _Parts:
-    split = {_PARTS[f.name]: f for f in sorted(root.iterdir()) if f.is_dir() and f.name in _PARTS and any(
-        f.glob('*.xml'))}  # as Roboflow exports it
-    if split:
-        return {name: [_read_xml(file, {}, folder) for file in sorted(folder.glob('*.xml'))]
-                for name, folder in split.items()}
-    annotations, images = _folder(root, _ANNOTATIONS, '.xml'), _folder(root, _IMAGES)
-    by_stem = {path.stem: path for path in sorted(images.iterdir()) if looks_like_image(path)}
-    lists = {file.stem: _listed(file) for file in sorted((root / 'ImageSets' / 'Main').glob('*.txt'))}
-    lists = {name: stems for name, stems in lists.items() if stems is not None}
-    if not lists:
-        stems = [file.stem for file in sorted(annotations.glob('*.xml'))]
-        without = [_Annotated(path) for stem, path in by_stem.items() if stem not in set(stems)]
-        return {_ALL: [_read_xml(annotations / f'{stem}.xml', by_stem, images) for stem in stems] + without}
-    return {name: [_read_xml(annotations / f'{stem}.xml', by_stem, images) for stem in stems]
-            for name, stems in lists.items()}
-
-
-def _listed(file: Path) -> list[str] | None:
-    """The images of a list; None where it is of one class, whose lines have a flag that is not always 1."""
-    rows = [line.split() for line in file.read_text(
-        encoding='utf-8', errors='surrogateescape').splitlines() if line.strip()]
-    flags = {row[1] for row in rows if len(row) > 1}
-    return None if '-1' in flags else [row[0] for row in rows]
-
-
-def _read_xml(file: Path, by_stem: dict[str, Path], images: Path) -> _Annotated:
-    try:
-        tree = ET.parse(file).getroot()
-    except FileNotFoundError:
-        return _Annotated(by_stem.get(file.stem, images / f'{file.stem}.jpg'), fault=f'{file} does not exist')
-    except (LookupError, ValueError, OSError, ET.ParseError) as e:  # the first of an encoding that Python has not
-        return _Annotated(by_stem.get(file.stem, images / f'{file.stem}.jpg'), fault=f'{file}: {e}')
-    named = images / Path((tree.findtext('filename') or '').strip().replace('\\', '/')).name
-    image = by_stem.get(file.stem) or (named if named.is_file() else next(
-        (p for p in images.glob(f'{file.stem}.*') if looks_like_image(p)), images / f'{file.stem}.jpg'))
-    objects = []
-    for i, element in enumerate(tree.findall('object'), start=1):
-        label = (element.findtext('name') or '').strip()
-        try:
-            box = tuple(float(element.findtext(f'bndbox/{k}') or '') for k in ('xmin', 'ymin', 'xmax', 'ymax'))
-        except ValueError:
-            box = None
-        objects.append((f'{file}, object {i} ({label or "no name"})', label, box))
-    size = tuple(int(v) if (v := tree.findtext(f'size/{k}') or '').isdigit() else 0 for k in ('width', 'height'))
-    return _Annotated(image, objects, size if all(size) else None)
-
-
-# COCO
-
-def _coco_files(root: Path) -> dict[str, Path]:
-    """Annotation files by part, of Roboflow's folders, of COCO's own names, or of one file that is called so."""
-    if not root.is_dir():
-        return {}
-    parts = {_PARTS[f.name]: f / '_annotations.coco.json' for f in sorted(root.iterdir()) if f.name in _PARTS}
-    parts = {name: file for name, file in parts.items() if file.is_file()}
-    for file in sorted((root / 'annotations').glob('instances_*.json')):
-        parts.setdefault(_PARTS.get(re.sub(r'instances_|\d+', '', file.stem), file.stem), file)
-    single = [f for f in (root / '_annotations.coco.json', root / 'annotations.json') if f.is_file()]
-    return parts or ({_ALL: single[0]} if single else {})
-
-
-def _read_coco(root: Path) -> tuple[_Parts, list[str]]:
-    files = _coco_files(root) or {_ALL: root}
-    parts, classes = {}, []
-    for name, file in files.items():
-        try:
-            found = json.loads(file.read_text(encoding='utf-8'))
-            parts[name], named = _coco_images(found, file)
-        except (ValueError, RecursionError, OSError) as e:
-            raise ValueError(f'{file} is not a COCO annotation file: {e}') from e
-        except (AttributeError, KeyError, TypeError) as e:
-            raise ValueError(f'{file} is not a COCO annotation file: a field is missing or of another kind '
-                             f'({type(e).__name__}: {e})') from e
-        classes = list(dict.fromkeys([*classes, *named]))
-    return parts, classes
-
-
-def _coco_images(found: dict[str, Any], file: Path) -> tuple[list[_Annotated], list[str]]:
-    categories = {c['id']: str(c['name']) for c in found['categories']}
-    images: dict[Any, _Annotated] = {}
-    for row in found['images']:
-        if row['id'] in images:
-            raise ValueError(f"the image id {row['id']} occurs twice")
-        size = row.get('width'), row.get('height')
-        images[row['id']] = _Annotated(_coco_image(file, row['file_name']), size=size if all(size) else None)
-    for row in found['annotations']:
-        if row.get('iscrowd'):  # a region with many, which is no box to learn from
-            continue
-        if row['image_id'] not in images:
-            raise ValueError(f"annotation {row.get('id')} is of image {row['image_id']}, which is not in its images")
-        if row['category_id'] not in categories:
-            raise ValueError(f"annotation {row.get('id')} is of category {row['category_id']}; its categories are "
-                             f"{some([str(i) for i in categories])}")
-        try:
-            x, y, w, h = map(float, row['bbox'])
-            box = x, y, x + w, y + h
-        except (TypeError, ValueError):
-            box = None
-        label = categories[row['category_id']]
-        images[row['image_id']].objects.append((f"{file}, annotation {row.get('id')} ({label})", label, box))
-    merged: dict[Path, _Annotated] = {}
-    for image in images.values():  # files that were joined list some images twice
-        merged.setdefault(image.image, dataclasses.replace(image, objects=[])).objects.extend(image.objects)
-    return list(merged.values()), [categories[i] for i in sorted(categories)]
-
-
-def _coco_image(file: Path, name: str) -> Path:
-    part = re.sub('instances_', '', file.stem)
-    places = [file.parent, file.parent / 'images', file.parent.parent / part, file.parent.parent / 'images' / part,
-              file.parent.parent / 'images']
-    return next((place / name for place in places if (place / name).is_file()), file.parent / name)
-
-
-# YOLO
-
-def _yaml_file(root: Path) -> Path | None:
-    files = [root] if root.is_file() else [root / name for name in ('data.yaml', 'data.yml', 'dataset.yaml')]
-    return next((f for f in files if f.is_file() and f.suffix in ('.yaml', '.yml')), None)
-
-
-def _read_yolo(root: Path) -> tuple[_Parts, list[str]]:
-    settings, file = {}, _yaml_file(root)
-    if file:
-        import yaml  # of huggingface_hub
-        try:
-            settings = yaml.safe_load(file.read_text(encoding='utf-8'))
-            names = settings['names']
-        except (yaml.YAMLError, KeyError, TypeError, ValueError) as e:
-            raise ValueError(f'{file} is not a YOLO data.yaml: {e!r}; it must name its classes under "names"') from e
-        classes = _yolo_names(names, file)
-        root = file.parent
-        if (root / str(settings.get('path') or '')).is_dir():
-            root /= str(settings.get('path') or '')
-        folders = {key: [_yolo_folder(root, entry) for entry in _as_list(settings[key])]
-                   for key in ('train', 'val', 'test') if settings.get(key)}
-        # Roboflow names a test folder where none was exported
-        folders = {key: [f for f in there if f] for key, there in folders.items()}
-        if not all(folders.get('train') or [None]):
-            raise ValueError(f'{file} names {settings.get("train")} to train on, which is not a folder in {root}')
-        folders = {key: there for key, there in folders.items() if there}
-    else:
-        own = root / 'classes.txt'
-        classes = own.read_text(encoding='utf-8').split('\n') if own.is_file() else []
-        classes = [name.strip() for name in classes if name.strip()]
-        inner = [f for f in sorted((root / 'images').iterdir()) if f.is_dir() and f.name in _PARTS] if (
-            root / 'images').is_dir() else []
-        folders = {_PARTS[f.name]: [f] for f in inner} or {_ALL: [root / 'images']}
-    parts = {name: [image for folder in there for image in _yolo_images(folder, classes)]
-             for name, there in folders.items()}
-    return parts, classes or [str(i) for i in range(1000)]
-
-
-def _yolo_names(names: Any, file: Path) -> list[str]:
-    if not isinstance(names, dict):
-        return [str(name) for name in names]
-    numbered = {str(key): str(name) for key, name in names.items()}
-    if set(numbered) != set(map(str, range(len(numbered)))):
-        raise ValueError(f'{file} numbers its classes {", ".join(numbered)}; they must be 0 to {len(numbered) - 1}')
-    return [numbered[str(i)] for i in range(len(numbered))]
-
-
-def _as_list(value: Any) -> list[str]:
-    return [str(v) for v in value] if isinstance(value, list) else [str(value)]
-
-
-def _yolo_folder(root: Path, entry: str) -> Path | None:
-    """A folder of images that `data.yaml` names; Roboflow writes `../train/images` for `train/images`."""
-    places = [root / entry, root / entry.removeprefix('../'), Path(entry)]
-    found = next((place for place in places if place.is_dir()), None)
-    return found / 'images' if found and (found / 'images').is_dir() else found
-
-
-def _yolo_images(folder: Path, classes: Sequence[str]) -> Iterator[_Annotated]:
-    for path in sorted(folder.rglob('*')):
-        if not (path.is_file() and looks_like_image(path)):
-            continue
-        parts = list(path.parts)
-        place = len(parts) - 1 - parts[::-1].index('images') if 'images' in parts else None
-        labels = Path(*parts[:place], 'labels', *parts[place + 1:]) if place is not None else path
-        yield _read_yolo_labels(path, labels.with_suffix('.txt'), classes)
-
-
-def _read_yolo_labels(image: Path, file: Path, classes: Sequence[str]) -> _Annotated:
-    if not file.is_file():
-        return _Annotated(image)
-    objects = []
-    for i, line in enumerate(file.read_text(encoding='utf-8', errors='replace').splitlines(), start=1):
-        if not line.strip():
-            continue
-        what, cells = f'{file}, line {i}', line.split()
-        try:
-            number, box = int(cells[0]), tuple(map(float, cells[1:]))
-        except ValueError:
-            number, box = -1, ()
-        if number < 0 or classes and number >= len(classes):
-            return _Annotated(image, fault=f'{what}: class {cells[0]} is not one of the {len(classes)} classes, 0 to '
-                                           f'{len(classes) - 1}')
-        if len(box) > 4 and len(box) % 2 == 0:  # an outline
-            box = _around(box)
-        objects.append((what, classes[number] if classes else str(number), box if len(box) == 4 else None))
-    return _Annotated(image, objects, fractions=True)
-
-
-def _around(outline: tuple[float, ...]) -> Box:
-    """Centre, width and height of the box around an outline."""
-    xs, ys = outline[::2], outline[1::2]
-    return (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2, max(xs) - min(xs), max(ys) - min(ys)
-
-
-# The split
 
 def divide(
         scan: BoxScan,
@@ -591,7 +336,7 @@ def divide(
 def _to_train_on(parts: dict[str, BoxedImages]) -> list[str]:
     if 'trainval' in parts and 'test' in parts:
         return ['trainval']
-    return [name for name in ('train', 'val', _ALL) if name in parts]
+    return [name for name in ('train', 'val', ALL) if name in parts]
 
 
 def _joined(parts: Sequence[BoxedImages]) -> BoxedImages:
@@ -626,7 +371,7 @@ def _drawn(
 
 
 def write_box_split(train: BoxedImages, test: BoxedImages, root: Path) -> str:
-    """A CSV of part and path; paths within `root` are relative to it."""
+    """A CSV of part and path, relative to `root`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(['part', 'path'])
@@ -636,7 +381,7 @@ def write_box_split(train: BoxedImages, test: BoxedImages, root: Path) -> str:
 
 
 def _from(root: Path, path: str) -> str:
-    return str(Path(path).relative_to(root)) if Path(path).is_relative_to(root) else path
+    return os.path.relpath(os.path.abspath(path), os.path.abspath(root))
 
 
 def read_box_split(file: Path, scan: BoxScan, root: Path) -> tuple[BoxedImages, BoxedImages]:

@@ -185,12 +185,12 @@ def _test(loop: _Loop, data: _Data, started: float) -> dict[str, Any]:
         'train_images': len(data.train), 'epochs': config.epochs, 'image_size': config.image_size,
         'train_seconds': round(loop.progress.seconds, 1), 'seconds': round(time.monotonic() - started, 1),
         'environment': environment(machine.device), 'measured_by': 'wrn-timm detect'}
-    write_json(folder / 'metrics.json', metrics)
     write_detector_report(folder, metrics, curves, data.test, predictions,
                           {'data': data.source, 'summary': data.scan.summary()})
     for file in ('history.csv', 'curves.png'):
         atomic_write(folder / 'weights' / file, functools.partial(shutil.copyfile, folder / file))
     finish_detector_folder(folder / 'weights', metrics)
+    write_json(folder / 'metrics.json', metrics)  # last, because it tells that the run is finished
     return metrics
 
 
@@ -268,7 +268,7 @@ def _kept(config: DetectConfig, out: Path, machine: Machine) -> DetectConfig:
     found = config_of(out / 'recipe.json', 'detect', DetectConfig)
     if config.model == 'auto':
         config = dataclasses.replace(config, model=found.model, pretrained=found.pretrained)
-    left_open = ('image_size', 'anchor_scale', 'epochs', 'batch_size', 'out_channels')
+    left_open = ('image_size', 'anchor_scale', 'epochs', 'batch_size', 'out_channels', 'max_objects')
     return dataclasses.replace(
         config, **{name: getattr(found, name) for name in left_open if not getattr(config, name)})
 
@@ -321,7 +321,8 @@ def _resolved(config: DetectConfig, scan: BoxScan, train: BoxedImages) -> Detect
         config, image_size=config.image_size or min(640, max(320, 32 * round(longest / 32))),
         epochs=config.epochs or min(60, max(12, round(_SHOWN / len(train)))),
         batch_size=config.batch_size or min(8, max(2, len(train) // 40)),
-        out_channels=config.out_channels or _fitting_channels(config.model))
+        out_channels=config.out_channels or _fitting_channels(config.model),
+        max_objects=config.max_objects or max(100, 2 * max(map(len, train.boxes))))
     if config.anchor_scale:
         return config
     boxes = torch.cat(train.boxes)

@@ -146,7 +146,8 @@ def detection_metrics(
         classes: Names; label 1 is the first.
 
     Returns:
-        `images`, `map` (mean average precision over the overlaps 0.5 to 0.95 and the classes, as COCO defines it),
+        `images`, `map` (mean average precision over the overlaps 0.5 to 0.95 and the classes, as COCO defines it: the
+        100 best boxes of a class on an image count),
         `map_50`, `map_75`; `threshold`, the score at which the mean F1 over the classes is highest at an overlap of
         0.5 (0.5 where nothing is found), with `f1`, `precision` and `recall` there, means over the classes;
         `per_class` by name with `objects`, `map`, `map_50`, `precision` and `recall`. What is not defined is None: all

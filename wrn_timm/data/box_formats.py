@@ -1,0 +1,348 @@
+"""Annotations with boxes as people have them: Pascal VOC, COCO and YOLO, read to one form and not yet examined."""
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .folders import looks_like_image, some
+
+__all__ = ['ALL', 'FORMATS', 'Annotated', 'Box', 'corners', 'recognised']
+
+FORMATS = ('voc', 'coco', 'yolo', 'bccd')  # 'bccd' is VOC by the name of a data set
+ALL = 'all'  # the only part of a data set that is not divided
+_IMAGES = ('JPEGImages', 'images', 'Images', 'imgs', '')
+_ANNOTATIONS = ('Annotations', 'annotations', 'xmls', 'labels', '')
+_PARTS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test', 'trainval': 'trainval'}
+Box = tuple[float, float, float, float]
+
+
+@dataclasses.dataclass
+class Annotated:
+    """An image as its annotations tell of it: boxes in pixels, or, with `fractions`, in fractions of its sides.
+
+    Attributes:
+        image: The file.
+        objects: What to call each in a message, its class, and its box; None where that cannot be read.
+        size: Width and height as the annotations have them.
+        fractions: Boxes are centre, width and height.
+        fault: Why it cannot be used at all; '' if it can.
+        file: Where the annotations are; None where the image has none.
+    """
+    image: Path
+    objects: list[tuple[str, str, Box | None]] = dataclasses.field(default_factory=list)
+    size: tuple[int, int] | None = None
+    fractions: bool = False
+    fault: str = ''
+    file: Path | None = None
+
+
+Parts = dict[str, list[Annotated]]
+
+
+def corners(box: Box) -> Box:
+    """xmin, ymin, xmax, ymax of centre, width and height."""
+    x, y, w, h = box
+    return x - w / 2, y - h / 2, x + w / 2, y + h / 2
+
+
+def recognised(root: Path, kind: str) -> tuple[str, Parts, Sequence[str]]:
+    """The format's name, the images of each part, and the names of the classes in their order, where that is given.
+
+    Args:
+        root: Folder or file.
+        kind: One of `FORMATS`; '' recognises it.
+
+    Raises:
+        ValueError: No format is recognised, or the annotations are damaged as a whole.
+    """
+    if kind == 'coco' or not kind and (root.suffix == '.json' or _coco_files(root)):
+        return 'COCO', *_read_coco(root)
+    if kind == 'yolo' or not kind and (_yaml_file(root) or any((root / 'labels').rglob('*.txt'))):
+        return 'YOLO', *_read_yolo(root)
+    if kind or any(next((root / name).rglob('*.xml'), None) for name in _ANNOTATIONS if name) or any(
+            next(root.glob(beside), None) for beside in ('*.xml', '*/*.xml')):
+        return 'Pascal VOC', _read_voc(root), ()
+    raise ValueError(f'{root} holds no annotations of a known form: Pascal VOC (Annotations/*.xml), COCO '
+                     f'(_annotations.coco.json, or coco:FILE.json) or YOLO (data.yaml, or images/ and labels/)')
+
+
+# Pascal VOC
+
+class _ByStem(dict[Path, dict[str, Path]]):
+    """The images of a folder by their stem; each folder is listed once."""
+
+    def __missing__(self, folder: Path) -> dict[str, Path]:
+        there = sorted(folder.iterdir()) if folder.is_dir() else ()
+        return self.setdefault(folder, {path.stem: path for path in there if looks_like_image(path)})
+
+
+def _read_voc(root: Path) -> Parts:
+    split = {_PARTS[f.name]: f for f in sorted(root.iterdir()) if f.is_dir() and f.name in _PARTS and any(
+        f.glob('*.xml'))}  # as Roboflow exports it
+    if split:
+        return {name: _voc_images(folder.glob('*.xml'), folder, folder) for name, folder in split.items()}
+    annotations = _folder(root, _ANNOTATIONS, lambda f: any(f.rglob('*.xml')))
+    images = _folder(root, _IMAGES, lambda f: any(map(looks_like_image, f.rglob('*'))))
+    lists = {file.stem: _listed(file, annotations) for file in sorted((root / 'ImageSets' / 'Main').glob('*.txt'))}
+    lists = {name: entries for name, entries in lists.items() if entries is not None}
+    if not lists:
+        files = annotations.glob('*.xml') if annotations == root else annotations.rglob('*.xml')
+        return {ALL: _voc_images(files, annotations, images)}
+    by_stem = _ByStem()
+    return {name: [_read_xml(annotations / f'{entry}.xml', annotations, images, by_stem) for entry in entries]
+            for name, entries in lists.items()}
+
+
+def _folder(root: Path, names: Sequence[str], holds: Callable[[Path], bool]) -> Path:
+    """The first of the sub-folders that is there and holds such files; '' stands for the folder itself."""
+    there = [root / name for name in names if (root / name).is_dir()]
+    return next(filter(holds, there), there[0])
+
+
+def _voc_images(files: Iterable[Path], annotations: Path, images: Path) -> list[Annotated]:
+    """The images that `files` tell of, and those of the same folders that have no file."""
+    by_stem = _ByStem()
+    found = [_read_xml(file, annotations, images, by_stem) for file in sorted(files)]
+    annotated = {a.image for a in found}
+    folders = sorted({images} | {path.parent for path in annotated})
+    return found + [Annotated(path) for folder in folders for path in by_stem[folder].values()
+                    if path not in annotated]
+
+
+def _listed(file: Path, annotations: Path) -> list[str] | None:
+    """The images of a list, each once; None where it is of one class, whose lines have a flag that is not always 1."""
+    entries, flags = [], set()
+    for line in file.read_text(encoding='utf-8', errors='surrogateescape').splitlines():
+        entry = line.strip()
+        flagged = re.fullmatch(r'(.*\S)\s+(-1|0|1)', entry)
+        if flagged and not (annotations / f'{entry}.xml').is_file():
+            entry, flag = flagged.groups()
+            flags.add(flag)
+        if entry := entry.strip('"'):  # in which some write names with spaces
+            entries.append(entry)
+    return None if '-1' in flags else list(dict.fromkeys(entries))
+
+
+def _read_xml(file: Path, annotations: Path, images: Path, by_stem: _ByStem) -> Annotated:
+    """What a file in `annotations` or a sub-folder tells of an image in `images` or a sub-folder of the same name."""
+    folders = list(dict.fromkeys([images / file.relative_to(annotations).parent, images]))
+    stemmed = next((by_stem[f][file.stem] for f in folders if file.stem in by_stem[f]), None)
+    missing = folders[0] / f'{file.stem}.jpg'
+    try:
+        tree = ET.parse(file).getroot()
+    except FileNotFoundError:
+        return Annotated(stemmed or missing, fault=f'{file} does not exist', file=file)
+    except (LookupError, ValueError, OSError, ET.ParseError) as e:  # the first of an encoding that Python has not
+        return Annotated(stemmed or missing, fault=f'{file}: {e}', file=file)
+    name = Path((tree.findtext('filename') or '').strip().replace('\\', '/')).name
+    named = next((f / name for f in folders if (f / name).is_file()), None)
+    if stemmed and not (named and named.stem == file.stem):  # files that were renamed name others
+        named = stemmed
+    objects = []
+    for i, element in enumerate(tree.findall('object'), start=1):
+        label = (element.findtext('name') or '').strip()
+        try:
+            box = tuple(float(element.findtext(f'bndbox/{k}') or '') for k in ('xmin', 'ymin', 'xmax', 'ymax'))
+        except ValueError:
+            box = None
+        objects.append((f'{file}, object {i} ({label or "no name"})', label, box))
+    size = tuple(int(v) if (v := tree.findtext(f'size/{k}') or '').isdigit() else 0 for k in ('width', 'height'))
+    return Annotated(named or missing, objects, size if all(size) else None, file=file)
+
+
+# COCO
+
+def _coco_files(root: Path) -> dict[str, Path]:
+    """Annotation files by part, of Roboflow's folders, of COCO's own names, or of one file that is called so."""
+    if not root.is_dir():
+        return {}
+    parts = {_PARTS[f.name]: f / '_annotations.coco.json' for f in sorted(root.iterdir()) if f.name in _PARTS}
+    parts = {name: file for name, file in parts.items() if file.is_file()}
+    for file in sorted((root / 'annotations').glob('instances_*.json')):
+        parts.setdefault(_PARTS.get(re.sub(r'instances_|\d+', '', file.stem), file.stem), file)
+    single = [f for f in (root / '_annotations.coco.json', root / 'annotations.json') if f.is_file()]
+    return parts or ({ALL: single[0]} if single else {})
+
+
+def _read_coco(root: Path) -> tuple[Parts, list[str]]:
+    files = _coco_files(root) or {ALL: root}
+    parts, classes = {}, []
+    for name, file in files.items():
+        try:
+            found = json.loads(file.read_text(encoding='utf-8'))
+            parts[name], named = _coco_images(found, file)
+        except (ValueError, RecursionError, OSError) as e:
+            raise ValueError(f'{file} is not a COCO annotation file: {e}') from e
+        except (AttributeError, KeyError, TypeError) as e:
+            raise ValueError(f'{file} is not a COCO annotation file: a field is missing or of another kind '
+                             f'({type(e).__name__}: {e})') from e
+        classes = list(dict.fromkeys([*classes, *named]))
+    return parts, classes
+
+
+def _coco_images(found: dict[str, Any], file: Path) -> tuple[list[Annotated], list[str]]:
+    categories = {c['id']: str(c['name']) for c in found['categories']}
+    images: dict[Any, Annotated] = {}
+    for row in found['images']:
+        if row['id'] in images:
+            raise ValueError(f"the image id {row['id']} occurs twice")
+        size = row.get('width'), row.get('height')
+        images[row['id']] = Annotated(_coco_image(file, row['file_name']), size=size if all(size) else None, file=file)
+    for row in found['annotations']:
+        if row.get('iscrowd'):  # a region with many, which is no box to learn from
+            continue
+        if row['image_id'] not in images:
+            raise ValueError(f"annotation {row.get('id')} is of image {row['image_id']}, which is not in its images")
+        if row['category_id'] not in categories:
+            raise ValueError(f"annotation {row.get('id')} is of category {row['category_id']}; its categories are "
+                             f"{some([str(i) for i in categories])}")
+        try:
+            x, y, w, h = map(float, row['bbox'])
+            box = x, y, x + w, y + h
+        except (TypeError, ValueError):
+            box = None
+        label = categories[row['category_id']]
+        images[row['image_id']].objects.append((f"{file}, annotation {row.get('id')} ({label})", label, box))
+    merged: dict[Path, Annotated] = {}
+    for image in images.values():  # files that were joined list some images twice
+        merged.setdefault(image.image, dataclasses.replace(image, objects=[])).objects.extend(image.objects)
+    return list(merged.values()), [categories[i] for i in sorted(categories)]
+
+
+def _coco_image(file: Path, name: str) -> Path:
+    part = re.sub('instances_', '', file.stem)
+    places = [file.parent, file.parent / 'images', file.parent.parent / part, file.parent.parent / 'images' / part,
+              file.parent.parent / 'images']
+    return next((place / name for place in places if (place / name).is_file()), file.parent / name)
+
+
+# YOLO
+
+def _yaml_file(root: Path) -> Path | None:
+    files = [root] if root.is_file() else [root / name for name in ('data.yaml', 'data.yml', 'dataset.yaml')]
+    return next((f for f in files if f.is_file() and f.suffix in ('.yaml', '.yml')), None)
+
+
+def _read_yolo(root: Path) -> tuple[Parts, list[str]]:
+    if file := _yaml_file(root):
+        parts, classes, pose = _of_yaml(file)
+    else:
+        own = root / 'classes.txt'
+        classes = own.read_text(encoding='utf-8').split('\n') if own.is_file() else []
+        classes, pose = [name.strip() for name in classes if name.strip()], False
+        inner = [f for f in sorted((root / 'images').iterdir()) if f.is_dir() and f.name in _PARTS] if (
+            root / 'images').is_dir() else []
+        folders = {_PARTS[f.name]: f for f in inner} or {ALL: root / 'images'}
+        parts = {name: _images_under(folder) for name, folder in folders.items()}
+    read = {name: [_read_yolo_labels(path, classes, pose) for path in dict.fromkeys(paths)]
+            for name, paths in parts.items()}
+    return read, classes or [str(i) for i in range(1000)]
+
+
+def _of_yaml(file: Path) -> tuple[dict[str, list[Path]], list[str], bool]:
+    """The images by part that a `data.yaml` names, its classes, and whether keypoints follow its boxes."""
+    import yaml  # of huggingface_hub
+    try:
+        settings = yaml.safe_load(file.read_text(encoding='utf-8'))
+        names = settings['names']
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f'{file} is not a YOLO data.yaml: {e!r}; it must name its classes under "names"') from e
+    root = file.parent
+    if (root / str(settings.get('path') or '')).is_dir():
+        root /= str(settings.get('path') or '')
+    parts: dict[str, list[Path]] = {}
+    for key in ('train', 'val', 'test'):
+        entries = settings.get(key) or []
+        for entry in map(str, entries if isinstance(entries, list) else [entries]):
+            place = _yolo_place(root, entry)
+            if place:
+                parts.setdefault(key, []).extend(
+                    _images_under(place) if place.is_dir() else _images_listed(place, root))
+            elif key != 'test':  # which Roboflow names where none was exported
+                raise ValueError(f'{file} names {entry} under "{key}", which is neither a folder nor a list of images '
+                                 f'in {root}; correct it, or leave "{key}" out')
+    if 'train' not in parts:
+        raise ValueError(f'{file} names no images to train on, under "train"')
+    return parts, _yolo_names(names, file), bool(settings.get('kpt_shape'))
+
+
+def _yolo_names(names: Any, file: Path) -> list[str]:
+    if not isinstance(names, dict):
+        return [str(name) for name in names]
+    numbered = {str(key): str(name) for key, name in names.items()}
+    if set(numbered) != set(map(str, range(len(numbered)))):
+        raise ValueError(f'{file} numbers its classes {", ".join(numbered)}; they must be 0 to {len(numbered) - 1}')
+    return [numbered[str(i)] for i in range(len(numbered))]
+
+
+def _places(root: Path, entry: str) -> list[Path]:
+    """Where what `data.yaml` names may be; Roboflow writes `../train/images` for `train/images`."""
+    return [root / entry, root / entry.removeprefix('../'), Path(entry)]
+
+
+def _yolo_place(root: Path, entry: str) -> Path | None:
+    """A folder of images, or a text file that lists images."""
+    found = next((p for p in _places(root, entry) if p.is_dir() or p.is_file() and p.suffix == '.txt'), None)
+    return found / 'images' if found and (found / 'images').is_dir() else found
+
+
+def _images_under(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob('*')) if path.is_file() and looks_like_image(path)]
+
+
+def _images_listed(file: Path, root: Path) -> Iterator[Path]:
+    """The images of a list, whose lines are relative to its folder or to the data set's."""
+    for line in file.read_text(encoding='utf-8', errors='surrogateescape').splitlines():
+        if entry := line.strip():
+            places = [file.parent / entry, *_places(root, entry)]
+            yield next((p for p in places if p.is_file()), places[0])
+
+
+def _labels_of(image: Path) -> Path:
+    """The file of an image's boxes: beside it, or in the folder `labels` beside its folder `images`."""
+    parts = list(image.parent.parts)
+    if 'images' in parts:
+        parts[len(parts) - 1 - parts[::-1].index('images')] = 'labels'
+    return Path(*parts, image.name).with_suffix('.txt')
+
+
+def _read_yolo_labels(image: Path, classes: Sequence[str], pose: bool) -> Annotated:
+    file = _labels_of(image)
+    if not file.is_file():
+        return Annotated(image)
+    objects = []
+    for i, line in enumerate(file.read_text(encoding='utf-8', errors='replace').splitlines(), start=1):
+        if not line.strip():
+            continue
+        what, (cell, *cells) = f'{file}, line {i}', line.split()
+        number = _whole(cell)
+        if not 0 <= number < (len(classes) or number + 1):
+            known = f'one of the {len(classes)} classes, 0 to {len(classes) - 1}' if classes else 'a number from 0'
+            return Annotated(image, fault=f'{what}: class {cell} is not {known}', file=file)
+        objects.append((what, classes[number] if classes else str(number), _yolo_box(cells, pose)))
+    return Annotated(image, objects, fractions=True, file=file)
+
+
+def _whole(text: str) -> int:
+    """A class's number, which some programs write as 0.000000; -1 where it is none."""
+    try:
+        return int(number) if (number := float(text)).is_integer() else -1
+    except ValueError:
+        return -1
+
+
+def _yolo_box(cells: Sequence[str], pose: bool) -> Box | None:
+    """The box of a line: as written, before keypoints, or around an outline."""
+    try:
+        box = tuple(map(float, cells[:4] if pose else cells))
+    except ValueError:
+        return None
+    if len(box) > 4 and len(box) % 2 == 0:
+        xs, ys = box[::2], box[1::2]
+        return (min(xs) + max(xs)) / 2, (min(ys) + max(ys)) / 2, max(xs) - min(xs), max(ys) - min(ys)
+    return box if len(box) == 4 else None
