@@ -4,9 +4,11 @@ import math
 import os
 import pickle
 import shutil
+import sys
 import tracemalloc
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +19,12 @@ from PIL import EpsImagePlugin, Image, ImageFile
 from torchvision import datasets as tv
 from torchvision.transforms import v2
 
+from wrn_timm.data import folders
 from wrn_timm.data import small_sets as datasets
 from wrn_timm.data.corrupt import corrupt
 from wrn_timm.data.folders import (
+    FolderScan,
+    ImageFiles,
     ReadableOnly,
     collate_readable,
     examine,
@@ -512,6 +517,12 @@ def test_files_are_held_out_where_a_tenth_is_enough_to_choose_by(monkeypatch, en
     assert split.test == make_split(scan, '70-30').test
 
 
+def test_one_of_each_of_many_classes_is_no_tenth():
+    files = ImageFiles.of([(f'{c}/{i}.jpg', f'{c:03}') for c in range(120) for i in range(10)])
+    held_out = [make_split(FolderScan(files), protocol, 'auto').holdout for protocol in ('random5', 'random9')]
+    assert held_out[0] is None and len(held_out[1]) == 120  # a tenth of 600 is 60, and of 1,080 it is 108
+
+
 def test_early_stopping_holds_files_out_however_few():
     scan = list_folder(SAMPLE)
     given = {FinetuneConfig(patience=p, holdout=h).held_out: p for p, h in ((0, 'auto'), (3, 'auto'), (3, 0.2))}
@@ -630,10 +641,49 @@ def test_many_files_are_listed_in_little_memory(tmp_path):
 def test_the_first_of_a_class_are_so_by_name(tmp_path):
     """In a CSV, whose rows may be in any order."""
     names = ['c.jpg', 'a.jpg', 'd.jpg', 'b.jpg']
-    rows = [f'{n},{label}' for label in 'xy' for n in names]
+    rows = [f'{label}/{n},{label}' for label in 'xy' for n in names]
     (tmp_path / 'list.csv').write_text('\n'.join(['path,label', *rows]))
     split = make_split(list_source(str(tmp_path / 'list.csv')), 'first2')
     assert [Path(p).name for p in split.train.paths] == ['a.jpg', 'b.jpg'] * 2
+
+
+def test_a_photograph_has_one_label(tmp_path):
+    """Of a CSV with a line per label."""
+    file, good = tmp_path / 'list.csv', ['a.jpg,x', 'b.jpg,x', 'c.jpg,y', 'd.jpg,y']
+    file.write_text('\n'.join(['path,label', *good, 'a.jpg,x']))
+    scan = list_source(str(file))
+    assert len(scan.train) == 4 and '1 lines name a photograph again: left out' in scan.notes
+    file.write_text('\n'.join(['path,label', *good, 'b.jpg,y']))
+    with pytest.raises(ValueError, match='list.csv, line 6: b.jpg is labelled y, but x further up'):
+        list_source(str(file))
+
+
+def test_files_beside_photographs_that_are_too_many_to_examine(tmp_path):
+    for label in 'xy':
+        (tmp_path / label).mkdir()
+        for name in ('1.jpg', '1.txt', '2.PNG', 'Thumbs.db'):
+            (tmp_path / label / name).write_bytes(b'')
+    scan = examine(list_folder(tmp_path), at_most=5)
+    assert [os.path.basename(p) for p in scan.train.paths] == ['1.jpg', '2.PNG'] * 2
+    assert any('4 files do not have the suffix of an image' in line for line in scan.summary())
+
+
+def test_photographs_of_a_telephone(tmp_path, monkeypatch):
+    """HEIF is read with its package, and named where that is missing."""
+    file, registered = tmp_path / 'IMG_1.HEIC', []
+    file.write_bytes(b'....ftypheic')
+    assert looks_like_image(file)
+    monkeypatch.setitem(sys.modules, 'pillow_heif', None)
+    folders._decoders.cache_clear()
+    with pytest.raises(ValueError, match='IMG_1.HEIC is an HEIF image, which needs the package pillow-heif'):
+        read_rgb(file)
+    monkeypatch.setitem(sys.modules, 'pillow_heif', SimpleNamespace(
+        register_heif_opener=lambda: registered.append(True)))
+    folders._decoders.cache_clear()
+    with pytest.raises(ValueError, match='IMG_1.HEIC'):
+        read_rgb(file)
+    folders._decoders.cache_clear()
+    assert registered
 
 
 def test_what_a_source_is_called(tmp_path, monkeypatch):

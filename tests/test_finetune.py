@@ -147,6 +147,69 @@ def test_photographs_of_some_of_the_classes_are_measured(run, photographs, tmp_p
     assert some['images'] == 24 and some['per_class'] == every['per_class'] | {'ketch': None}
 
 
+def test_a_test_part_that_lacks_a_class_and_labels_in_another_order_are_measured(run, photographs, tmp_path):
+    rows = (run / 'split.csv').read_text().splitlines()
+    (tmp_path / 'split.csv').write_text('\n'.join(r for r in rows if not r.startswith('test,pizza')))
+    metrics = validate(str(run), str(photographs), split=str(tmp_path / 'split.csv'))
+    assert metrics['per_class']['pizza'] is None and metrics['images'] == 8
+    model = open_model(str(run))
+    order = (2, 0, 1)
+    with torch.no_grad():
+        for parameter in model.fc.parameters():
+            parameter.copy_(parameter[list(order)])
+    export_weights(model, tmp_path / 'x', {'label_names': [CLASSES[i] for i in order], 'tag': 'x'})
+    again = validate(str(tmp_path / 'x'), str(photographs))
+    assert again['per_class'] == validate(str(run), str(photographs))['per_class']
+
+
+def test_files_of_a_given_split_are_examined(run, photographs, tmp_path, capsys):
+    data, given = shutil.copytree(photographs, tmp_path / 'data'), tmp_path / 'split.csv'
+    rows = [r.split(',') for r in (run / 'split.csv').read_text().splitlines()[1:]]
+    first = {part: next(path for p, _, path in reversed(rows) if p == part) for part in ('train', 'test')}
+    shutil.copy(data / first['train'], data / first['test'])
+    given.write_text('\n'.join(','.join(r) for r in [('part', 'label', 'path'), *rows]))
+    config = FinetuneConfig(split=str(given))
+    split, found = ft.prepare_split(config, data)
+    assert found['leaks'] == [(str(data / first['train']), str(data / first['test']))] and found['side'] > 100
+    assert (len(split.train), len(split.holdout), len(split.test), found['split']) == (18, 6, 12, 'split.csv')
+    (data / first['test']).write_bytes(b'')
+    split, found = ft.prepare_split(config, data)
+    assert len(split.test) == 11 and len(found['bad']) == 1
+    with pytest.raises(ValueError, match='is not an image'):
+        ft.prepare_split(config, data, Machine(on_bad='fail'))
+
+
+def test_settings_that_a_given_split_leaves_without_effect(run, photographs, tmp_path, caplog):
+    given = tmp_path / 'split.csv'
+    given.write_text(re.sub('(?m)^holdout', 'train', (run / 'split.csv').read_text()))
+    with pytest.raises(ValueError, match='patience needs held-out files, and .*split.csv has none'):
+        ft.prepare_split(FinetuneConfig(split=str(given), patience=3), photographs)
+    split, _ = ft.prepare_split(FinetuneConfig(split=str(given), holdout=0.2), photographs)
+    assert split.holdout is None and '--holdout is without effect' in caplog.text
+
+
+@pytest.mark.parametrize(('setting', 'message'), [
+    ({'train': 'heads'}, "train 'heads' is unknown; choose 'all', 'gradual' or 'head'"),
+    ({'schedule': 'linear'}, "schedule 'linear' is unknown; choose 'cosine' or 'step'"),
+    ({'precision': 'float16'}, "precision 'float16' is unknown"),
+    ({'num_classes': -1}, 'num_classes is -1; it must be at least 0'),
+])
+def test_settings_that_are_none(setting, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**setting)
+
+
+def test_what_weights_cannot_be_ranked_on(run, weights, photographs, tmp_path, capsys):
+    args = ['--out', str(tmp_path / 'p'), '--device', 'cpu', '--probe', str(weights)]
+    assert finetune_script.main([*args, '--data', str(photographs), '--split', str(run / 'split.csv')]) == 1
+    assert 'so give a protocol (random30, 80-20...) in place of' in capsys.readouterr().err
+    assert finetune_script.main([*args, '--data', 'hfds/a/b']) == 1
+    assert 'hfds/a/b is a named data set' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        finetune_script.main(['--data', str(photographs), '--probe'])
+    assert 'expected at least one argument' in capsys.readouterr().err
+
+
 class _Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
@@ -352,7 +415,7 @@ def test_predict_files_folders_and_lists(run, capsys, tmp_path, monkeypatch):
     assert results[1]['error'].endswith('é.jpg is not an image') and results[-1]['error'] == 'gone.jpg does not exist'
     for result in results[2:-1]:
         assert sum(r['probability'] for r in result['top']) == pytest.approx(1, abs=1e-4)
-    monkeypatch.setattr('sys.stdin', io.StringIO(''.join(r['image'] + '\n' for r in results)))
+    monkeypatch.setattr('sys.stdin', io.StringIO(''.join(r['image'] + '\r\n' for r in results)))
     assert predict_script.main([*model, '--csv', '-']) == 1
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [r['image'] for r in rows] == [r['image'] for r in results]
@@ -599,7 +662,7 @@ def test_layers_below_learn_more_slowly(weights, photographs, tmp_path):
     assert [b / a for a, b in zip(*moved, strict=True)] == pytest.approx([0.5 ** 7, 0.5 ** 6, 0.5], rel=0.02)
 
 
-def test_early_stop_and_the_mean_of_seeds(weights, photographs, tmp_path):
+def test_early_stop_and_the_mean_of_seeds(weights, photographs, tmp_path, capsys):
     options = ('--train', 'head', '--no-cache', '--lr', '1e-9', '--epochs', '20', '--patience', '3', '--seeds', '2')
     assert tune(photographs, weights, tmp_path / 'run', *options) == 0
     summary = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
@@ -608,8 +671,15 @@ def test_early_stop_and_the_mean_of_seeds(weights, photographs, tmp_path):
     a, b = (r['top1'] for r in runs)
     assert summary['top1']['values'] == [a, b] and summary['top1']['mean'] == pytest.approx((a + b) / 2, abs=1e-3)
     assert summary['top1']['std'] == pytest.approx(abs(a - b) / 2 ** 0.5, abs=1e-3)
-    assert finetune_script.main(['--out', str(tmp_path / 'run'), '--resume', '--seeds', '2', '--device', 'cpu',
-                                 '--messages', 'quiet', '--data', str(photographs)]) == 0  # the settings of the first
+    again = ['--out', str(tmp_path / 'run'), '--resume', '--device', 'cpu', '--messages', 'quiet', '--data',
+             str(photographs)]  # with the settings of the first
+    assert finetune_script.main(again) == 1
+    assert 'holds runs of several seeds; give --seeds again' in capsys.readouterr().err
+    (tmp_path / 'run/seed-1/metrics.json').unlink()  # as where its report could not be written
+    before = (tmp_path / 'run/seed-0/metrics.json').stat().st_mtime_ns
+    assert finetune_script.main([*again, '--seeds', '2']) == 0
+    assert (tmp_path / 'run/seed-0/metrics.json').stat().st_mtime_ns == before  # passed by
+    assert json.loads((tmp_path / 'run/metrics.json').read_text())['top1'] == summary['top1']
     splits = [(tmp_path / 'run' / f'seed-{i}' / 'split.csv').read_text() for i in (0, 1)]
     assert splits[0] != splits[1]
 
@@ -832,8 +902,10 @@ def test_several_seeds_share_the_time_budget(weights, photographs, tmp_path, mon
 
 @pytest.mark.parametrize('part', ['train', 'holdout', 'test'])
 @pytest.mark.parametrize('way', [('--train', 'head'), ('--epochs', '1'), ('--epochs', '1', '--image-memory', '0')])
-def test_no_file_is_left_out_where_it_may_not_be(run, weights, photographs, tmp_path, capsys, part, way):
-    """Of a given split, whose files are not examined beforehand."""
+def test_no_file_is_left_out_where_it_may_not_be(
+        run, weights, photographs, tmp_path, capsys, monkeypatch, part, way):
+    """Of more files than are examined beforehand."""
+    monkeypatch.setattr(ft, 'EXAMINED_AT_MOST', 0)
     data, split = shutil.copytree(photographs, tmp_path / 'data'), run / 'split.csv'
     bad = next(row['path'] for row in csv.DictReader(split.read_text().splitlines()) if row['part'] == part)
     (data / bad).write_bytes(b'')

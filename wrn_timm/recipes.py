@@ -8,7 +8,7 @@ import math
 import shlex
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .data.splits import check_protocol
 
@@ -20,14 +20,27 @@ Precision = Literal['auto', 'no', 'fp16', 'bf16']
 
 
 def check_numbers(settings: Mapping[str, Any], most: float = sys.float_info.max) -> None:
-    """Refuse floating-point settings that are negative, NaN, or above `most` (by default infinite).
+    """Refuse numbers that are negative, NaN, or above `most` (by default infinite).
 
     Raises:
         ValueError: One is; it is named.
     """
     for name, value in settings.items():
-        if isinstance(value, float) and not 0 <= value <= most:
-            raise ValueError(f'{name} is {value:g}; it must be {"finite and " * (most < math.inf)}at least 0')
+        if isinstance(value, (int, float)) and not 0 <= value <= most:
+            finite = 'finite and ' * (isinstance(value, float) and most < math.inf)
+            raise ValueError(f'{name} is {value:g}; it must be {finite}at least 0')
+
+
+def check_choices(settings: Any) -> None:
+    """Refuse values that are not among those that a field's type lists, whatever the type checker was told.
+
+    Raises:
+        ValueError: One is; it is named, with the choices.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        if get_origin(hint) is Literal and (value := getattr(settings, name)) not in get_args(hint):
+            *others, last = map(repr, get_args(hint))
+            raise ValueError(f'{name} {value!r} is unknown; choose {", ".join(others)} or {last}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +118,7 @@ class Recipe:
     """Training images held out and measured every epoch, for choosing settings; 0 trains on all images."""
 
     def __post_init__(self):
-        if self.opt not in ('nesterov', 'muon'):
-            raise ValueError(f"opt {self.opt!r} is unknown; choose 'nesterov' or 'muon'")
-        if self.schedule not in ('cosine', 'linear', 'step'):
-            raise ValueError(f"schedule {self.schedule!r} is unknown; choose 'cosine', 'linear' or 'step'")
+        check_choices(self)
         for name in ('epochs', 'batch_size'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least 1')
@@ -220,6 +230,7 @@ class FinetuneConfig:
     """Seed of the split, the order, the crops and the new classifier."""
 
     def __post_init__(self):
+        check_choices(self)
         limits = {
             'epochs': (1, math.inf), 'accumulate': (1, math.inf), 'label_smoothing': (0, 0.999),
             'min_scale': (0.001, 1), 'input_size': (0, 4096), 'ema_decay': (0, 0.99999), 'random_erase': (0, 1),
@@ -326,8 +337,7 @@ class DetectConfig:
     """Seed of the split, the weights, the order and the augmentation."""
 
     def __post_init__(self):
-        if self.detector not in ('faster_rcnn', 'retinanet'):
-            raise ValueError(f'detector {self.detector!r} is unknown; choose one of faster_rcnn, retinanet')
+        check_choices(self)
         lowest = dict.fromkeys(('epochs', 'batch_size', 'out_channels', 'max_objects', 'frozen_stages', 'image_size',
                                 'warmup_steps', 'seed'), 0)
         for name, low in (lowest | {'rois': 4}).items():
@@ -335,8 +345,6 @@ class DetectConfig:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least {low}')
         if 0 < self.image_size < 32:
             raise ValueError(f'image_size is {self.image_size}; it must be at least 32, or 0')
-        if self.precision not in ('auto', 'no', 'bf16'):
-            raise ValueError(f"precision is {self.precision!r}; choose 'auto', 'bf16' or 'no' (float32)")
         check_numbers(vars(self))
         for name, value in _OF_TORCHVISIONS.items() if self.model == TORCHVISION_DETECTOR else ():
             if getattr(self, name) not in (value, getattr(DetectConfig, name)):

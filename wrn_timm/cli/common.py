@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from ..names import printable, terminal_handler
 from ..recipes import check_numbers
 from ..train.machine import Machine
-from ..train.run import holds_checkpoint
+from ..train.run import has_begun
 from . import what_to_install
 from .options import option
 
@@ -142,7 +142,7 @@ def resumable(out: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
-            'stopped; continue with --resume' if holds_checkpoint(out) else
+            'stopped; continue with --resume' if has_begun(out) else
             'stopped before anything was saved; to begin again, run the same command') from None
 
 

@@ -179,7 +179,7 @@ def run_training(options: DetectOptions, config: DetectConfig) -> int:
 @reports_errors
 def main(argv: Sequence[str]) -> int:
     def start(options: DetectOptions) -> DetectConfig:
-        return asked_before(Path(options.out), options.seeds) if options.resume else DetectConfig()
+        return asked_before(Path(options.out)) if options.resume else DetectConfig()
 
     options, config = parse(argv, ('detect', __doc__), DetectOptions, DetectConfig, start, PURPOSES)
     log_to_terminal(logging.INFO if options.messages == 'text' else logging.ERROR)

@@ -68,7 +68,7 @@ class FinetuneOptions(Training):
     """Start no epoch that would not finish within this many seconds."""
     seeds: int = 1
     """Number of runs, each with its own seed; their mean and standard deviation are written too."""
-    probe: tuple[str, ...] = option((), 'WEIGHTS')
+    probe: tuple[str, ...] = option((), 'WEIGHTS', nargs='+')
     """Train nothing; rank these weights ('all': every weight at hand) by nearest neighbours and a linear classifier on
     their features, on files held out of training, measure the best on the test files, and write RUN/probe.json."""
     record: bool = False

@@ -21,9 +21,10 @@ _Options = TypeVar('_Options')
 _Settings = TypeVar('_Settings')
 
 
-def option(default: Any = dataclasses.MISSING, metavar: str = '', positional: bool = False) -> Any:
-    """A field of options that says more than its default: what its value is called, or that it is given by place."""
-    return dataclasses.field(default=default, metadata={'metavar': metavar, 'positional': positional})
+def option(default: Any = dataclasses.MISSING, metavar: str = '', **metadata: Any) -> Any:
+    """A field of options that says more than its default: what its value is called, whether it is given by place
+    (`positional`), or argparse's `nargs`."""
+    return dataclasses.field(default=default, metadata={'metavar': metavar, **metadata})
 
 
 def called(command: str) -> str:
@@ -159,7 +160,7 @@ def _add(add_argument: Callable[..., Any], option: _Option) -> None:
         if option.default is False:  # to turn off what a recipe or a run to go on with turns on
             add_argument(names[1], **told | {'help': argparse.SUPPRESS})
     else:
-        reading = _reading(option.hint)
+        reading = _reading(option.hint) | {k: v for k, v in option.metadata.items() if k == 'nargs'}
         add_argument(flag, required=option.required, **told, **reading,
                      **({} if 'choices' in reading else {'metavar': metavar}))
 

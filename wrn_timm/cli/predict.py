@@ -57,7 +57,7 @@ def named(arguments: Iterable[str]) -> Iterator[str]:
     """The arguments, with '-' replaced by the lines of standard input."""
     for argument in arguments:
         if argument == '-':
-            yield from (line.rstrip('\n') for line in sys.stdin if line.strip())
+            yield from (line.rstrip('\r\n') for line in sys.stdin if line.strip())
         else:
             yield argument
 

@@ -42,7 +42,7 @@ class ValidateOptions(OnDevice):
     """Also measure under noise, blur and JPEG (named data sets only)."""
     write: bool = False
     """Write metrics, golden logits and the card into the weights folder that --model names."""
-    other_seeds: tuple[str, ...] = option((), 'FOLDER')
+    other_seeds: tuple[str, ...] = option((), 'FOLDER', nargs='+')
     """With --write: weights trained by the same recipe from other seeds. They are measured too, and the card gives mean
     and standard deviation over all of them."""
     precision: Precision | None = None

@@ -31,6 +31,7 @@ _PART_WORDS = {*itertools.chain(*_PARTS.values()), 'eval', 'evaluation'}
 
 # Formats of photographs, by Pillow's names. Its other decoders are rarely used, and that of EPS runs Ghostscript.
 FORMATS = ('AVIF', 'BMP', 'GIF', 'HEIF', 'JPEG', 'JPEG2000', 'MPO', 'PNG', 'PPM', 'TIFF', 'WEBP')
+_HEIF = ('.heic', '.heif')
 _MOST_OBLONG = 100  # longer side over shorter: a very thin image, resized by its shorter side, takes gigabytes
 
 # Decoding a photograph takes about a millisecond per core, so more files than this are not examined beforehand.
@@ -40,14 +41,18 @@ _BLOCK = 2 ** 25  # bytes of decoded images per tensor: processes share each ten
 
 @functools.cache
 def _decoders() -> tuple[str, ...]:
-    """Those of `FORMATS` that the installed Pillow reads."""
+    """Those of `FORMATS` that the installed Pillow reads, HEIF with its plugin."""
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+        register_heif_opener()
     Image.init()
     return tuple(f for f in FORMATS if f in Image.OPEN)
 
 
 def looks_like_image(path: str | Path) -> bool:
-    """Whether the suffix of a file is one of `FORMATS`."""
-    return Image.registered_extensions().get(Path(path).suffix.lower()) in FORMATS
+    """Whether the suffix of a file is one of `FORMATS`, or of HEIF, which may not be readable."""
+    suffix = Path(path).suffix.lower()
+    return suffix in _HEIF or Image.registered_extensions().get(suffix) in FORMATS
 
 
 def check_shape(size: tuple[int, int]) -> None:
@@ -102,7 +107,10 @@ def _reason(name: str, error: Exception) -> str:
         return f'{name} does not exist'
     if not isinstance(error, Image.UnidentifiedImageError):
         return f'{name} cannot be read: {error}'
-    other = Path(name).suffix.lower() in Image.registered_extensions() and not looks_like_image(name)
+    suffix = Path(name).suffix.lower()
+    if suffix in _HEIF and 'HEIF' not in _decoders():
+        return f'{name} is an HEIF image, which needs the package pillow-heif'
+    other = suffix in Image.registered_extensions() and not looks_like_image(name)
     return f'{name} is not an image' + (f' in a supported format ({", ".join(_decoders())})' if other else '')
 
 
@@ -526,12 +534,14 @@ def list_csv(file: str | Path) -> FolderScan:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A column or a value is missing (the line is named), or as for `list_folder`.
+        ValueError: A column or a value is missing, or a file has two labels (the line is named), or as for
+            `list_folder`.
     """
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f'no file at {file}')
     rows: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    labels: dict[str, str] = {}
     with open_csv(file) as reader:
         if missing := {'path', 'label'} - set(reader.fieldnames or ()):
             raise ValueError(f'{file} has no column {" nor ".join(sorted(missing))}; its first line must name the '
@@ -542,15 +552,22 @@ def list_csv(file: str | Path) -> FolderScan:
             if not (row['path'] and row['label'] and part) or any(row.get(None, ())):
                 raise ValueError(f'{file}, line {reader.line_num}: expected path, label and split (train, val or '
                                  f'test); found {found_in(row)}')
-            rows[part].append((os.path.join(file.parent, row['path']), row['label']))
+            path, label = os.path.join(file.parent, row['path']), row['label']
+            if labels.setdefault(path, label) != label:
+                raise ValueError(f"{file}, line {reader.line_num}: {row['path']} is labelled {label}, but "
+                                 f"{labels[path]} further up; a photograph has one label")
+            rows[part].append((path, label))
     tested = 'val' if split and 'test' not in rows and 'val' in rows else ''
     if tested:
         rows['test'] = rows.pop('val')
     if 'train' not in rows or (split and 'test' not in rows):
         raise ValueError(f'{file} names no {"training files or no test " if split else ""}files')
-    listed = {part: ImageFiles.of(pairs) for part, pairs in rows.items()}
+    once = {part: list(dict.fromkeys(pairs)) for part, pairs in rows.items()}
+    again = sum(map(len, rows.values())) - sum(map(len, once.values()))
+    listed = {part: ImageFiles.of(pairs) for part, pairs in once.items()}
     _checked(listed['train'], file)
-    return FolderScan(**_same_classes(listed, str(file)), tested=tested)
+    notes = (f'{again} lines name a photograph again: left out',) if again else ()
+    return FolderScan(**_same_classes(listed, str(file)), notes=notes, tested=tested)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -593,7 +610,7 @@ def examine(
     if on_bad not in ('skip', 'fail'):
         raise ValueError(f"on_bad is {on_bad!r}; choose 'skip' or 'fail'")
     if at_most is not None and sum(map(len, scan.parts().values())) > at_most:
-        return scan
+        return _images_only(scan)
     bad, sizes, parts = list(scan.bad), Counter(), {}
     content: dict[bytes, list[str]] = defaultdict(list)
     for name, files in scan.parts().items():
@@ -616,6 +633,18 @@ def examine(
             _checked(parts[name], _common(files), bad)
     twins = tuple(tuple(paths) for paths in content.values() if len(paths) > 1)
     return dataclasses.replace(scan, **parts, bad=tuple(bad), twins=twins, sizes=sizes, examined=True)
+
+
+def _images_only(scan: FolderScan) -> FolderScan:
+    """The scan without the files whose suffix is not that of an image, which nobody has read."""
+    parts = {name: files.subset([i for i, path in enumerate(files.paths) if looks_like_image(path)])
+             for name, files in scan.parts().items()}
+    other = sum(map(len, scan.parts().values())) - sum(map(len, parts.values()))
+    for name, part in parts.items():
+        if name == 'train' or not len(part):
+            _checked(part, _common(getattr(scan, name)))
+    notes = (*scan.notes, f'{other:,} files do not have the suffix of an image: left out') if other else scan.notes
+    return dataclasses.replace(scan, **parts, notes=notes)
 
 
 def _common(files: ImageFiles) -> str:

@@ -155,11 +155,11 @@ def make_split(
             train, test = split_files(train, int(found['test']) / 100, seed)
     chosen_by = scan.val
     if holdout and not chosen_by:
-        share, least = (0.1, ENOUGH_TO_CHOOSE) if holdout == 'auto' else (holdout, 1)
+        share, least = (0.1, ENOUGH_TO_CHOOSE) if holdout == 'auto' else (holdout, 0)
         # another seed than the split's, which would draw the same places again
         chosen = {i for index in _members(train).values() if len(index) > 2
                   for i in random.Random(f'{seed} {index[0]}').sample(index, max(1, round(len(index) * share)))}
-        if len(chosen) >= least:
+        if chosen and min(len(chosen), share * len(train)) >= least:  # of small classes more than a share is drawn
             train, chosen_by = _divided(train, chosen)
     return Split(train, chosen_by, test)
 

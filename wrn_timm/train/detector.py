@@ -237,18 +237,14 @@ def train_detectors(
     return {**summary, 'runs': runs}
 
 
-def asked_before(out: Path, seeds: int) -> DetectConfig:
+def asked_before(out: Path) -> DetectConfig:
     """The settings that a run was started with, or, as they were asked for, those of runs of several seeds.
 
     Raises:
-        ValueError: Several seeds were trained there, and `seeds` is 1.
         What `begun_with` raises.
     """
-    if not (out / _ASKED).is_file():
-        return begun_with(out, 'detect', DetectConfig)
-    if seeds == 1:
-        raise ValueError(f'{out} holds runs of several seeds; give --seeds again, as many as before')
-    return config_of(out / _ASKED, 'detect', DetectConfig)
+    asked = out / _ASKED
+    return config_of(asked, 'detect', DetectConfig) if asked.is_file() else begun_with(out, 'detect', DetectConfig)
 
 
 def _leaks(scan: BoxScan, train: BoxedImages, test: BoxedImages) -> list[tuple[str, str]]:

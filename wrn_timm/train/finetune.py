@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..card import finish_weights_folder
-from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine, some
+from ..data.folders import EXAMINED_AT_MOST, FolderScan, ImageFiles, examine, some
 from ..data.splits import (
     ENOUGH_TO_CHOOSE,
     Split,
@@ -418,24 +418,39 @@ def prepare_split(
     if run and (run / 'scan.json').is_file():
         found = read_json(run / 'scan.json', check_scan)
         return read_split(run / 'split.csv', source_root(data)), found
-    if config.split.endswith('.csv'):
-        return read_split(config.split, source_root(data, machine.download)), {
-            'split': _split_name(config.split), 'bad': [], 'leaks': [], 'summary': [f'split by {config.split}']}
-    scan = examine(list_source(data, config.nested, machine.download), machine.on_bad, at_most=EXAMINED_AT_MOST)
-    split = make_split(scan, config.split, config.held_out, config.seed)
+    by_file = config.split.endswith('.csv')
+    if by_file:
+        given = read_split(config.split, source_root(data, machine.download))
+        _check_held_out(config, given, config.split)
+        scan = FolderScan(given.train, given.test, given.holdout)
+    else:
+        scan = list_source(data, config.nested, machine.download)
+    scan = examine(scan, machine.on_bad, at_most=EXAMINED_AT_MOST)
+    split = Split(scan.train, scan.val, scan.test) if by_file else make_split(
+        scan, config.split, config.held_out, config.seed)
     leaks = split.leaks(scan.twins)
     summary = scan.summary()
     if leaks:
         summary.append(f'{len(leaks)} files to test on have the content of files to train on: '
                        + some([f'{b} = {a}' for a, b in leaks], '; '))
-    if config.holdout == 'auto' and not split.holdout and not config.cached:
+    if config.holdout == 'auto' and not (split.holdout or config.cached or by_file):
         summary.append('no files are held out, because a tenth of them would be fewer than 100, too few to choose the '
                        'epoch by; the last epoch is used (--holdout 0.1 holds a tenth out anyway)')
     for line in summary:
         _logger.info('%s', line)
     sides = [min(size) for size in scan.sizes.elements()]
-    return split, {'split': 'given' if scan.test else config.split, 'bad': list(scan.bad), 'leaks': leaks,
+    protocol = _split_name(config.split) if by_file or not scan.test else 'given'
+    return split, {'split': protocol, 'bad': list(scan.bad), 'leaks': leaks,
                    'summary': summary, 'tested_on': scan.tested, 'side': int(statistics.median(sides)) if sides else 0}
+
+
+def _check_held_out(config: FinetuneConfig, split: Split, given_by: str) -> None:
+    """Refuse, or tell of, settings that a given split leaves without effect."""
+    if config.patience and not split.holdout:
+        raise ValueError(f'patience needs held-out files, and {given_by} has none; name them there, or leave patience '
+                         f'out')
+    if config.holdout not in ('auto', 0):
+        _logger.warning('--holdout is without effect: what is held out is given by %s', given_by)
 
 
 def _named_split(config: FinetuneConfig, data: str, download: bool) -> tuple[Split, dict[str, Any]]:
@@ -446,7 +461,9 @@ def _named_split(config: FinetuneConfig, data: str, download: bool) -> tuple[Spl
         NamedImages(data, part, part == config.parts[0], download, classes) for part in config.parts)
     if len({part.classes for part in (train, *choose, test)}) > 1:
         raise ValueError(f'{data}: the parts {", ".join(config.parts)} have different classes')
-    return Split(train, choose[0] if choose else None, test), {'split': ', '.join(config.parts)}
+    split = Split(train, choose[0] if choose else None, test)
+    _check_held_out(config, split, f'--parts {" ".join(config.parts)}')
+    return split, {'split': ', '.join(config.parts)}
 
 
 def _check_policy(policy: str) -> None:
@@ -559,7 +576,6 @@ def _export(job: _Job, network: torch.nn.Module, fitted: Fitted) -> int:
 
 def _finish(job: _Job, metrics: dict[str, Any], model: torch.nn.Module, result: Predictions, transform: Any) -> None:
     run = job.control.run
-    write_json(run.path / 'metrics.json', metrics)
     write_report(run.path, metrics, model, job.split.test, result, transform, job.found)
     recipe = _without_paths(json.loads(run.recipe_file.read_text(encoding='utf-8')))
     for folder in (run.path / 'best', run.path / 'last'):
@@ -567,6 +583,7 @@ def _finish(job: _Job, metrics: dict[str, Any], model: torch.nn.Module, result: 
         for file in ('history.csv', 'curves.png'):
             atomic_write(folder / file, functools.partial(shutil.copyfile, run.path / file))
     finish_weights_folder(run.path / 'best', metrics)
+    write_json(run.path / 'metrics.json', metrics)  # last, because it tells that the run is finished
 
 
 def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -578,6 +595,13 @@ def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
 
 def _split_name(split: str) -> str:
     return Path(split).name if split.endswith('.csv') else split
+
+
+def _ended(run: Path) -> dict[str, Any] | None:
+    """The metrics of a run that came to the end of its schedule; None of any other."""
+    file = run / 'metrics.json'
+    metrics = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else None
+    return metrics if metrics and metrics['stopped'] != TIME_BUDGET else None
 
 
 def finetune_seeds(
@@ -607,6 +631,9 @@ def finetune_seeds(
         RunDir.check(folder, _settings(own, str(data)), resume)
     runs, deadline = [], machine.deadline()
     for own, folder, resume in planned:
+        if seeds > 1 and resume and (ended := _ended(folder)):
+            runs.append(ended)
+            continue
         left = dataclasses.replace(machine, resume=resume, time_budget=max(0., deadline - time.monotonic()))
         metrics = finetune(own, data, folder, left, on_epoch)
         if metrics is None or (seeds > 1 and metrics['stopped'] == TIME_BUDGET):

@@ -115,7 +115,7 @@ class _State:
 
     def note_bad(self, reasons: list[str]) -> None:
         """Keep why files could not be read, each once."""
-        self.bad += [reason for reason in reasons if reason not in self.bad]
+        self.bad = list(dict.fromkeys([*self.bad, *reasons])) if reasons else self.bad
 
     def epochs_without_gain(self) -> int:
         """Epochs since the one most accurate on held-out files."""

@@ -307,8 +307,11 @@ def _test_part(
     if corruptions:
         raise ValueError('corruptions are for the named sets of small images, not for files')
     where = data.removeprefix('folder:')
-    scan = FolderScan(read_split(split, source_root(where, download)).test) if split else list_source(
-        where, download=download)
+    if split:
+        part = read_split(split, source_root(where, download)).test
+        scan = FolderScan(part, test=part)
+    else:
+        scan = list_source(where, download=download)
     scan = examine(scan, only='test' if scan.test else 'train')
     called = Path(split).name or ('test' if scan.test else 'all files')
     return data_name(where), scan.test or scan.train, called, list(scan.bad)
@@ -322,7 +325,7 @@ def _checked(
 ) -> ImageArrays | ImageFiles:
     """The images with the labels of the model, whose classes they must be, or some of them."""
     labels = model.pretrained_cfg.get('label_names')
-    if isinstance(part, ImageFiles) and labels and set(part.classes) < set(labels):
+    if isinstance(part, ImageFiles) and labels and set(part.classes) <= set(labels):
         part = ImageFiles(part.paths, [labels.index(part.classes[i]) for i in part.labels], tuple(labels))
     if len(part.classes) != model.num_classes or (labels and tuple(labels) != tuple(part.classes)):
         raise ValueError(

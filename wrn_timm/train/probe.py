@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine
 from ..data.splits import Split, data_name, list_source, make_split
+from ..data.timm_sets import is_named
 from ..recipes import FinetuneConfig
 from ..weights import WEIGHTS_FILE, list_weights, open_model, places
 from .accelerator import RunAccelerator
@@ -155,6 +156,11 @@ def _summary(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _splits(data: str, config: FinetuneConfig, seeds: int, machine: Machine) -> tuple[dict[int, Split], dict[str, Any]]:
     """A split of the data for each seed, and what every row says of them."""
+    if is_named(data):
+        raise ValueError(f'weights are ranked on folders and CSV files, and {data} is a named data set')
+    if config.split.endswith('.csv'):
+        raise ValueError(f'weights are ranked on a split for each seed, so give a protocol (random30, 80-20...) in '
+                         f'place of {config.split}')
     scan = examine(list_source(data, config.nested, machine.download), machine.on_bad, at_most=EXAMINED_AT_MOST)
     for line in scan.summary():
         _logger.info('%s', line)

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     'TIME_BUDGET', 'RunControl', 'RunDir', 'any_process', 'begun_with', 'check_place', 'config_of', 'environment',
-    'holds_checkpoint', 'is_best', 'planned_runs', 'plot_history', 'progress_bar']
+    'has_begun', 'holds_checkpoint', 'is_best', 'planned_runs', 'plot_history', 'progress_bar']
 
 TIME_BUDGET = 'the time budget'  # as the reason why a run stopped
 _logger = logging.getLogger(__name__)
@@ -95,6 +95,11 @@ def _commit() -> str:
         return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or 'unknown'
     except OSError:  # no git on this machine
         return 'unknown'
+
+
+def has_begun(out: str | Path) -> bool:
+    """Whether a run directory, or one of its runs of several seeds, holds anything that training made."""
+    return any((run / name).exists() for run in (Path(out), *Path(out).glob('seed-*')) for name in _MADE)
 
 
 def holds_checkpoint(out: str | Path) -> bool:
@@ -148,13 +153,15 @@ def planned_runs(
     is one, else in `out/seed-N`.
 
     Raises:
-        ValueError: `seeds` is less than 1.
+        ValueError: `seeds` is less than 1, or it is 1 and `out` holds the runs of several.
         FileExistsError: `out` holds a single run, or the figures of several, and is not resumed.
     """
     if seeds < 1:
         raise ValueError(f'seeds is {seeds}; it must be at least 1')
     out = Path(out)
     if seeds == 1:
+        if resume and not (out / _RECIPE).is_file() and any(out.glob(f'seed-*/{_RECIPE}')):
+            raise ValueError(f'{out} holds runs of several seeds; give --seeds again, as many as before')
         return [(config, out, resume)]
     if (out / _RECIPE).is_file():
         raise FileExistsError(f'{out} holds a run by itself; choose another --out for several seeds')
@@ -267,7 +274,7 @@ class RunDir:
             raise ValueError(f'{path} is not UTF-8, which safetensors cannot open; choose another --out')
         recipe_file = Path(path) / _RECIPE
         if not resume:
-            if any((Path(path) / name).exists() for name in _MADE):  # one that failed before has made nothing
+            if has_begun(path):  # one that failed before has made nothing
                 raise FileExistsError(f'{path} already holds a run; choose another --out'
                                       f'{", or continue with --resume" * (resume is not None)}')
             return
