@@ -9,6 +9,9 @@ import pytest
 import torch
 from hub_server import Hub
 
+# Tests are of the CPU, but those of test_cuda.py, which are run by themselves. Workers take this over.
+if 'PYTEST_XDIST_WORKER' not in os.environ and not any('test_cuda' in argument for argument in sys.argv):
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''
 if 'PYTEST_XDIST_WORKER' in os.environ:  # workers that use all cores each wait for one another
     os.environ['OMP_NUM_THREADS'] = '1'
     torch.set_num_threads(1)

@@ -221,6 +221,14 @@ def test_an_address_that_the_caller_gives_is_the_one_that_is_read(tmp_path, name
     torch.testing.assert_close(model.fc.weight, reference.fc.weight, atol=0, rtol=0)
 
 
+def test_averaged_weights_of_our_own_checkpoints_are_taken(tmp_path):
+    plain, averaged = ({k: torch.full_like(v, fill) for k, v in timm.create_model('wrn16_1').state_dict().items()}
+                       for fill in (1, 2))
+    for ema, expected in ((averaged, 2), (None, 1)):
+        torch.save({'model': plain, 'ema': ema, 'epoch': 3}, tmp_path / 'best.pt')
+        assert (wrn_timm.convert_checkpoint(tmp_path / 'best.pt')['conv1.weight'] == expected).all()
+
+
 def test_converting_twice_changes_nothing():
     once = convert_state_dict(functional_params(16, 1))
     assert convert_state_dict(once).keys() == once.keys() == {

@@ -1,4 +1,7 @@
-"""What only a GPU shows: each of the ways through the package, once, against the same on the CPU."""
+"""What only a GPU shows: each of the ways through the package, once, against the same on the CPU.
+
+    python -m pytest tests/test_cuda.py
+"""
 import dataclasses
 import json
 

@@ -118,6 +118,12 @@ def test_settings_that_are_no_numbers_are_refused(option, value):
         dataclasses.replace(SMOKE, **{option: value})
 
 
+@pytest.mark.parametrize('option', ['holdout', 'pad', 'cutout', 'rand_augment'])
+def test_counts_below_0_are_refused(option):
+    with pytest.raises(ValueError, match=f'{option} is -5; it must be at least 0'):
+        dataclasses.replace(SMOKE, **{option: -5})
+
+
 @pytest.mark.parametrize('option', ['time_budget', 'checkpoint_every'])
 def test_seconds_that_are_no_number_are_refused(tmp_path, option):
     with pytest.raises(ValueError, match=f'{option} is nan; it must be at least 0'):

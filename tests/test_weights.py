@@ -7,6 +7,7 @@ import timm
 import torch
 from conftest import ROOT, data_dir
 from safetensors.torch import load_file, save_file
+from timm.data import resolve_data_config
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -14,7 +15,7 @@ import wrn_timm
 from wrn_timm.card import check_golden
 from wrn_timm.data.small_sets import load
 from wrn_timm.train.measure import evaluate, validate
-from wrn_timm.weights import export_weights, sha256_of, verify
+from wrn_timm.weights import export_weights, sha256_of, sources, verify
 
 RELEASED = sorted(p.name for p in (ROOT / 'weights').iterdir() if p.is_dir())
 
@@ -101,6 +102,44 @@ def test_order_environment_before_checkout_and_caller_before_both(no_weights, tm
     torch.testing.assert_close(named(x), other(x))
     here = [w.name for w in wrn_timm.list_weights() if not w.location.startswith(('hf-hub:', 'https:'))]
     assert here == ['wrn16_1.cifar10']
+
+
+def test_a_damaged_file_is_refused_however_it_is_named(tmp_path):
+    export(tmp_path / 'mine')
+    file = tmp_path / 'mine' / 'model.safetensors'
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    overlay = dict(file=str(file))
+    cfg = timm.get_pretrained_cfg('wrn16_1').to_dict() | overlay  # as timm's scripts pass the whole of it
+    for given in (dict(pretrained_cfg_overlay=overlay), dict(pretrained_cfg=cfg)):
+        with pytest.raises(RuntimeError, match='model.safetensors is damaged or is another file'):
+            timm.create_model('wrn16_1', pretrained=True, **given)
+
+
+def test_a_file_of_the_caller_comes_before_the_folder_of_the_name(tmp_path):
+    export(tmp_path / 'a', seed=1)
+    other = export(tmp_path / 'b', seed=2)
+    x = torch.randn(1, 3, 32, 32)
+    for given in (dict(file=str(tmp_path / 'b' / 'model.safetensors')), dict(state_dict=other.state_dict())):
+        named = timm.create_model(f'local-dir:{tmp_path}/a', pretrained=True, pretrained_cfg_overlay=given).eval()
+        torch.testing.assert_close(named(x), other(x))
+
+
+def test_weights_say_at_what_size_they_are_tested(tmp_path):
+    """timm's own validation takes `test_input_size` where there is one, as ImageNet weights have."""
+    model = timm.create_model('wrn18_1', stem='cifar', num_classes=10)
+    assert model.pretrained_cfg['test_input_size'] == (3, 288, 288)
+    export_weights(model, tmp_path / 'w', {'tag': 'x', 'input_size': (3, 32, 32)}, model_args={'stem': 'cifar'})
+    again = timm.create_model(f'local-dir:{tmp_path}/w', pretrained=True)
+    assert resolve_data_config(model=again, use_test_size=True)['input_size'] == (3, 32, 32)
+    assert tuple(again.pretrained_cfg['pool_size']) == again.forward_features(torch.zeros(1, 3, 32, 32)).shape[2:]
+
+
+def test_an_account_of_another_is_not_taken_to_have_everything(no_weights, monkeypatch):
+    monkeypatch.setenv('WRN_TIMM_HUB_NAMESPACE', 'acme')
+    at = {w.name for w in wrn_timm.list_weights() if w.location.startswith('hf-hub:acme/')}
+    assert at == set(RELEASED) and 'hf_hub_id' not in sources('wrn16_4.cifar10')
 
 
 def test_list_weights_tells_place_size_hash_and_licence(no_weights):

@@ -138,7 +138,7 @@ def convert_state_dict(state_dict: StateDict) -> StateDict:
     Wrappers (`state_dict`, `params`, `model`...; averaged weights first, as in timm) are opened, and the prefixes of
     DataParallel and `torch.compile` are removed.
     """
-    for wrapper in ('state_dict_ema', 'model_ema', 'state_dict', 'params', 'model', 'net'):
+    for wrapper in ('state_dict_ema', 'model_ema', 'ema', 'state_dict', 'params', 'model', 'net'):
         if isinstance(state_dict.get(wrapper), dict):
             state_dict = state_dict[wrapper]
             break

@@ -223,7 +223,8 @@ def _hub_id(name: str) -> str:
 def sources(name: str) -> dict[str, str]:
     """Where the weights of `<arch>.<tag>` can be had now, as fields of timm's pretrained configuration."""
     folder = find(name)
-    found = {'file': folder and str(folder / WEIGHTS_FILE), 'hf_hub_id': _hub_id(name),
+    hub_id = _hub_id(name) if name in released() else ''  # others may be there, but are not known to be
+    found = {'file': folder and str(folder / WEIGHTS_FILE), 'hf_hub_id': hub_id,
              'url': published().get(name, {}).get('url')}
     return {field: value for field, value in found.items() if value}
 
@@ -274,6 +275,7 @@ def locate(
     if any(overlay.get(k) for k in SOURCES):
         given = cfg = PretrainedCfg(**overlay)
         overlay.update({k: None for k in SOURCES if not overlay.get(k)})  # timm would prefer some of the tag's
+        overlay.setdefault('source', None)  # and a folder or repository to all
     elif pretrained_cfg is None or isinstance(pretrained_cfg, str):
         cfg = get_pretrained_cfg(f'{variant}.{pretrained_cfg}' if pretrained_cfg else variant)
     else:
@@ -332,8 +334,11 @@ def _verified(cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, Any
         return dict(source=None, custom_load=False, file=_download(cfg.hf_hub_id, cache_dir))
     if (entry := _published_at(cfg.url)) and not (cfg.state_dict or cfg.file):
         return dict(file=str(unpacked(cfg.url, entry['sha1'], cache_dir)))
-    if cfg.file and not cfg.state_dict and not Path(cfg.file).is_file():
-        what = 'is a folder; name the file in it' if Path(cfg.file).is_dir() else 'does not exist'
+    file = Path(cfg.file) if cfg.file and not cfg.state_dict else None
+    if file and file.name == WEIGHTS_FILE and file.is_file():
+        return dict(file=str(verify(file.parent)))
+    if file and not file.is_file():
+        what = 'is a folder; name the file in it' if file.is_dir() else 'does not exist'
         raise FileNotFoundError(f'pretrained_cfg_overlay names {cfg.file}, which {what}')
     return {}
 
@@ -501,7 +506,14 @@ def export_weights(
         save_for_hf(model, str(new), model_args=model_args, safe_serialization=True)
         shutil.copymode(new / 'config.json', new / WEIGHTS_FILE)  # safetensors creates it with mode 0600
         config = json.loads((new / 'config.json').read_text(encoding='utf-8'))
-        config['pretrained_cfg'].update(pretrained_cfg)  # save_for_hf merges or replaces it, by timm's version
+        cfg = config['pretrained_cfg']
+        if 'input_size' in pretrained_cfg:  # another one for testing was that of the weights it began with
+            for key in ('test_input_size', 'test_crop_pct'):
+                cfg.pop(key, None)
+            if info := getattr(model, 'feature_info', None):
+                reduction, (_, *sides) = info[-1]['reduction'], pretrained_cfg['input_size']
+                cfg['pool_size'] = [math.ceil(side / reduction) for side in sides]
+        cfg.update(pretrained_cfg)  # save_for_hf merges or replaces it, by timm's version
         config['sha256'] = sha256_of(new / WEIGHTS_FILE)
         (new / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
         if (folder / WEIGHTS_FILE).is_file() and sha256_of(folder / WEIGHTS_FILE) == config['sha256']:

@@ -89,7 +89,7 @@ def reading(model: nn.Module, transform: Any) -> Predict:
 def with_wrn_timm(command: Command, data: Path, out: Path, seed: int) -> Predict:
     config = FinetuneConfig(model=command.model, input_size=command.input_size, epochs=command.epochs,
                             batch_size=command.batch_size, seed=seed)
-    finetune(config, data, out, Machine(progress=False))
+    finetune(config, data, out, Machine('cpu', progress=False))
     model = open_model(str(out / 'best'))
     return reading(model, eval_transform(model))
 

@@ -117,7 +117,9 @@ def peak_memory(contestant: str, name: str, size: int, batch: int, device: str) 
     if device == 'cuda':
         torch.cuda.empty_cache()
     # forked by a server, which is small: a process that this one starts takes over its peak
-    with ProcessPoolExecutor(1, multiprocessing.get_context('forkserver')) as pool:
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload([])  # by default newer Pythons import this script there
+    with ProcessPoolExecutor(1, context) as pool:
         try:
             return pool.submit(_peak_in_this_process, contestant, name, size, batch, device).result()
         except torch.OutOfMemoryError:

@@ -516,10 +516,8 @@ def preprocessing(
         **{k: v for k, v in data_config.items() if k not in ('crop_pct', 'crop_mode')},
         is_training=True, scale=(config.min_scale, 1.), color_jitter=config.color_jitter,
         auto_augment=config.auto_augment or None, re_prob=config.random_erase) if config.augment else test
-    reduction = model.feature_info[-1]['reduction']
     tag = re.sub('[^A-Za-z0-9]+', '_', name).strip('_') or 'finetuned'  # part of a repository's name
     cfg = {'input_size': (3, size, size), 'crop_pct': 1.0, 'tag': tag, 'label_names': classes,
-           'pool_size': (math.ceil(size / reduction),) * 2,
            'license': None, 'origin_url': None}  # those of the weights it begins with; its own are its owner's to say
     return {'train': train, 'test': test}, cfg
 
