@@ -19,8 +19,11 @@ if 'PYTEST_XDIST_WORKER' in os.environ:  # workers that use all cores each wait 
 # Every test speaks to this Hub and to no other; huggingface_hub reads these once, when it is imported.
 HUB = Hub()
 HOME = tempfile.TemporaryDirectory()
+for name in ('WRN_TIMM_WEIGHTS', 'WRN_TIMM_HUB_NAMESPACE', 'WRN_TIMM_COMMIT', 'HF_HUB_OFFLINE', 'HF_HUB_CACHE',
+             'HUGGINGFACE_HUB_CACHE', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+    os.environ.pop(name, None)
 os.environ.update(
-    HF_ENDPOINT=HUB.url, HF_HOME=HOME.name, HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1',
+    TORCH_HOME=HOME.name, HF_ENDPOINT=HUB.url, HF_HOME=HOME.name, HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1',
     HF_HUB_DISABLE_PROGRESS_BARS='1', HF_TOKEN='')
 for name in [n for n in os.environ if n.lower() in ('http_proxy', 'https_proxy', 'all_proxy', 'no_proxy')]:
     del os.environ[name]

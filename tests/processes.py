@@ -46,6 +46,7 @@ def _run(name, argv, errors, memory):
     main = importlib.import_module(f'wrn_timm.cli.{name}').main
     if memory:
         import torch
+        torch.set_num_threads(2)  # more have stacks that count
         torch.backends.mkldnn.enabled = False  # short of memory it crashes, or fails ever after
         ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back at once
         has = 1024 * int(re.search(r'VmData:\s*(\d+) kB', Path('/proc/self/status').read_text())[1])

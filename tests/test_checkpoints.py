@@ -1,4 +1,5 @@
 """Foreign layouts: converted weights give the foreign network's own output."""
+import argparse
 import re
 
 import pytest
@@ -227,6 +228,14 @@ def test_averaged_weights_of_our_own_checkpoints_are_taken(tmp_path):
     for ema, expected in ((averaged, 2), (None, 1)):
         torch.save({'model': plain, 'ema': ema, 'epoch': 3}, tmp_path / 'best.pt')
         assert (wrn_timm.convert_checkpoint(tmp_path / 'best.pt')['conv1.weight'] == expected).all()
+
+
+def test_what_timms_train_script_saves(tmp_path):
+    """It keeps its options beside the weights."""
+    model = timm.create_model('wrn16_1')
+    saved = {'state_dict': model.state_dict(), 'arch': 'wrn16_1', 'args': argparse.Namespace(lr=.1, opt='sgd')}
+    torch.save(saved, tmp_path / 'model_best.pth.tar')
+    assert_same(wrn_timm.convert_checkpoint(tmp_path / 'model_best.pth.tar'), model.state_dict())
 
 
 def test_converting_twice_changes_nothing():

@@ -26,7 +26,7 @@ CONFIG = DetectConfig(model='wrn16_1', pretrained=False, image_size=96, out_chan
                       batch_size=2, seed=3)
 NAME = 'faster_rcnn_wrn16_1.my_cells'
 FILES = {'README.md', 'curves.png', 'detector.json', 'golden.npz', 'history.csv', 'metrics.json', WEIGHTS_FILE}
-ENVIRONMENT = {'torch': '2.6.0', 'timm': '1.0.27', 'commit': 'abc', 'hardware': '2 CPU cores'}
+ENVIRONMENT = {'torch': '2.6.0', 'timm': '1.0.31', 'commit': 'abc', 'hardware': '2 CPU cores'}
 HISTORY = 'epoch,lr,train_loss,seconds,images_per_second\n1,0.1,3.0,50.0,2.0\n2,0.05,2.0,100.0,4.0\n'
 
 

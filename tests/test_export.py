@@ -172,18 +172,26 @@ def test_exported_backbone_gives_the_feature_maps(to, photographs, tmp_path, cap
         assert [o.name for o in onnx.load(out).graph.output] == backbone.feature_info.module_name()
 
 
+def test_a_network_of_one_image_size_is_not_exported(tmp_path):
+    model = timm.create_model('vit_tiny_patch16_224', depth=1)
+    with pytest.raises(ValueError, match='VisionTransformer takes images of one size only'):
+        wrn_timm.export.to_onnx(model, tmp_path / 'x.onnx')
+
+
+@pytest.mark.parametrize('to', ['pt2', 'onnx', 'ts'])
 @pytest.mark.parametrize('kwargs', [{}, dict(stem='cifar', in_chans=1)])
-def test_an_imagenet_network_is_exported_for_every_size(kwargs, tmp_path):
-    if not kwargs and torch.__version__ < (2, 9):
+def test_an_imagenet_network_is_exported_for_every_size(kwargs, to, tmp_path):
+    if to == 'pt2' and not kwargs and torch.__version__ < (2, 9):
         pytest.skip('torch 2.6 cannot export the max pool for every size')
     model = randomise(timm.create_model('wrn18_1_5', **kwargs))
     export_weights(model, tmp_path / 'weights', {'tag': 'test'}, model_args=kwargs)
-    args = ['--model', str(tmp_path / 'weights'), '--to', 'pt2', '--out', str(tmp_path / 'wrn.pt2')]
+    out = tmp_path / f'wrn.{to}'
+    args = ['--model', str(tmp_path / 'weights'), '--to', to, '--out', str(out)]
     assert export_script.main(args) == 0
     smallest = 2 * model.feature_info[-1]['reduction']
     for size in ((1, smallest, smallest), (3, 72, 96)):
         images = torch.randn(size[0], model.in_chans, *size[1:])
-        assert largest_difference(run_exported(tmp_path / 'wrn.pt2', images), model(images)) < 1e-5
+        assert largest_difference(run_exported(out, images), model(images)) < 1e-5
 
 
 def test_exported_file_carries_preprocessing_and_class_names(trained, tmp_path):
@@ -197,7 +205,7 @@ def test_exported_file_carries_preprocessing_and_class_names(trained, tmp_path):
                *(e['config.json'] for e in extra.values())]
     for config in map(json.loads, configs):
         assert config['mean'] == [0.4914, 0.4822, 0.4465] and config['input_size'] == [3, 32, 32]
-        assert config['label_names'][3] == 'cat'
+        assert config['label_names'][3] == 'cat' and (config['color'], config['range']) == ('RGB', [0, 1])
 
 
 def test_exported_files_name_no_classes_of_a_classifier_that_was_replaced(tmp_path):

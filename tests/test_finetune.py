@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -20,11 +21,13 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT, SAMPLE
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -210,6 +213,40 @@ def test_what_weights_cannot_be_ranked_on(run, weights, photographs, tmp_path, c
     assert 'expected at least one argument' in capsys.readouterr().err
 
 
+@pytest.fixture
+def no_tf32():
+    """As a notebook may have said it, which makes reading torch's older setting an error."""
+    conv = getattr(torch.backends.cudnn, 'conv', None)
+    before = getattr(conv, 'fp32_precision', None)
+    if conv:
+        conv.fp32_precision = 'ieee'
+    yield
+    if conv:
+        conv.fp32_precision = before
+
+
+def test_a_run_leaves_the_process_of_its_caller_as_it_was(weights, photographs, tmp_path, no_tf32):
+    """Random numbers, an Accelerator's accumulation and TensorFloat-32."""
+    own = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    before = GradientState().plugin_kwargs
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    expected = [random.random(), np.random.rand(), torch.rand(1).item()]
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    config = FinetuneConfig(model=Path(weights), epochs=1, seed=np.int64(3))
+    metrics = wrn_timm.finetune(config, photographs, tmp_path / 'run', Machine('cpu', progress=False))
+    assert metrics['images'] and [random.random(), np.random.rand(), torch.rand(1).item()] == expected
+    assert own.gradient_accumulation_steps == 4 and GradientState().plugin_kwargs == before
+    if hasattr(torch.backends.cudnn, 'conv'):
+        assert torch.backends.cudnn.conv.fp32_precision == 'ieee'
+    GradientState().plugin_kwargs = {}
+
+
+def test_a_run_within_its_photographs_is_refused(weights, photographs, capsys):
+    assert tune(photographs, weights, photographs / 'run') == 1
+    assert 'would take its pictures for photographs; choose an --out outside it' in capsys.readouterr().err
+    assert not (photographs / 'run').exists()
+
+
 class _Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
@@ -236,13 +273,24 @@ def test_report_is_one_whole_file(run):
     assert f"{metrics['top1']:.1f} % of 12 test files" in page.text and all(c in page.text for c in CLASSES)
 
 
-def test_card_of_a_fine_tuned_run(run, photographs, tmp_path):
+def test_card_of_a_fine_tuned_run(run, photographs, tmp_path, capsys):
+    """Measured on other photographs than those it was trained on, which it must not be taken for."""
     folder = tmp_path / 'best'
     shutil.copytree(run / 'best', folder)
-    assert validate_script.main(['--model', str(folder), '--data', f'folder:{photographs}', '--write']) == 0
+    own, other = tmp_path / photographs.name, tmp_path / 'field_test'
+    for data in (own, other):
+        shutil.copytree(photographs, data)
+    before = (folder / 'metrics.json').read_bytes()
+    assert validate_script.main(['--model', str(folder), '--data', f'folder:{own}', '--write']) == 1
+    out, error = capsys.readouterr()
+    assert json.loads(out)['images'] == 36 and 'give the --split of its run, or other photographs' in error
+    assert (folder / 'metrics.json').read_bytes() == before
+    assert validate_script.main(['--model', str(folder), '--data', f'folder:{other}', '--write']) == 0
     assert json.loads((folder / 'metrics.json').read_text())['split'] == 'all files'
     card = (folder / 'README.md').read_text()
     assert 'wrn-timm finetune --model' in card
+    assert f'on {own.name}, for [timm]' in card and f'3 classes of {own.name} only' in card
+    assert 'images of field_test (all files)' in card
     assert 'weights of the last epoch' in card
     assert check_golden(folder) < 1e-5
 
@@ -433,8 +481,10 @@ def test_a_run_resumed_at_an_epoch_ends_as_one_that_was_not_stopped(weights, pho
     assert tune(photographs, weights, tmp_path / 'whole', *options) == 0
     assert tune(photographs, weights, tmp_path / 'parts', *options, '--time-budget', '0') == 0
     assert json.loads((tmp_path / 'parts' / 'metrics.json').read_text())['stopped'] == 'the time budget'
-    assert len((tmp_path / 'parts' / 'history.csv').read_text().splitlines()) == 2
+    begun = (tmp_path / 'parts' / 'history.csv').read_text()
+    assert len(begun.splitlines()) == 2
     assert tune(photographs, weights, tmp_path / 'parts', *options, '--resume') == 0
+    assert (tmp_path / 'parts' / 'history.csv').read_text().startswith(begun)  # its seconds too: not trained anew
     seconds = json.loads((tmp_path / 'parts' / 'metrics.json').read_text())['train_seconds']
     assert tune(photographs, weights, tmp_path / 'parts', *options, '--resume') == 0  # which has nothing left to do
     again = json.loads((tmp_path / 'parts' / 'metrics.json').read_text())
@@ -1008,6 +1058,16 @@ def test_grad_cam_of_a_pooled_classifier_is_its_class_activation_map():
     plain = F.interpolate(plain.relu()[:, None], (32, 32), mode='bilinear', align_corners=False)[:, 0]
     plain = plain / plain.amax((1, 2), keepdim=True)
     torch.testing.assert_close(maps, plain.detach(), atol=1e-4, rtol=1e-4)
+
+
+def test_grad_cam_of_features_whose_channels_are_last():
+    model = timm.create_model('wrn16_1').eval()
+    images, classes = torch.randn(2, 3, 32, 32), torch.tensor([3, 7])
+    expected, first, head = grad_cam(model, images, classes), model.forward_features, model.forward_head
+    model.output_fmt = 'NHWC'
+    model.forward_features = lambda x: first(x).permute(0, 2, 3, 1)
+    model.forward_head = lambda x: head(x.permute(0, 3, 1, 2))
+    torch.testing.assert_close(grad_cam(model, images, classes), expected)
 
 
 ONE_AFTER_ANOTHER = '''

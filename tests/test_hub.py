@@ -111,6 +111,20 @@ def test_publish_every_folder_and_load_on_a_machine_without_it(hub, tmp_path, ca
                 np.testing.assert_allclose(found[way], expected, atol=1e-5)
 
 
+def test_another_model_of_the_same_name_is_not_replaced(hub, folder):
+    first = publish(folder, 'acme')
+    config = json.loads((folder / 'config.json').read_text())
+    config['pretrained_cfg']['label_names'] = ['bee', *config['pretrained_cfg']['label_names'][1:]]
+    (folder / 'config.json').write_text(json.dumps(config))
+    before = dict(hub.repositories[f'acme/{NAME}'].commits)
+    with pytest.raises(ValueError, match=r'another model, which knows airplane, .* and this one knows bee, .*--tag'):
+        publish(folder, 'acme')
+    assert hub.repositories[f'acme/{NAME}'].commits == before and first.rpartition('/')[2] in before
+    assert publish_script.main([str(folder), '--namespace', 'acme', '--tag', 'bees']) == 0
+    card = hub.repositories['acme/wrn16_1.bees']
+    assert b'hf-hub:acme/wrn16_1.bees' in card.commits[card.resolve('main')]['README.md']
+
+
 def test_publishing_again_uploads_only_what_changed(hub, folder):
     first = publish(folder, 'acme')
     assert sum(method == 'PUT' for method, _ in hub.requests) == 3  # weights, golden logits, curves

@@ -15,6 +15,8 @@ from wrn_timm.cli import finetune as finetune_script
 from wrn_timm.cli import predict as predict_script
 from wrn_timm.cli import validate as validate_script
 from wrn_timm.recipes import RECIPES, FinetuneConfig
+from wrn_timm.train.accelerator import RunAccelerator
+from wrn_timm.train.finetune_loop import Finetuner
 from wrn_timm.train.run import RunControl, RunDir, config_of
 from wrn_timm.weights import export_weights
 
@@ -155,6 +157,17 @@ def test_an_epoch_that_does_not_fit_into_the_time_budget_is_not_begun(run):
     assert [control.reason_to_stop(ahead) for ahead in (-math.inf, 0.)] == ['', 'the time budget']
 
 
+def test_fine_tuning_begins_no_epoch_that_does_not_fit(run):
+    accelerator = RunAccelerator('cpu')
+    finetuner = Finetuner(timm.create_model('wrn16_1'), FinetuneConfig(), accelerator,
+                          RunControl(run, time.monotonic() + 60))
+    reasons = []
+    for epochs, seconds in ((0, 90.), (1, 30.), (1, 90.)):
+        finetuner._state.epoch, finetuner._state.epoch_seconds = epochs, seconds
+        reasons.append(finetuner._reason_to_stop())
+    assert reasons == ['', '', 'the time budget']
+
+
 def test_weights_that_are_not_finite_are_not_exported(tmp_path):
     model = timm.create_model('wrn16_1')
     export_weights(model, tmp_path / 'weights', {'tag': 'x'})
@@ -175,7 +188,7 @@ def test_answers_that_are_no_numbers_are_said_to_be_none(tmp_path, capsys, monke
     model.fc.bias.data[0] = math.nan
     monkeypatch.setattr('wrn_timm.weights.check_weights', lambda *_: None)  # as older versions did
     export_weights(model, tmp_path / 'weights', {'tag': 'x'})
-    image = str(next((SAMPLE / 'pizza').iterdir()))
+    image = str(min((SAMPLE / 'pizza').iterdir()))
     for script, argv in ((predict_script, [image, '--json']), (validate_script, ['--data', 'synthetic'])):
         assert script.main(['--model', str(tmp_path / 'weights'), '--device', 'cpu', *argv]) == 1
         out, error = capsys.readouterr()

@@ -43,7 +43,7 @@ def test_importing_the_package_loads_no_training_dependency():
 
 
 def test_readme_code_runs(tmp_path):
-    shutil.copy(next((SAMPLE / 'airplanes').iterdir()), tmp_path / 'photo.jpg')
+    shutil.copy(SAMPLE / 'airplanes' / 'image_0001.jpg', tmp_path / 'photo.jpg')
     code = '\n'.join(section('README.md', 'Load a model', 'python'))
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, SAMPLE, randomise
 from processes import SERVER, Command
 from safetensors.torch import load_file
-from timm.optim.muon import _COEFFICIENTS, resolve_ns_coefficients, zeropower_via_newtonschulz
+from timm.optim.muon import zeropower_via_newtonschulz
 from torchvision.transforms.functional import gaussian_blur, resize
 from two_processes import gradients
 
@@ -293,14 +293,16 @@ def test_twenty_times_killed_the_weights_are_those_of_a_run_never_killed(tmp_pat
         process.start()
         return process
 
+    begun = time.monotonic()
     start(tmp_path / 'whole', False).join()
+    pause = min(0.3, (time.monotonic() - begun) / 30)  # twenty of which end before the run does
     rng, kills, out = random.Random(0), 0, tmp_path / 'cut'
     while True:
         process = start(out, resume=(out / 'recipe.json').is_file())
         known = set(out.glob('checkpoints/epoch-*.pt'))
         while kills < 20 and process.is_alive() and set(out.glob('checkpoints/epoch-*.pt')) <= known:
             time.sleep(0.005)  # each start makes some way, or twenty kills would be twenty starts
-        process.join(rng.uniform(0, 0.3) if kills < 20 else None)
+        process.join(rng.uniform(0, pause) if kills < 20 else None)
         if not process.is_alive():
             break
         process.kill()
@@ -524,6 +526,7 @@ def test_muon_turns_the_updates_of_convolutions_into_orthogonal_matrices():
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_muon_multiplies_in_the_type_that_is_fast(monkeypatch, dtype):
+    from timm.optim.muon import _COEFFICIENTS, resolve_ns_coefficients
     monkeypatch.setattr('wrn_timm.train.optimizers.fast_bfloat16', lambda device: dtype == torch.bfloat16)
     weight = torch.nn.Parameter(torch.zeros(8, 16))
     optimizer = Muon([weight], lr=1., adjust_lr_fn=None)
@@ -739,7 +742,7 @@ def test_choices_that_cannot_be_are_refused(tmp_path, capsys):
     assert 'sync_batchnorm works on CUDA devices only' in capsys.readouterr().err
 
 
-def test_what_is_measured_under_corruptions(run, capsys):
+def test_what_is_measured_under_corruptions(run, capsys, monkeypatch):
     args = ['--model', str(run / 'weights'), '--data', 'synthetic', '--device', 'cpu', '--corruptions']
     assert validate_script.main(args) == 0
     found = json.loads(capsys.readouterr().out)['corruptions']
@@ -748,5 +751,10 @@ def test_what_is_measured_under_corruptions(run, capsys):
                           'jpeg 25'}
     blurred = dataclasses.replace(data, images=gaussian_blur(data.images, 7, [1.]))
     assert found['blur 1'] == pytest.approx(evaluate(model, blurred, torch.device('cpu'))['accuracy'], abs=0.5)
+    monkeypatch.setattr('wrn_timm.train.measure.corrupt', lambda images, *_: torch.zeros_like(images))
+    assert validate_script.main(args) == 0
+    black = dataclasses.replace(data, images=torch.zeros_like(data.images))
+    expected = evaluate(model, black, torch.device('cpu'))['accuracy']
+    assert set(json.loads(capsys.readouterr().out)['corruptions'].values()) == {pytest.approx(expected, abs=0.01)}
     assert validate_script.main([*args[:2], '--data', f'folder:{SAMPLE}', '--corruptions']) == 1
     assert 'corruptions are for the named sets' in capsys.readouterr().err

@@ -72,15 +72,20 @@ def test_timms_own_configuration_and_transform_give_the_trainers_accuracy(name):
 
 
 @pytest.mark.parametrize('name', RELEASED)
-def test_released_weights_load_as_timm_users_do(name):
+def test_released_weights_load_as_timm_users_do(name, hub):
     x = torch.randn(1, 3, 32, 32)
     model = timm.create_model(name, pretrained=True).eval()
     local = timm.create_model(f'local-dir:{ROOT / "weights" / name}', pretrained=True).eval()
     torch.testing.assert_close(model(x), local(x))
+    for key in ('mean', 'std', 'input_size', 'crop_pct', 'interpolation', 'label_names'):
+        by_name, by_folder = (list(v) if isinstance(v, (list, tuple)) else v for v in (
+            m.pretrained_cfg[key] for m in (model, local)))
+        assert by_name == by_folder, key
     assert name in timm.list_pretrained('wrn*')
     features = timm.create_model(name, pretrained=True, features_only=True).eval()(x)
     torch.testing.assert_close(features[-1], model.forward_intermediates(x, intermediates_only=True)[-1])
     assert timm.create_model(name, pretrained=True, in_chans=1, num_classes=5)(x[:, :1]).shape == (1, 5)
+    assert not hub.requests  # they are at hand
 
 
 def test_environment_before_checkout_before_wheel(no_weights, tmp_path):
@@ -102,6 +107,13 @@ def test_order_environment_before_checkout_and_caller_before_both(no_weights, tm
     torch.testing.assert_close(named(x), other(x))
     here = [w.name for w in wrn_timm.list_weights() if not w.location.startswith(('hf-hub:', 'https:'))]
     assert here == ['wrn16_1.cifar10']
+
+
+def test_the_folder_of_the_environment_may_be_in_the_home(tmp_path, monkeypatch):
+    model, x = export(tmp_path / 'w' / 'wrn16_1.cifar10', seed=3), torch.randn(1, 3, 32, 32)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setenv('WRN_TIMM_WEIGHTS', '~/w')
+    torch.testing.assert_close(timm.create_model('wrn16_1', pretrained=True).eval()(x), model(x))
 
 
 def test_a_damaged_file_is_refused_however_it_is_named(tmp_path):

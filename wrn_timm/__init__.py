@@ -8,6 +8,7 @@ extra `[train]`, and the models do not. So are `open_detector`, `find_objects`, 
 with the extra `[detect]`.
 """
 import importlib
+import importlib.util
 from typing import Any
 
 from . import wrn_imagenet  # noqa: F401  (registers its models)
@@ -39,4 +40,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_TRAINING, *_DETECTION])
+    there = [names for names, needed in ((_TRAINING, 'accelerate'), (_DETECTION, 'pycocotools'))
+             if importlib.util.find_spec(needed)]
+    return sorted([*globals(), *(name for names in there for name in names)])

@@ -32,6 +32,7 @@ __all__ = [
 
 GOLDEN_FILE = 'golden.npz'  # a second .safetensors in the folder confuses timm up to 1.0.26
 TRANSFER_FILE = 'transfer.json'  # what the weights are worth on other data sets
+_GOLDEN_PIXELS = 8 * 448 ** 2  # in all
 GOLDEN_TOLERANCE = 1e-3  # of a logit; another CPU or GPU adds in another order
 
 
@@ -218,6 +219,7 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
     if tuned:
         begun = 'fine-tuned from' if settings['pretrained'] else 'trained from random weights, with the settings of'
         trained, usage = Markup(f"{begun} `{settings['model']}`"), 'local-dir:RUN/best'  # code needs no escaping
+        title = run.get('data', title)  # what was measured may be other photographs
     return TEMPLATES.get_template('card.md').render(
         header=data.to_yaml(), licence=licence, name=name, network=network, trained=trained, title=title, usage=usage,
         accuracy=_accuracy(name, metrics, run), size=size, mean=tuple(cfg['mean']), std=tuple(cfg['std']),
@@ -248,8 +250,9 @@ def finish_weights_folder(folder: str | Path, metrics: dict[str, Any]) -> None:
     model = open_model(str(folder))
     config = resolve_model_data_config(model)
     size = config['input_size'][-1]
+    few = max(1, _GOLDEN_PIXELS // size ** 2)  # so that the file of a large input can be published too
     images = torch.stack([
-        pil_to_tensor(center_crop(resize(read_rgb(p), size), [size, size])) for p in first_photographs()])
+        pil_to_tensor(center_crop(resize(read_rgb(p), size), [size, size])) for p in first_photographs()[:few]])
     with torch.inference_mode():
         inputs = normalise(images, config['mean'], config['std'])
         logits = torch.cat([model(one) for one in inputs.split(1)])  # however little the memory

@@ -6,6 +6,7 @@ ImageNet networks, that of ResNet in timm and torchvision: `conv1`, `bn1`, `laye
 """
 from __future__ import annotations
 
+import argparse
 import logging
 import re
 from collections.abc import Callable
@@ -166,7 +167,8 @@ def convert_checkpoint(path: str | Path) -> StateDict:
         if path.suffix == '.safetensors':
             state_dict = load_file(path)
         else:
-            state_dict = torch.load(path, map_location='cpu', weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # in which timm's `train.py` keeps its options
+                state_dict = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # what a refused pickle, a damaged zip and a damaged safetensors raise has no common base
         what = 'it is damaged' if path.suffix == '.safetensors' else (
             'it is damaged, or holds more than tensors (save model.state_dict(), not the model)')

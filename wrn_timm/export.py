@@ -191,14 +191,21 @@ _DYNAMIC = {0: 'batch', 2: 'height', 3: 'width'}
 
 def _prepared(model: nn.Module) -> tuple[nn.Module, torch.Tensor, str]:
     """The folded model on the CPU, a batch to trace it with, and its preprocessing and class names as JSON."""
+    if getattr(model, 'pretrained_cfg', {}).get('fixed_input_size'):
+        raise ValueError(f'{type(model).__name__} takes images of one size only, and the files that this package '
+                         f'writes take any; export it with torch.onnx.export or torch.export')
     model = fold_batchnorm(model).cpu().float().requires_grad_(False)
     config = resolve_model_data_config(model)
+    channels = getattr(model, 'in_chans', 3)
+    config |= {'input_size': (channels, *config['input_size'][1:]), 'range': (0, 1)}
+    if channels == 3:
+        config['color'] = 'RGB'
     names = getattr(model, 'pretrained_cfg', {}).get('label_names') or ()
     # timm keeps the names of the pretrained weights where the classifier was replaced
     config['label_names'] = names if len(names) == getattr(model, 'num_classes', 0) else None
     # different sides, and not those of the configuration, so that a tracer does not take them for constants
     _, height, width = config['input_size']
-    return model, torch.randn(2, getattr(model, 'in_chans', 3), height + 16, width + 32), json.dumps(config)
+    return model, torch.randn(2, channels, height + 16, width + 32), json.dumps(config)
 
 
 def to_onnx(model: nn.Module, path: str | Path) -> None:

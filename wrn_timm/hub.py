@@ -15,6 +15,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 from .card import GOLDEN_FILE, GOLDEN_TOLERANCE, TRANSFER_FILE, check_golden
+from .data.folders import some
 from .detection import DETECTOR_FILE, find_detector
 from .detector_card import check_golden_detector, detector_name
 from .download import hub_fault
@@ -41,6 +42,7 @@ class _Kind:
         metrics: Fields of `metrics.json` that the card's model-index has.
         library: The card's `library_name`.
         calls: Functions in the card's code whose first argument names the weights.
+        classes: From the content of `config`, the names of the classes, or how many there are.
         writers: What writes the folder, and what writes the files beside the weights again.
     """
     config: str
@@ -53,6 +55,7 @@ class _Kind:
     metrics: tuple[str, ...]
     library: str
     calls: tuple[str, ...]
+    classes: Callable[[dict[str, Any]], Any]
     writers: tuple[str, str]
 
     @property
@@ -67,13 +70,15 @@ _CLASSIFIER = _Kind(
     config='config.json', name=lambda config: f"{config['architecture']}.{config['pretrained_cfg']['tag']}",
     record='recipe.json', settings=lambda run: run.get('recipe') or run.get('finetune') or {},
     optional=(TRANSFER_FILE,), check_golden=check_golden, golden='logits', metrics=('top1',), library='timm',
-    calls=('create_model',),
+    calls=('create_model',), classes=lambda config: (
+        config.get('label_names') or config['pretrained_cfg'].get('label_names') or config.get('num_classes')),
     writers=('wrn-timm train or finetune', 'wrn-timm validate --write'))
 _DETECTOR = _Kind(
     config=DETECTOR_FILE, name=detector_name, record=DETECTOR_FILE,
     settings=lambda run: {**run.get('detect', {}), 'data': run.get('data', '')},
     optional=(), check_golden=check_golden_detector, golden='scores', metrics=('map', 'map_50'), library='torchvision',
-    calls=('open_detector', 'find_objects'), writers=('wrn-timm detect', 'wrn-timm detect --resume'))
+    calls=('open_detector', 'find_objects'), classes=lambda config: config['classes'],
+    writers=('wrn-timm detect', 'wrn-timm detect --resume'))
 
 
 def _found(path: str | Path) -> tuple[Path, _Kind]:
@@ -168,9 +173,10 @@ def check_folder(folder: str | Path) -> str:
     return kind.name(_read(folder / kind.config))
 
 
-def _repository(folder: str | Path, namespace: str) -> tuple[str, dict[str, bytes]]:
+def _repository(folder: str | Path, namespace: str, tag: str) -> tuple[str, dict[str, bytes]]:
     """Name and files of a folder's repository. The card there loads the model from there, whatever the account."""
-    repo_id = f'{namespace}/{check_folder(folder)}'
+    name = check_folder(folder)
+    repo_id = f'{namespace}/' + (f'{name.rpartition(".")[0]}.{tag}' if tag else name)
     validate_repo_id(repo_id)
     folder, kind = _found(folder)
     files = {name: path.read_bytes() for name in kind.files + kind.optional if (path := folder / name).is_file()}
@@ -180,17 +186,23 @@ def _repository(folder: str | Path, namespace: str) -> tuple[str, dict[str, byte
     return repo_id, {**files, 'README.md': card.encode()}
 
 
-def preview(folder: str | Path, namespace: str) -> str:
+def preview(folder: str | Path, namespace: str, tag: str = '') -> str:
     """What `publish` would upload: each file with its size, and the card. Asks nothing of the network."""
-    repo_id, files = _repository(folder, namespace)
+    repo_id, files = _repository(folder, namespace, tag)
     sizes = [f'{len(data):>12,}  {name}' for name, data in files.items()]
     return '\n'.join([repo_id, *sizes, '', files['README.md'].decode()])
 
 
-def publish(folder: str | Path, namespace: str, private: bool = False, endpoint: str | None = None) -> str:
+def publish(
+        folder: str | Path,
+        namespace: str,
+        private: bool = False,
+        endpoint: str | None = None,
+        tag: str = '',
+) -> str:
     """Publish a weights folder as the repository `<namespace>/<name>` of the Hub, and read it back.
 
-    The name is that of `check_folder`.
+    The name is that of `check_folder`. A repository with a model of other classes is left as it is.
 
     What is there already is not uploaded again, so a run that was cut off is repeated. Files of others in the
     repository stay. The commit is tagged by the sha256 of the weights (`version_tag`); a tag is never moved, so it
@@ -201,29 +213,36 @@ def publish(folder: str | Path, namespace: str, private: bool = False, endpoint:
         namespace: User or organisation.
         private: Make the repository private.
         endpoint: URL of the Hub; None for $HF_ENDPOINT or the Hub itself.
+        tag: In place of the last part of the name, the name of the data; '' keeps that.
 
     Returns:
         The commit's URL.
 
     Raises:
-        FileNotFoundError, ValueError: The folder is not fit (`check_folder`), or has no name that the Hub allows.
+        FileNotFoundError, ValueError: The folder is not fit (`check_folder`), has no name that the Hub allows, or has
+            that of a repository with another model.
         RuntimeError: The Hub refused or could not be reached, or gave back other bytes; says what to do.
     """
-    repo_id, files = _repository(folder, namespace)
-    folder, _ = _found(folder)
+    repo_id, files = _repository(folder, namespace, tag)
+    folder, kind = _found(folder)
     api = HfApi(endpoint=endpoint, library_name='wrn_timm')
-    tag = version_tag(hashlib.sha256(files[WEIGHTS_FILE]).hexdigest())
+    version = version_tag(hashlib.sha256(files[WEIGHTS_FILE]).hexdigest())
     with _explained(repo_id, endpoint):
         api.create_repo(repo_id, private=private, exist_ok=True)
         public = not api.repo_info(repo_id).private
+        there = _there(api, repo_id, kind)
+    classes = kind.classes(json.loads(files[kind.config]))
+    if there not in (None, classes):
+        raise ValueError(f'{repo_id} holds another model, which knows {_in_words(there)}, and this one knows '
+                         f'{_in_words(classes)}: choose another --tag, or delete that repository')
     if private and public:
         raise ValueError(f'{repo_id} already exists and is public: make it private on the Hub, or publish in public')
     operations = [  # by path where it can be: the client shows progress for these only
         CommitOperationAdd(name, data if name == 'README.md' else folder / name) for name, data in files.items()]
     with _explained(repo_id, endpoint):
         commit = api.create_commit(
-            repo_id, operations, commit_message=f'{repo_id.partition("/")[2]} {tag}')
-        api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True)
+            repo_id, operations, commit_message=f'{repo_id.partition("/")[2]} {version}')
+        api.create_tag(repo_id, tag=version, revision=commit.oid, exist_ok=True)
         differ = _differ(api, repo_id, commit.oid, files)
     if differ:
         raise RuntimeError(f'{repo_id} returned different bytes for {", ".join(differ)}; publish it again')
@@ -238,6 +257,19 @@ def _explained(repo_id: str, endpoint: str | None) -> Iterator[None]:
         raise RuntimeError(
             f'{repo_id} is not published yet. {hub_fault(e, repo_id, endpoint)} What is uploaded is not uploaded again.'
         ) from e
+
+
+def _there(api: HfApi, repo_id: str, kind: _Kind) -> list[str] | int | None:
+    """The classes of the model that a repository holds; None where it holds none that can be read."""
+    if not api.file_exists(repo_id, kind.config):
+        return None
+    with tempfile.TemporaryDirectory() as cache, contextlib.suppress(ValueError, KeyError, AttributeError):
+        return kind.classes(_read(Path(api.hf_hub_download(repo_id, kind.config, cache_dir=cache))))
+    return None
+
+
+def _in_words(classes: list[str] | int) -> str:
+    return some(classes) if isinstance(classes, list) else f'{classes} classes'
 
 
 def _differ(api: HfApi, repo_id: str, commit: str, files: dict[str, bytes]) -> list[str]:

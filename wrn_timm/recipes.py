@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -31,14 +32,20 @@ def check_numbers(settings: Mapping[str, Any], most: float = sys.float_info.max)
             raise ValueError(f'{name} is {value:g}; it must be {finite}at least 0')
 
 
-def check_choices(settings: Any) -> None:
-    """Refuse values that are not among those that a field's type lists, whatever the type checker was told.
+def _check_types(settings: Any) -> None:
+    """Take paths and numpy's numbers as JSON has them, and refuse values that are not among those that a field's type
+    lists.
 
     Raises:
         ValueError: One is; it is named, with the choices.
     """
     for name, hint in get_type_hints(type(settings)).items():
-        if get_origin(hint) is Literal and (value := getattr(settings, name)) not in get_args(hint):
+        value = getattr(settings, name)
+        if isinstance(value, os.PathLike):
+            object.__setattr__(settings, name, os.fspath(value))
+        elif hasattr(value, 'item'):
+            object.__setattr__(settings, name, value.item())
+        if get_origin(hint) is Literal and value not in get_args(hint):
             *others, last = map(repr, get_args(hint))
             raise ValueError(f'{name} {value!r} is unknown; choose {", ".join(others)} or {last}')
 
@@ -118,7 +125,7 @@ class Recipe:
     """Training images held out and measured every epoch, for choosing settings; 0 trains on all images."""
 
     def __post_init__(self):
-        check_choices(self)
+        _check_types(self)
         for name in ('epochs', 'batch_size'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is {getattr(self, name)}; it must be at least 1')
@@ -230,7 +237,7 @@ class FinetuneConfig:
     """Seed of the split, the order, the crops and the new classifier."""
 
     def __post_init__(self):
-        check_choices(self)
+        _check_types(self)
         limits = {
             'epochs': (1, math.inf), 'accumulate': (1, math.inf), 'label_smoothing': (0, 0.999),
             'min_scale': (0.001, 1), 'input_size': (0, 4096), 'ema_decay': (0, 0.99999), 'random_erase': (0, 1),
@@ -337,7 +344,7 @@ class DetectConfig:
     """Seed of the split, the weights, the order and the augmentation."""
 
     def __post_init__(self):
-        check_choices(self)
+        _check_types(self)
         lowest = dict.fromkeys(('epochs', 'batch_size', 'out_channels', 'max_objects', 'frozen_stages', 'image_size',
                                 'warmup_steps', 'seed'), 0)
         for name, low in (lowest | {'rois': 4}).items():

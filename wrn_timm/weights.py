@@ -76,7 +76,7 @@ class Weights:
 def places() -> list[Path]:
     """Folders that hold weights folders, in the order they are searched."""
     named = os.environ.get('WRN_TIMM_WEIGHTS')
-    return [Path(p) for p in (*([named] if named else []), _PACKAGE.parent / 'weights', _PACKAGE / '_weights')]
+    return [*([Path(named).expanduser()] if named else []), _PACKAGE.parent / 'weights', _PACKAGE / '_weights']
 
 
 def find(name: str) -> Path | None:

@@ -24,7 +24,7 @@ from ..detection import open_detector
 from ..names import as_cell, printable
 from ..recipes import DetectConfig
 from ..train.detector import asked_before, train_detectors
-from ..train.find_objects import ImageObjects, coco_results, draw_objects, find_in_files
+from ..train.find_objects import ImageObjects, coco_image_id, coco_results, draw_objects, find_in_files
 from ..train.machine import Machine, usable_cores
 from ..train.predict import find_images
 from .common import STOPPED, Training, log_to_terminal, machine_of, reports_errors, resumable
@@ -119,6 +119,7 @@ def print_text(found: ImageObjects) -> None:
 def show(results: Iterable[ImageObjects], options: DetectOptions, classes: Sequence[str]) -> int:
     """Print what is found, in the format asked for, and draw it; the number of files that could not be read."""
     table, whole, failed, taken = csv.writer(sys.stdout, lineterminator='\n'), [], 0, set()
+    images: dict[int | str, str] = {}
     if options.csv:
         table.writerow(_COLUMNS)
     for found in results:
@@ -129,6 +130,10 @@ def show(results: Iterable[ImageObjects], options: DetectOptions, classes: Seque
             whole.append(found.as_json())
         elif options.coco:
             whole += coco_results(found, classes)
+            first = images.setdefault(coco_image_id(found.image), found.image)
+            if first != found.image:
+                print(f'warning: {printable(first)} and {printable(found.image)} have the same image_id',
+                      file=sys.stderr)
         else:
             print_text(found)
         if options.draw and not found.error:

@@ -26,6 +26,8 @@ class PublishOptions(Options):
     """Weights folders, or the run directories of finetune, train or detect that hold them."""
     namespace: str = option(metavar='NAME')
     """User or organisation on the Hub."""
+    tag: str = ''
+    """Last part of the repository's name; the default is the name of the data."""
     private: bool = False
     """Make the repositories private."""
     dry_run: bool = False
@@ -39,6 +41,8 @@ class PublishOptions(Options):
         super().__post_init__()
         if self.all == bool(self.folders):
             raise ValueError('name folders, or --all')
+        if self.tag and len(self.folders) != 1:
+            raise ValueError('--tag names one repository; give one folder')
         if self.all and not WEIGHTS.is_dir():
             raise ValueError('--all publishes the weights/ of a checkout, and this is none; name folders')
 
@@ -49,8 +53,8 @@ def main(argv: Sequence[str]) -> int:
     failed = 0
     for folder in sorted(p for p in WEIGHTS.iterdir() if p.is_dir()) if options.all else options.folders:
         try:
-            print(preview(folder, options.namespace) if options.dry_run
-                  else publish(folder, options.namespace, options.private, options.endpoint))
+            print(preview(folder, options.namespace, options.tag) if options.dry_run
+                  else publish(folder, options.namespace, options.private, options.endpoint, options.tag))
         except Exception as e:  # the others are published all the same
             if options.traceback:
                 raise

@@ -13,12 +13,14 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..card import check_run_records, finish_weights_folder
 from ..recipes import Precision
 from ..train.machine import Machine
 from ..train.measure import validate
 from ..train.probe import summarise
+from ..train.run import check_place
 from ..weights import weights_folder
 from .common import OnDevice, machine_of, reports_errors
 from .options import option, parse
@@ -75,11 +77,18 @@ def check_seeds(folders: Sequence[str]) -> None:
         raise ValueError(f'the seeds are {", ".join(map(str, seeds))}; each of the weights must have its own')
 
 
+def trained_on(model: str, metrics: dict[str, Any]) -> bool:
+    """Whether all files of the folder that the weights were fine-tuned on were measured, by its name."""
+    run = check_run_records(weights_folder(model))
+    return 'finetune' in run and metrics['split'] == 'all files' and metrics['dataset'] == run.get('data')
+
+
 @reports_errors
 def main(argv: Sequence[str]) -> int:
     options, _ = parse(argv, ('validate', __doc__), ValidateOptions)
-    if options.write:
-        check_seeds([options.model, *options.other_seeds])  # before minutes are spent
+    if options.write:  # before minutes are spent
+        check_seeds([options.model, *options.other_seeds])
+        check_place(weights_folder(options.model))
     measure = functools.partial(
         validate, data=options.data, machine=machine_of(options, Machine), batch_size=options.batch_size,
         split=options.split, precision=options.precision or ('no' if options.write else 'auto'))
@@ -87,6 +96,10 @@ def main(argv: Sequence[str]) -> int:
     if options.other_seeds:
         others = [measure(folder)['top1'] for folder in options.other_seeds]
         metrics['seeds'] = {'top1': summarise([metrics['top1'], *others])}
+    if options.write and trained_on(options.model, metrics):
+        print(json.dumps(metrics, indent=2))
+        raise ValueError(f"{options.model} was trained on photographs of {metrics['dataset']}, so these figures are "
+                         f"not written to its card; give the --split of its run, or other photographs")
     if options.write:  # first, for who reads the figures may stop reading
         finish_weights_folder(weights_folder(options.model), metrics)
     print(json.dumps(metrics, indent=2))

@@ -427,12 +427,12 @@ def _folders(root: Path) -> list[Path]:
     return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
 
 
-def _walk(top: str, bad: list[str], above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, str]]:
+def _walk(top: str, bad: list[str], above: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
     """(folder, path) of every file below, in the order of names; links to a folder above are reported and skipped."""
     stack = [(top, above)]
     while stack:
         folder, ancestors = stack.pop()
-        key = _inode(folder)
+        key = os.path.realpath(folder)
         if key in ancestors:
             bad.append(f'{folder} links to a folder that contains it')
             continue
@@ -452,11 +452,6 @@ def walk_files(folder: str | Path) -> Iterator[str]:
     return (path for _, path in _walk(str(folder), []))
 
 
-def _inode(path: str | Path) -> tuple[int, int]:
-    stat = os.stat(path)
-    return stat.st_dev, stat.st_ino
-
-
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
@@ -465,7 +460,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _list_part(root: Path, nested: bool, bad: list[str]) -> ImageFiles:
-    above = frozenset([_inode(root)])
+    above = frozenset([os.path.realpath(root)])
     labels: list[int] = []
     number: dict[str, int] = {}
 
@@ -477,7 +472,7 @@ def _list_part(root: Path, nested: bool, bad: list[str]) -> ImageFiles:
                     yield path
         else:
             for folder in _folders(root):
-                if _inode(folder) not in above:  # the walk names it
+                if os.path.realpath(folder) not in above:  # the walk names it
                     number[folder.name] = len(number)
                 for _, path in _walk(str(folder), bad, above):
                     labels.append(number[folder.name])

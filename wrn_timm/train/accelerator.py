@@ -1,16 +1,29 @@
 """accelerate, with the device and the precision of each run."""
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import GradientState
 
 from ..recipes import Precision
 from .machine import autocast, resolve_precision
 
-__all__ = ['RunAccelerator']
+__all__ = ['RunAccelerator', 'kept_accumulation']
+
+
+@contextlib.contextmanager
+def kept_accumulation() -> Iterator[None]:
+    """Have an Accelerator of the caller go on afterwards with its own gradient accumulation, which all share."""
+    before = GradientState().plugin_kwargs
+    try:
+        yield
+    finally:
+        GradientState().plugin_kwargs = before
 
 
 class RunAccelerator(Accelerator):

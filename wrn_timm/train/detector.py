@@ -32,7 +32,7 @@ from ..recipes import TORCHVISION_DETECTOR, DetectConfig
 from ..weights import find, open_model
 from .detector_report import write_detector_report
 from .find_objects import AS_TENSOR
-from .machine import Machine, fused, resolve_precision
+from .machine import Machine, fused, in_float32, kept_random_state, resolve_precision
 from .measure import begin_worker, largest_batch, out_of_memory
 from .measure_boxes import Target, detection_metrics, predict_boxes
 from .probe import summarise
@@ -76,6 +76,7 @@ def _columns(rows: list[tuple[torch.Tensor, Target]]) -> tuple[list[torch.Tensor
     return list(images), [{k: v.as_subclass(torch.Tensor) for k, v in t.items()} for t in targets]
 
 
+@kept_random_state()
 def train_detector(
         config: DetectConfig,
         data: str | Path,
@@ -174,7 +175,7 @@ def _test(loop: _Loop, data: _Data, started: float) -> dict[str, Any]:
     detector = open_detector(folder, machine.device)
     in_order = list(BatchSampler(range(len(data.test)), config.batch_size, drop_last=False))
     loader = _loader(data.test.as_dataset(AS_TENSOR, config.image_size), in_order, machine, config.seed)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # in float32 on every GPU
+    with in_float32():
         found, reduced = predict_boxes(detector, loader, machine.device, machine.progress)
     predictions = [f | {'boxes': f['boxes'] * target['scale']} for f, target in zip(found, reduced, strict=True)]
     targets = [{'boxes': boxes, 'labels': labels} for boxes, labels in zip(
@@ -408,6 +409,7 @@ class _Loop:
         done = progress.epoch * self.steps + progress.step
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.control)
+            self.control.run.log('from epoch %d, step %d', progress.epoch, progress.step)
             bar = stack.enter_context(progress_bar(epochs * self.steps, done, self.machine.progress))
             stack.enter_context(_precision(self.detector, self.config, self.device))
             while progress.epoch < epochs:

@@ -24,7 +24,8 @@ from ..files import atomic_write
 from .machine import Machine
 from .predict import find_images
 
-__all__ = ['AS_TENSOR', 'FoundObject', 'ImageObjects', 'coco_results', 'draw_objects', 'find_in_files', 'find_objects']
+__all__ = ['AS_TENSOR', 'FoundObject', 'ImageObjects', 'coco_image_id', 'coco_results', 'draw_objects', 'find_in_files',
+           'find_objects']
 
 AS_TENSOR = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 _DRAWN_BY = 'wrn-timm detect'  # in the PNG file
@@ -128,15 +129,19 @@ def find_in_files(
             for i, score, box in rows))
 
 
+def coco_image_id(path: str) -> int | str:
+    """The number that a file is named by, as in COCO, or its name without the suffix."""
+    stem = Path(path).stem
+    return int(stem) if stem.isdecimal() else stem
+
+
 def coco_results(found: ImageObjects, classes: Sequence[str]) -> list[dict[str, Any]]:
     """The objects of a photograph in COCO's format of results: `bbox` has the corner, width and height.
 
-    `image_id` is the number that the file is named by, as in COCO, or its name without the suffix. `category_id` counts
-    the detector's classes from 1, in their order.
+    `image_id` is that of `coco_image_id`. `category_id` counts the detector's classes from 1, in their order.
     """
-    stem = Path(found.image).stem
     number = {name: i for i, name in enumerate(classes, start=1)}
-    return [{'image_id': int(stem) if stem.isdecimal() else stem, 'category_id': number[o.label],
+    return [{'image_id': coco_image_id(found.image), 'category_id': number[o.label],
              'bbox': [o.box[0], o.box[1], round(o.box[2] - o.box[0], 1), round(o.box[3] - o.box[1], 1)],
              'score': o.score} for o in found.objects]
 

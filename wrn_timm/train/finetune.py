@@ -42,10 +42,10 @@ from ..files import atomic_write, write_json
 from ..recipes import FinetuneConfig
 from ..schemas import check_scan, read_json
 from ..weights import eval_transform, export_weights, open_model, weights_name
-from .accelerator import RunAccelerator
+from .accelerator import RunAccelerator, kept_accumulation
 from .finetune_loop import BatchTooLarge, Finetuner, Fitted
 from .linear import LinearFit
-from .machine import Machine
+from .machine import Machine, in_float32, kept_random_state
 from .measure import Features, Predictions, largest_batch, predict
 from .metrics import classification_metrics
 from .probe import extract_features, summarise
@@ -62,6 +62,8 @@ _FOR_PHOTOGRAPHS = 'wrn18_1.a1_in1k'
 _LEAST_STEPS = 20  # per epoch, with a batch size that is found
 
 
+@kept_random_state()
+@kept_accumulation()
 def finetune(
         config: FinetuneConfig,
         data: str | Path,
@@ -154,7 +156,7 @@ def _test(job: _Job, fitted: Fitted, best_epoch: int, train_seconds: float, star
     config, split, found, accelerator = job.config, job.split, job.found, job.accelerator
     best = open_model(str(job.control.run.path / 'best')).to(accelerator.device, memory_format=torch.channels_last)
     transform = eval_transform(best)
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as `validate` measures
+    with in_float32():  # as `validate` measures
         result = predict(best, split.test.as_dataset(transform), accelerator, job.machine.workers, 'testing',
                          job.machine.progress)
     _check_readable(result, job.machine)
@@ -218,6 +220,9 @@ def _open_run(
     """The run directory, with the split in it, that the first process makes and the others read."""
     main, named = accelerator.is_main_process, is_named(data)
     split, found, settings = None, {}, _settings(config, data)
+    if Path(data).is_dir() and out.resolve().is_relative_to(Path(data).resolve()):
+        raise ValueError(f'{out} lies in {data}, where the next run would take its pictures for photographs; choose an '
+                         f'--out outside it')
     if main:
         RunDir.check(out, settings, machine.resume)
         check_place(out, 0 if machine.resume else _room(config, model))

@@ -1,17 +1,22 @@
 """The machine's part in a run: device, number format, processes, time."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
+import random
 import time
+from collections.abc import Iterator
 from typing import Literal
 
+import numpy as np
 import torch
 
 from ..recipes import Precision, check_numbers
 
-__all__ = ['Machine', 'autocast', 'fast_bfloat16', 'fused', 'resolve_precision', 'usable_cores']
+__all__ = ['Machine', 'autocast', 'fast_bfloat16', 'fused', 'hidden', 'in_float32', 'kept_random_state',
+           'resolve_precision', 'usable_cores']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Machine:
     time_budget: float = math.inf
     """Seconds after which the run stops, to be resumed."""
     progress: bool | None = None
-    """False shows no progress bar; None shows it in a terminal."""
+    """Whether to show a progress bar; None shows it in a terminal, and not in a notebook."""
 
     def __post_init__(self):
         if self.workers < 0:
@@ -88,6 +93,42 @@ def autocast(device: torch.device | str, precision: Literal['no', 'fp16', 'bf16'
     """A context in which networks on `device` compute in `precision`."""
     dtype = torch.float16 if precision == 'fp16' else torch.bfloat16
     return torch.autocast(torch.device(device).type, dtype, enabled=precision != 'no')
+
+
+@contextlib.contextmanager
+def in_float32() -> Iterator[None]:
+    """Have GPUs compute float32 as such and not as TensorFloat-32, whatever the caller has set."""
+    if not hasattr(torch.backends.cudnn, 'conv'):  # before torch 2.9
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+        return
+    places = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = 'ieee'
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Have the caller's random numbers (Python's, numpy's, torch's) go on afterwards as if nothing had been drawn."""
+    python, numpy = random.getstate(), np.random.get_state()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(gpus):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def hidden(progress: bool | None) -> bool | None:
+    """tqdm's `disable` for `Machine.progress`."""
+    return None if progress is None else not progress
 
 
 _FUSED = ('sgd', 'momentum', 'nesterov', 'adam', 'adamw')

@@ -23,7 +23,7 @@ from ..data.small_sets import NAMES, ImageArrays, load, normalise, parse_spec
 from ..data.splits import data_name, list_source, read_split, source_root
 from ..recipes import Precision
 from ..weights import eval_transform, open_model
-from .machine import Machine, autocast, resolve_precision
+from .machine import Machine, autocast, hidden, in_float32, resolve_precision
 from .run import environment
 
 __all__ = [
@@ -206,14 +206,14 @@ def predict(
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = dataset if world == 1 else Subset(dataset, range(rank, len(dataset), world))
-    show = title and accelerator.is_main_process and progress is not False
+    show = progress if title and accelerator.is_main_process else False
     index, bad = [], []
 
     def readable(batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         index.clear(), bad.clear()
         batches = make_loader(mine, batch_size, workers, accelerator.device.type == 'cuda')
         for images, labels, i, reasons in tqdm(
-                batches, desc=title, unit='batch', leave=False, disable=None if show else True):
+                batches, desc=title, unit='batch', leave=False, disable=hidden(show)):
             bad.extend(reasons)
             if images is not None:
                 index.append(i)
@@ -276,7 +276,7 @@ def validate(
             loader = DataLoader(part.as_dataset(transform), n, num_workers=machine.workers)
             return tqdm(loader, desc=what, unit='batch', leave=False, disable=None)
 
-        with autocast(device, precision), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with autocast(device, precision), in_float32():
             return classification_metrics(*predict_logits(model, batches, device, batch_size), part.classes)
 
     metrics = measure(part, 'validating')

@@ -15,10 +15,12 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from tqdm import tqdm
 
+from .machine import hidden
+
 __all__ = ['THRESHOLDS', 'Curve', 'Target', 'curves', 'detection_metrics', 'predict_boxes']
 
 Target = dict[str, torch.Tensor]
-THRESHOLDS = np.arange(1, 100) / 100  # scores from which a box counts
+THRESHOLDS = np.arange(5, 100) / 100  # scores from which a box counts; torchvision's detectors leave out lower ones
 
 
 @torch.inference_mode()
@@ -34,11 +36,11 @@ def predict_boxes(
         detector: Put into evaluation mode.
         loader: Batches of images (3, H, W) and their targets.
         device: Where the detector is.
-        progress: Show a progress bar; None shows it in a terminal.
+        progress: As `Machine.progress`.
     """
     detector.eval()
     found, there = [], []
-    for images, targets in tqdm(loader, 'testing', leave=False, disable=True if progress is False else None):
+    for images, targets in tqdm(loader, 'testing', leave=False, disable=hidden(progress)):
         found += [{k: v.cpu() for k, v in f.items()} for f in detector([image.to(device) for image in images])]
         there += targets
     return found, there
@@ -127,7 +129,7 @@ def _middle_of_the_best(f1: np.ndarray) -> int:
     """Index of the highest F1: of several in a row the middle one, which is farthest from false boxes and missed ones;
     that of a half where nothing is found."""
     if not f1.max() > 0:
-        return len(f1) // 2
+        return int(np.searchsorted(THRESHOLDS, 0.5))
     first = int(f1.argmax())
     lower = np.flatnonzero(f1[first:] < f1.max() - 1e-9)
     return first + (int(lower[0]) - 1 if len(lower) else len(f1) - 1 - first) // 2

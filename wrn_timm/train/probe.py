@@ -20,9 +20,9 @@ from ..data.splits import Split, data_name, list_source, make_split
 from ..data.timm_sets import is_named
 from ..recipes import FinetuneConfig
 from ..weights import WEIGHTS_FILE, list_weights, open_model, places
-from .accelerator import RunAccelerator
+from .accelerator import RunAccelerator, kept_accumulation
 from .linear import LinearFit
-from .machine import Machine
+from .machine import Machine, kept_random_state
 from .measure import Features, Predictions, predict
 from .metrics import classification_metrics
 
@@ -179,6 +179,8 @@ def _add_test(row: dict[str, Any], bank: _Bank, splits: dict[int, Split], penalt
     row |= _summary(metrics) | {'test_files': metrics[0]['images'], 'skipped': bank.bad}
 
 
+@kept_random_state()
+@kept_accumulation()
 def probe(
         names: Sequence[str],
         data: str,

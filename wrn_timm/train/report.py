@@ -34,7 +34,7 @@ def grad_cam(model: torch.nn.Module, images: torch.Tensor, classes: torch.Tensor
         classes: (B,).
 
     Returns:
-        (B, H, W), 0 to 1; None where the network's features are no map (B, C, h, w).
+        (B, H, W), 0 to 1; None where the network's features are no map (B, C, h, w) or (B, h, w, C).
     """
     with torch.no_grad():
         features = model.forward_features(images)
@@ -43,7 +43,8 @@ def grad_cam(model: torch.nn.Module, images: torch.Tensor, classes: torch.Tensor
     features = features.detach().requires_grad_()
     score = model.forward_head(features).gather(1, classes[:, None]).sum()
     gradient, = torch.autograd.grad(score, features)
-    maps = (gradient.mean((2, 3), keepdim=True) * features.detach()).sum(1, keepdim=True).relu()
+    channels, sides = (3, (1, 2)) if getattr(model, 'output_fmt', 'NCHW') == 'NHWC' else (1, (2, 3))
+    maps = (gradient.mean(sides, keepdim=True) * features.detach()).sum(channels)[:, None].relu()
     maps = F.interpolate(maps, images.shape[2:], mode='bilinear', align_corners=False)[:, 0]
     return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
 

@@ -60,6 +60,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[tuple[st
     return columns
 
 
+_PICTURES = ('curves', 'confusion', 'wrong', 'predictions', 'precision_recall', 'best', 'worst')
+
+
 def _picture(file: Path) -> dict[str, Any]:
     """The width in pixels that a picture has at least on a page, and its bytes in base64."""
     with Image.open(file) as image:
@@ -74,7 +77,7 @@ def write_page(
         made_with: Iterable[tuple[str, Any]],
         **content: Any,
 ) -> None:
-    """Write `report.html` into a run directory.
+    """Write `report.html` into a run directory, with those of `_PICTURES` that are there.
 
     Args:
         folder: Its pictures can be shown by their names.
@@ -84,6 +87,7 @@ def write_page(
         content: What the template shows; `page` needs `title`, `outcome`, `curves` and `notes`.
     """
     page = _TEMPLATES.get_template(template).render(
-        pictures={file.stem: _picture(file) for file in folder.glob('*.png')}, command=printable(command),
+        pictures={name: _picture(file) for name in _PICTURES if (file := folder / f'{name}.png').is_file()},
+        command=printable(command),
         made_with=[*made_with, ('date', time.strftime('%Y-%m-%d %H:%M'))], **content)
     atomic_write(folder / 'report.html', page.encode(errors='replace').decode())  # names of files can be any bytes

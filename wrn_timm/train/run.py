@@ -43,6 +43,7 @@ from ..files import FolderLock, atomic_write, discard_partial, make_folder, writ
 from ..names import is_utf8
 from ..schemas import read_record
 from ..weights import not_finite
+from .machine import hidden
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -483,15 +484,14 @@ class RunControl:
 
 @contextlib.contextmanager
 def progress_bar(total: int, done: int = 0, show: bool | None = None) -> Iterator[tqdm]:
-    """A bar over the steps of a run, in a terminal alone; what is logged meanwhile is written above it.
+    """A bar over the steps of a run; what is logged meanwhile is written above it.
 
     Args:
         total: Steps.
         done: Of them, by a run that this one goes on with.
-        show: False shows none; None shows it in a terminal.
+        show: As `Machine.progress`.
     """
-    hidden = True if show is False else None
-    with tqdm(total=total, initial=done, unit='step', leave=False, smoothing=0.05, disable=hidden) as bar, \
+    with tqdm(total=total, initial=done, unit='step', leave=False, smoothing=0.05, disable=hidden(show)) as bar, \
             logging_redirect_tqdm():
         yield bar
 

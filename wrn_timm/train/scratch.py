@@ -28,7 +28,7 @@ from ..data.small_sets import ImageArrays, load
 from ..files import atomic_write
 from ..recipes import Precision, Recipe, check_numbers
 from ..weights import export_weights
-from .machine import Machine, autocast, resolve_precision
+from .machine import Machine, autocast, kept_random_state, resolve_precision
 from .measure import evaluate
 from .optimizers import create_optimizer
 from .run import RunControl, RunDir, any_process, environment, is_best, progress_bar
@@ -289,6 +289,7 @@ def _model_args(recipe: Recipe) -> dict[str, Any]:
     return {'stem': recipe.stem} if recipe.stem else {}
 
 
+@kept_random_state()
 def train(
         recipe: Recipe,
         data_dir: str,
