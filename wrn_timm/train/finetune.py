@@ -601,7 +601,7 @@ def _split_name(split: str) -> str:
 
 
 def _ended(run: Path) -> dict[str, Any] | None:
-    """The metrics of a run that came to the end of its schedule; None of any other."""
+    """The metrics of a finished run, also one that stopped early for want of progress; None if it can go on."""
     file = run / 'metrics.json'
     metrics = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else None
     return metrics if metrics and metrics['stopped'] != TIME_BUDGET else None
