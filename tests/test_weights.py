@@ -18,6 +18,8 @@ from wrn_timm.train.measure import evaluate, validate
 from wrn_timm.weights import export_weights, sha256_of, sources, verify
 
 RELEASED = sorted(p.name for p in (ROOT / 'weights').iterdir() if p.is_dir())
+# 10,000 test images are half an hour's work for one core with a WRN-28-10, which is measured on the first 200
+SMALL = [name for name in RELEASED if (ROOT / 'weights' / name / 'model.safetensors').stat().st_size < 20e6]
 
 
 def export(folder, name='wrn16_1', tag='cifar10', seed=0, **kwargs):
@@ -49,7 +51,7 @@ def test_released_weights_give_their_golden_logits(name):
     assert check_golden(ROOT / 'weights' / name) < 1e-3
 
 
-@pytest.mark.parametrize('name', RELEASED)
+@pytest.mark.parametrize('name', SMALL)
 def test_released_weights_give_the_published_accuracy_on_real_test_images(name):
     published = json.loads((ROOT / 'weights' / name / 'metrics.json').read_text())
     directory = data_dir(published['dataset'])
@@ -59,16 +61,18 @@ def test_released_weights_give_the_published_accuracy_on_real_test_images(name):
 @pytest.mark.parametrize('name', RELEASED)
 def test_timms_own_configuration_and_transform_give_the_trainers_accuracy(name):
     """What a user of timm writes, on torchvision's data set, against the trainer's normalisation of the raw arrays."""
-    dataset = name.partition('.')[2]
+    dataset, n = name.partition('.')[2], 500 if name in SMALL else 200
     directory = data_dir(dataset)
     model = timm.create_model(name, pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     official = {'cifar10': CIFAR10, 'cifar100': CIFAR100}[dataset]
-    images = Subset(official(directory, train=False, transform=transform), range(500))
+    images = Subset(official(directory, train=False, transform=transform), range(n))
     with torch.inference_mode():
-        hits = sum((model(x).argmax(1) == y).sum().item() for x, y in DataLoader(images, 250))
-    arrays = load(dataset, directory, train=False).subset(torch.arange(500))
-    assert hits / 5 == pytest.approx(evaluate(model, arrays, torch.device('cpu'))['accuracy'], abs=0.01)
+        hits = sum((model(x).argmax(1) == y).sum().item() for x, y in DataLoader(images, 100))
+    arrays = load(dataset, directory, train=False).subset(torch.arange(n))
+    assert 100 * hits / n == pytest.approx(evaluate(model, arrays, torch.device('cpu'))['accuracy'], abs=0.01)
+    published = json.loads((ROOT / 'weights' / name / 'metrics.json').read_text())['top1'] / 100
+    assert hits / n == pytest.approx(published, abs=4 * (published * (1 - published) / n) ** 0.5)
 
 
 @pytest.mark.parametrize('name', RELEASED)
