@@ -27,7 +27,7 @@ from benchmarks.measuring import Command, matmul_rate, show
 from wrn_timm.cli.common import reports_errors
 from wrn_timm.cli.options import option, parse
 from wrn_timm.recipes import FinetuneConfig
-from wrn_timm.train.run import environment
+from wrn_timm.train.machine import environment
 
 SECTIONS = {f.__name__: f for f in (
     inference.evaluate, inference.int8, training.train, inference.latency, inference.growth, training.scale,

@@ -12,8 +12,9 @@ from PIL import Image
 
 from wrn_timm.cli import finetune as finetune_script
 from wrn_timm.recipes import FinetuneConfig
-from wrn_timm.train.finetune import _settings, finetune, prepare_split
+from wrn_timm.train.finetune import _settings, finetune
 from wrn_timm.train.machine import Machine
+from wrn_timm.train.prepare import prepare_split
 from wrn_timm.train.run import RunDir, check_place
 from wrn_timm.weights import open_model
 

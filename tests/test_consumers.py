@@ -15,7 +15,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import wrn_timm  # noqa: F401
-from wrn_timm.data.folders import read_rgb
+from wrn_timm.data.images import read_rgb
 
 
 def stages(name, x):

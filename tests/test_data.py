@@ -19,30 +19,13 @@ from PIL import EpsImagePlugin, Image, ImageFile
 from torchvision import datasets as tv
 from torchvision.transforms import v2
 
-from wrn_timm.data import folders
+from wrn_timm.data import images as image_files
 from wrn_timm.data import small_sets as datasets
 from wrn_timm.data.corrupt import corrupt
-from wrn_timm.data.folders import (
-    FolderScan,
-    ImageFiles,
-    ReadableOnly,
-    collate_readable,
-    examine,
-    list_csv,
-    list_folder,
-    looks_like_image,
-    read_rgb,
-)
+from wrn_timm.data.folders import FolderScan, examine, list_csv, list_folder
+from wrn_timm.data.images import ImageFiles, ReadableOnly, collate_readable, looks_like_image, read_rgb
 from wrn_timm.data.on_device import DeviceLoader
-from wrn_timm.data.splits import (
-    data_name,
-    list_source,
-    make_split,
-    read_split,
-    source_root,
-    split_files,
-    write_split,
-)
+from wrn_timm.data.splits import data_name, list_source, make_split, read_split, source_root, split_files, write_split
 from wrn_timm.data.timm_sets import NamedImages, is_named
 from wrn_timm.recipes import FinetuneConfig
 
@@ -674,15 +657,15 @@ def test_photographs_of_a_telephone(tmp_path, monkeypatch):
     file.write_bytes(b'....ftypheic')
     assert looks_like_image(file)
     monkeypatch.setitem(sys.modules, 'pillow_heif', None)
-    folders._decoders.cache_clear()
+    image_files._decoders.cache_clear()
     with pytest.raises(ValueError, match='IMG_1.HEIC is an HEIF image, which needs the package pillow-heif'):
         read_rgb(file)
     monkeypatch.setitem(sys.modules, 'pillow_heif', SimpleNamespace(
         register_heif_opener=lambda: registered.append(True)))
-    folders._decoders.cache_clear()
+    image_files._decoders.cache_clear()
     with pytest.raises(ValueError, match='IMG_1.HEIC'):
         read_rgb(file)
-    folders._decoders.cache_clear()
+    image_files._decoders.cache_clear()
     assert registered
 
 

@@ -26,10 +26,11 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou
 import wrn_timm  # noqa: F401
 from wrn_timm.cli import detect as detect_script
 from wrn_timm.data.boxes import divide, read_boxes, read_reduced
-from wrn_timm.data.folders import read_rgb
+from wrn_timm.data.images import read_rgb
 from wrn_timm.detection import build_detector, faster_rcnn, fpn_backbone, open_detector, postprocessor, retinanet
 from wrn_timm.train import detector as detector_run
-from wrn_timm.train.detector import _backbone_in_bfloat16
+from wrn_timm.train import detector_loop
+from wrn_timm.train.detector_loop import _backbone_in_bfloat16
 from wrn_timm.train.find_objects import FoundObject, ImageObjects, draw_objects, find_in_files
 from wrn_timm.train.measure_boxes import detection_metrics, predict_boxes
 from wrn_timm.weights import sha256_of
@@ -500,7 +501,7 @@ def test_large_photographs_are_trained_and_measured_on(tmp_path, monkeypatch):
         shutil.copy(data / 'Annotations/a.xml', data / f'Annotations/{part}.xml')
         (data / f'ImageSets/Main/{part}.txt').write_text(f'{part}\n')
     trained_on, reported = [], []
-    monkeypatch.setattr(detector_run, '_step', lambda detector, optimizer, images, targets, device: trained_on.extend(
+    monkeypatch.setattr(detector_loop, '_step', lambda detector, optimizer, images, targets, device: trained_on.extend(
         zip(images, targets, strict=True)) or 0.)
     monkeypatch.setattr(detector_run, 'write_detector_report', lambda *args: reported.extend(args[4]))
     monkeypatch.setattr(detector_run, 'open_detector', lambda *args: FindsLight())
@@ -519,7 +520,7 @@ def test_memory_that_is_short_in_training_names_what_to_lower(tmp_path, monkeypa
     def step(*args):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
 
-    monkeypatch.setattr(detector_run, '_step', step)
+    monkeypatch.setattr(detector_loop, '_step', step)
     args = ['--data', f'bccd:{BCCD}', *SMALL, '--out']
     assert detect_script.main([*args, str(tmp_path / 'a')]) == 1
     assert ('out of memory on cpu at batch size 2 and 96 px; choose a smaller --batch-size or --image-size'
@@ -531,7 +532,7 @@ def test_memory_that_is_short_in_training_names_what_to_lower(tmp_path, monkeypa
 def test_the_trial_of_batch_sizes_counts_the_state_of_the_optimizer(monkeypatch):
     config = wrn_timm.DetectConfig(
         model='wrn16_1', pretrained=False, batch_size=8, image_size=64, out_channels=16, anchor_scale=4., rois=16)
-    detector, real, tried = build_detector(config, ['cat']), detector_run._step, []
+    detector, real, tried = build_detector(config, ['cat']), detector_loop._step, []
     before = {k: v.clone() for k, v in detector.state_dict().items()}
 
     def step(detector, optimizer, images, *args):
@@ -540,8 +541,8 @@ def test_the_trial_of_batch_sizes_counts_the_state_of_the_optimizer(monkeypatch)
             raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
         return real(detector, optimizer, images, *args)
 
-    monkeypatch.setattr(detector_run, '_step', step)
-    assert detector_run._fitting_batch(detector, config, torch.device('cpu')) == 2
+    monkeypatch.setattr(detector_loop, '_step', step)
+    assert detector_loop.fitting_batch(detector, config, torch.device('cpu')) == 2
     assert tried == [(8, False), (8, True), (4, True), (2, True), (2, True)]
     assert all(torch.equal(v, before[k]) for k, v in detector.state_dict().items())
     assert all(p.grad is None for p in detector.parameters())

@@ -13,7 +13,7 @@ from torchvision.transforms.functional import to_tensor
 import wrn_timm
 from wrn_timm.cli import publish as publish_script
 from wrn_timm.cli.options import parse
-from wrn_timm.data.folders import read_rgb
+from wrn_timm.data.images import read_rgb
 from wrn_timm.detection import build_detector, export_detector, open_detector
 from wrn_timm.detector_card import check_golden_detector, detector_card, detector_name, finish_detector_folder
 from wrn_timm.hub import check_folder

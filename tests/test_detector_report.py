@@ -22,9 +22,9 @@ from test_report import (  # noqa: F401  (the browser, and what holds for every 
 from wrn_timm.cli import detect as detect_script
 from wrn_timm.data.boxes import BoxedImages
 from wrn_timm.recipes import DetectConfig
+from wrn_timm.train.curves import plot_history
 from wrn_timm.train.detector_report import draw_curves, draw_photographs, match_boxes, write_detector_report
 from wrn_timm.train.measure_boxes import _evaluated, detection_metrics
-from wrn_timm.train.run import plot_history
 
 ODD = '<script>alert(1)</script>', '$x$', '_under', '鳥', 'two\nlines\u202e', 'long' * 30, '$\\frac{'
 

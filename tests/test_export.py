@@ -10,7 +10,7 @@ from torch import nn
 
 import wrn_timm
 from wrn_timm.cli import export as export_script
-from wrn_timm.data.folders import read_rgb
+from wrn_timm.data.images import read_rgb
 from wrn_timm.export import fold_batchnorm, inference_forms, optimize, run_exported
 from wrn_timm.weights import eval_transform, export_weights, open_model
 

@@ -40,13 +40,14 @@ from wrn_timm.cli import finetune as finetune_script
 from wrn_timm.cli import predict as predict_script
 from wrn_timm.cli import publish as publish_script
 from wrn_timm.cli import validate as validate_script
-from wrn_timm.data.folders import ImageFiles, list_folder, read_rgb
+from wrn_timm.data.folders import list_folder
+from wrn_timm.data.images import ImageFiles, read_rgb
 from wrn_timm.data.splits import Split, make_split
 from wrn_timm.names import duration
 from wrn_timm.recipes import FinetuneConfig
 from wrn_timm.train import finetune as ft
-from wrn_timm.train import finetune_loop
-from wrn_timm.train.accelerator import RunAccelerator
+from wrn_timm.train import finetune_loop, prepare
+from wrn_timm.train.accelerator import RunAccelerator, make_accelerator
 from wrn_timm.train.finetune_loop import BatchTooLarge, Finetuner, Fitted, _Unfreezing
 from wrn_timm.train.linear import LinearFit, fit_linear
 from wrn_timm.train.machine import Machine, fast_bfloat16
@@ -172,22 +173,22 @@ def test_files_of_a_given_split_are_examined(run, photographs, tmp_path, capsys)
     shutil.copy(data / first['train'], data / first['test'])
     given.write_text('\n'.join(','.join(r) for r in [('part', 'label', 'path'), *rows]))
     config = FinetuneConfig(split=str(given))
-    split, found = ft.prepare_split(config, data)
+    split, found = prepare.prepare_split(config, data)
     assert found['leaks'] == [(str(data / first['train']), str(data / first['test']))] and found['side'] > 100
     assert (len(split.train), len(split.holdout), len(split.test), found['split']) == (18, 6, 12, 'split.csv')
     (data / first['test']).write_bytes(b'')
-    split, found = ft.prepare_split(config, data)
+    split, found = prepare.prepare_split(config, data)
     assert len(split.test) == 11 and len(found['bad']) == 1
     with pytest.raises(ValueError, match='is not an image'):
-        ft.prepare_split(config, data, Machine(on_bad='fail'))
+        prepare.prepare_split(config, data, Machine(on_bad='fail'))
 
 
 def test_settings_that_a_given_split_leaves_without_effect(run, photographs, tmp_path, caplog):
     given = tmp_path / 'split.csv'
     given.write_text(re.sub('(?m)^holdout', 'train', (run / 'split.csv').read_text()))
     with pytest.raises(ValueError, match='patience needs held-out files, and .*split.csv has none'):
-        ft.prepare_split(FinetuneConfig(split=str(given), patience=3), photographs)
-    split, _ = ft.prepare_split(FinetuneConfig(split=str(given), holdout=0.2), photographs)
+        prepare.prepare_split(FinetuneConfig(split=str(given), patience=3), photographs)
+    split, _ = prepare.prepare_split(FinetuneConfig(split=str(given), holdout=0.2), photographs)
     assert split.holdout is None and '--holdout is without effect' in caplog.text
 
 
@@ -365,12 +366,12 @@ def test_published_and_loaded_by_the_same_command_as_ours(run, hub, tmp_path, ca
 def test_photographs_far_larger_than_the_input_are_told_of(weights, tmp_path, caplog):
     """With the multiply-adds of the table of models: WRN-18-1 at 224 px 1.81 G, WRN-16-1 at 32 px 0.03 G."""
     model = timm.create_model('wrn16_1')
-    advice = ft.size_advice(model, 32, 2592)
+    advice = prepare.size_advice(model, 32, 2592)
     assert '2592 px' in advice and '--input-size 128: it takes up to 16 times' in advice
     assert '--model wrn18_1.a1_in1k' in advice
     assert int(re.search(r'224 px\) takes (\d+) times', advice)[1]) == pytest.approx(1.81 / 0.0273, rel=0.1)
-    assert not ft.size_advice(model, 32, 255) and not ft.size_advice(model, 32, 0)
-    assert '--model' not in ft.size_advice(timm.create_model('wrn18_1', device='meta'), 224, 2592)
+    assert not prepare.size_advice(model, 32, 255) and not prepare.size_advice(model, 32, 0)
+    assert '--model' not in prepare.size_advice(timm.create_model('wrn18_1', device='meta'), 224, 2592)
     for name in CLASSES:
         (tmp_path / 'data' / name).mkdir(parents=True)
         for i in range(4):
@@ -647,7 +648,7 @@ def test_card_of_a_classifier_alone(weights, photographs, tmp_path):
 def test_a_classifier_that_is_no_linear_layer_is_not_fitted_to_features(monkeypatch):
     monkeypatch.setattr(timm.models.ResNet, 'get_classifier', lambda self: torch.nn.Identity())
     with pytest.raises(ValueError, match='the classifier of resnet18 is not a linear layer.*--no-cache'):
-        ft.build_model(FinetuneConfig(model='resnet18', pretrained=False, train='head'))
+        prepare.build_model(FinetuneConfig(model='resnet18', pretrained=False, train='head'))
 
 
 def test_few_files_choose_the_penalty_by_turns_and_many_held_out_ones_alone():
@@ -926,7 +927,7 @@ def test_a_stream_is_shuffled_by_the_epoch_of_the_run():
             return ((torch.full((3, 32, 32), float(self.epoch)), 0, i) for i in range(8))
 
     config, stream = FinetuneConfig(batch_size=4), Stream()
-    finetuner = Finetuner(timm.create_model('wrn16_1'), config, ft.make_accelerator(config, 'cpu'),
+    finetuner = Finetuner(timm.create_model('wrn16_1'), config, make_accelerator(config, 'cpu'),
                           SimpleNamespace(run=None))
     _, loader = finetuner._prepare(stream)
     for epoch in 3, 4:
@@ -955,7 +956,7 @@ def test_several_seeds_share_the_time_budget(weights, photographs, tmp_path, mon
 def test_no_file_is_left_out_where_it_may_not_be(
         run, weights, photographs, tmp_path, capsys, monkeypatch, part, way):
     """Of more files than are examined beforehand."""
-    monkeypatch.setattr(ft, 'EXAMINED_AT_MOST', 0)
+    monkeypatch.setattr(prepare, 'EXAMINED_AT_MOST', 0)
     data, split = shutil.copytree(photographs, tmp_path / 'data'), run / 'split.csv'
     bad = next(row['path'] for row in csv.DictReader(split.read_text().splitlines()) if row['part'] == part)
     (data / bad).write_bytes(b'')
@@ -1111,7 +1112,7 @@ def test_two_processes_share_a_run(weights, photographs, tmp_path):
 
 def test_a_stream_among_processes_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     stream = SimpleNamespace(streamed=True, classes=CLASSES)
-    monkeypatch.setattr(ft, '_named_split', lambda *args: (Split(stream, None, stream), {}))
+    monkeypatch.setattr(ft, 'prepare_named', lambda *args: (Split(stream, None, stream), {}))
     accelerator = SimpleNamespace(
         is_main_process=True, num_processes=2, local_main_process_first=contextlib.nullcontext)
     model = timm.create_model('wrn16_1')

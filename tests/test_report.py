@@ -11,9 +11,9 @@ from conftest import SAMPLE
 from matplotlib.figure import Figure
 
 from wrn_timm.cli import finetune as finetune_script
+from wrn_timm.train.curves import plot_history
 from wrn_timm.train.measure import Predictions
 from wrn_timm.train.report import draw_confusion
-from wrn_timm.train.run import plot_history
 
 WIDTHS = 400, 1280
 # loads nothing of its own, so that all it asks for is the page's

@@ -18,7 +18,8 @@ from timm.data import resolve_model_data_config
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from .data.bundled import golden_photographs
-from .data.folders import read_rgb, walk_files
+from .data.folders import walk_files
+from .data.images import read_rgb
 from .data.small_sets import normalise
 from .files import atomic_write, write_json
 from .names import duration

@@ -14,10 +14,10 @@ from torch import nn
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from .card import GOLDEN_FILE, TEMPLATES, first_photographs, owners_licence, read_history, training_line
-from .data.folders import read_rgb, some
+from .data.images import read_rgb
 from .detection import DETECTOR_FILE, open_detector, postprocessor
 from .files import atomic_write, write_json
-from .names import duration, printable
+from .names import duration, printable, some
 from .recipes import detect_command
 from .schemas import check_detector, read_json
 

@@ -15,10 +15,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 from .card import GOLDEN_FILE, GOLDEN_TOLERANCE, TRANSFER_FILE, check_golden
-from .data.folders import some
 from .detection import DETECTOR_FILE, find_detector
 from .detector_card import check_golden_detector, detector_name
 from .download import hub_fault
+from .names import some
 from .weights import WEIGHTS_FILE, verify, version_tag, weights_folder
 
 __all__ = ['check_folder', 'preview', 'publish']

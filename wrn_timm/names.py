@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 
-__all__ = ['as_cell', 'duration', 'from_cell', 'is_utf8', 'printable', 'terminal_handler']
+__all__ = ['as_cell', 'duration', 'from_cell', 'is_utf8', 'printable', 'some', 'terminal_handler']
 
 # Control characters, line breaks, changes of direction, and the bytes of a name that are not UTF-8.
 _UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
@@ -67,3 +68,9 @@ def duration(seconds: float) -> str:
         if seconds < limit:
             return '1 second' if round(seconds) == 1 else f'{seconds / unit:.0f} {name}'
     return f'{seconds / 3600:.1f} hours'
+
+
+def some(names: Sequence[str], separator: str = ', ') -> str:
+    """The first five names, and the number of further ones."""
+    more = f'{separator if separator == "; " else " "}and {len(names) - 5} more' if len(names) > 5 else ''
+    return separator.join(names[:5]) + more

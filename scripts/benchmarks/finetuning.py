@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from wrn_timm.train import finetune as tuning
+import wrn_timm
+from wrn_timm.train.accelerator import make_accelerator
 from wrn_timm.train.finetune_loop import Finetuner
 from wrn_timm.train.machine import Machine
 from wrn_timm.train.measure import make_loader
+from wrn_timm.train.prepare import build_model, prepare_split, preprocessing, training_set
 from wrn_timm.train.run import RunControl, RunDir
 
 from .measuring import Case, Command, summarise, without
@@ -26,7 +28,7 @@ def head(command: Command) -> Iterator[Case]:
     with tempfile.TemporaryDirectory() as folder:
         for name, cache in (('backbone every epoch', False), ('features cached', True)):
             config = dataclasses.replace(command.config, train='head', cache=cache, augment=False)
-            metrics = tuning.finetune(config, command.photographs, Path(folder) / name, Machine(
+            metrics = wrn_timm.finetune(config, command.photographs, Path(folder) / name, Machine(
                 command.device, command.workers, command.image_memory, progress=False))
             rows.append({'name': name, 'seconds': metrics['train_seconds'], 'accuracy': metrics['mean_per_class']})
     for row in rows:
@@ -41,13 +43,13 @@ def finetune(command: Command) -> Iterator[Case]:
     `share_of_slower` is what both reach of the slower of the two, `share_of_serial` of one after the other.
     """
     config = dataclasses.replace(command.config, holdout=0., epochs=1)
-    accelerator = tuning.make_accelerator(config, command.device)
-    model = tuning.build_model(config)
-    split, _ = tuning.prepare_split(config, command.photographs)
+    accelerator = make_accelerator(config, command.device)
+    model = build_model(config)
+    split, _ = prepare_split(config, command.photographs)
     model.reset_classifier(len(split.train.classes))
     model.to(accelerator.device, memory_format=torch.channels_last)
-    transforms, cfg = tuning.preprocessing(config, model, 'benchmark', split.train.classes)
-    files = tuning.training_set(config, split, transforms['train'], cfg['input_size'][-1], command.image_memory * 1e9)
+    transforms, cfg = preprocessing(config, model, 'benchmark', split.train.classes)
+    files = training_set(config, split, transforms['train'], cfg['input_size'][-1], command.image_memory * 1e9)
     batch = min(config.batch_size, len(files))
     ready = [files[i] for i in range(min(len(files) - len(files) % batch, 16 * batch))]
 

@@ -35,16 +35,15 @@ from torch.utils.data import DataLoader
 from wrn_timm.cli.common import Options, reports_errors
 from wrn_timm.cli.options import option, parse
 from wrn_timm.data.bundled import sample
-from wrn_timm.data.folders import ImageFiles, examine, list_folder
+from wrn_timm.data.folders import examine, list_folder
+from wrn_timm.data.images import ImageFiles
 from wrn_timm.data.splits import data_name, list_source, make_split
 from wrn_timm.files import write_json
 from wrn_timm.recipes import FinetuneConfig
 from wrn_timm.train.finetune import finetune
-from wrn_timm.train.machine import Machine
+from wrn_timm.train.machine import Machine, environment
 from wrn_timm.train.measure import predict_logits
-from wrn_timm.train.metrics import classification_metrics
-from wrn_timm.train.probe import summarise
-from wrn_timm.train.run import environment
+from wrn_timm.train.metrics import classification_metrics, summarise
 from wrn_timm.weights import eval_transform, open_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ import torch
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..card import first_photographs
-from ..data.folders import read_rgb
+from ..data.images import read_rgb
 from ..detection import DETECTORS, find_detector, open_detector
 from ..detector_export import DETECTOR_EXPORTERS, in_common
 from ..export import EXPORTERS, run_exported

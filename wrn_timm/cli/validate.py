@@ -19,7 +19,7 @@ from ..card import check_run_records, finish_weights_folder
 from ..recipes import Precision
 from ..train.machine import Machine
 from ..train.measure import validate
-from ..train.probe import summarise
+from ..train.metrics import summarise
 from ..train.run import check_place
 from ..weights import weights_folder
 from .common import OnDevice, machine_of, reports_errors

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .folders import looks_like_image, some
+from ..names import some
+from .images import looks_like_image
 
 __all__ = ['ALL', 'FORMATS', 'Annotated', 'Box', 'corners', 'recognised']
 

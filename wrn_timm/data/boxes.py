@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from ..files import digest
+from ..names import some
 from .box_formats import ALL, FORMATS, Annotated, Box, corners, recognised
-from .folders import read_rgb, some
+from .images import read_rgb
 
 __all__ = ['BoxScan', 'BoxedImages', 'data_folder', 'divide', 'read_boxes', 'read_box_split', 'read_reduced',
            'write_box_split']

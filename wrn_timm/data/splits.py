@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from ..names import as_cell, from_cell, printable
-from .folders import FolderScan, ImageFiles, found_in, list_csv, list_folder, open_csv, some
+from ..names import as_cell, from_cell, printable, some
+from .folders import FolderScan, found_in, list_csv, list_folder, open_csv
+from .images import ImageFiles
 
 __all__ = ['ENOUGH_TO_CHOOSE', 'Split', 'check_protocol', 'data_name', 'list_source', 'make_split', 'read_split',
            'source_root', 'split_files', 'write_split']

@@ -12,7 +12,7 @@ from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import DatasetFolder
 
-from .folders import check_shape, read_rgb
+from .images import check_shape, read_rgb
 
 __all__ = ['NamedImages', 'is_named']
 

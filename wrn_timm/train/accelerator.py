@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.state import GradientState
 
-from ..recipes import Precision
+from ..recipes import FinetuneConfig, Precision
 from .machine import autocast, resolve_precision
 
-__all__ = ['RunAccelerator', 'kept_accumulation']
+__all__ = ['RunAccelerator', 'kept_accumulation', 'make_accelerator']
 
 
 @contextlib.contextmanager
@@ -66,3 +66,11 @@ class RunAccelerator(Accelerator):
     def autocast(self) -> torch.autocast:
         """A context in which networks compute in the run's precision."""
         return autocast(self._device, self._precision)
+
+
+def make_accelerator(config: FinetuneConfig, device: str) -> Accelerator:
+    """The device, the precision and the processes of a run."""
+    return RunAccelerator(
+        device, config.precision, gradient_accumulation_steps=config.accumulate,
+        dataloader_config=DataLoaderConfiguration(split_batches=True, dispatch_batches=False, non_blocking=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=config.train != 'all')])

@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 from ..data.boxes import BoxedImages
-from ..data.folders import read_rgb
+from ..data.images import read_rgb
 from ..names import duration
 from ..recipes import detect_command
 from .measure_boxes import THRESHOLDS, Curve, Target

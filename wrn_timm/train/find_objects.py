@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 from ..data.boxes import read_reduced
-from ..data.folders import read_rgb
+from ..data.images import read_rgb
 from ..detection import open_detector, postprocessor
 from ..files import atomic_write
 from .machine import Machine

@@ -19,9 +19,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
 
 from ..data.augment import mixer
-from ..data.folders import some
 from ..data.splits import ENOUGH_TO_CHOOSE
-from ..names import duration
+from ..names import duration, some
 from ..recipes import FinetuneConfig
 from .machine import Machine, fused
 from .measure import largest_batch, loss_and_accuracy, make_loader, out_of_memory, predict

@@ -1,22 +1,28 @@
-"""The machine's part in a run: device, number format, processes, time."""
+"""The machine's part in a run: device, number format, processes, time, and what is recorded of it."""
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import math
 import os
+import platform
 import random
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import timm
 import torch
+import torch.distributed as dist
+import torchvision
 
 from ..recipes import Precision, check_numbers
 
-__all__ = ['Machine', 'autocast', 'fast_bfloat16', 'fused', 'hidden', 'in_float32', 'kept_random_state',
-           'resolve_precision', 'usable_cores']
+__all__ = ['Machine', 'autocast', 'environment', 'fast_bfloat16', 'fused', 'hidden', 'in_float32',
+           'kept_random_state', 'resolve_precision', 'usable_cores']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,42 @@ class Machine:
     def deadline(self) -> float:
         """`time.monotonic()` at which the time budget of a run that begins now ends."""
         return time.monotonic() + self.time_budget
+
+
+def environment(device: str | torch.device = 'cpu') -> dict[str, str]:
+    """Versions, commit, and the hardware behind `device`, which a figure depends on."""
+    from .. import __version__
+    cuda = torch.device(device).type == 'cuda'
+    return {
+        'wrn_timm': __version__, 'commit': _commit(), 'python': platform.python_version(),
+        'torch': torch.__version__, 'torchvision': torchvision.__version__, 'timm': timm.__version__,
+        'hardware': torch.cuda.get_device_name(device) if cuda else _processor(),
+    }
+
+
+def _processor() -> str:
+    """Cores (and how many are used, if not all) and kind of the CPU, which some versions of torch cannot tell."""
+    kind = torch.cpu.get_capabilities().get('cpu_name') if hasattr(torch.cpu, 'get_capabilities') else None
+    cores = os.cpu_count() or 1
+    used = torch.get_num_threads() * (dist.get_world_size() if dist.is_initialized() else 1)
+    return f'{f"{used} of " if used < cores else ""}{cores} CPU cores{f" ({kind})" if kind else ""}'
+
+
+def _commit() -> str:
+    """Commit of the checkout that this package stands in, with `-dirty` where files were changed.
+
+    A copy without its history is told by `$WRN_TIMM_COMMIT`.
+    """
+    if given := os.environ.get('WRN_TIMM_COMMIT'):
+        return given
+    root = Path(__file__).resolve().parents[2]
+    if not (root / '.git').exists():  # installed: a repository further up would be another project's
+        return 'unknown'
+    command = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+    try:
+        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or 'unknown'
+    except OSError:  # no git on this machine
+        return 'unknown'
 
 
 def usable_cores() -> int:

@@ -18,13 +18,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 from tqdm import tqdm
 
 from ..data.corrupt import CORRUPTIONS, corrupt
-from ..data.folders import FolderScan, ImageFiles, ReadableOnly, collate_readable, examine, some
+from ..data.folders import FolderScan, examine
+from ..data.images import ImageFiles, ReadableOnly, collate_readable
 from ..data.small_sets import NAMES, ImageArrays, load, normalise, parse_spec
 from ..data.splits import data_name, list_source, read_split, source_root
+from ..names import some
 from ..recipes import Precision
 from ..weights import eval_transform, open_model
-from .machine import Machine, autocast, hidden, in_float32, resolve_precision
-from .run import environment
+from .machine import Machine, autocast, environment, hidden, in_float32, resolve_precision
 
 __all__ = [
     'Features', 'Predictions', 'begin_worker', 'evaluate', 'largest_batch', 'loss_and_accuracy', 'make_loader',

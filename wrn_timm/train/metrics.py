@@ -1,6 +1,7 @@
-"""Figures of a classifier."""
+"""Figures of a classifier, and of several runs."""
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torchmetrics.functional.classification import (
     multiclass_precision,
 )
 
-__all__ = ['classification_metrics']
+__all__ = ['classification_metrics', 'summarise']
 
 
 def classification_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
@@ -52,3 +53,9 @@ def classification_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: 
         'precision': by_name(precision, predicted),
         'ece': percent(multiclass_calibration_error(logits.softmax(1), labels, n, n_bins=15)),
     }
+
+
+def summarise(values: list[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (0 of one value), and the values."""
+    return {'mean': round(statistics.mean(values), 4),
+            'std': round(statistics.stdev(values), 4) if len(values) > 1 else 0., 'values': values}

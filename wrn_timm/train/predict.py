@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..data.folders import looks_like_image, read_rgb, walk_files
+from ..data.folders import walk_files
+from ..data.images import looks_like_image, read_rgb
 from ..recipes import Precision
 from ..weights import eval_transform, open_model
 from .machine import Machine, autocast, resolve_precision

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import logging
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,8 @@ from huggingface_hub import try_to_load_from_cache
 from timm.data import create_transform, resolve_model_data_config
 from torch.utils.data import Dataset
 
-from ..data.folders import EXAMINED_AT_MOST, ImageFiles, examine
+from ..data.folders import EXAMINED_AT_MOST, examine
+from ..data.images import ImageFiles
 from ..data.splits import Split, data_name, list_source, make_split
 from ..data.timm_sets import is_named
 from ..recipes import FinetuneConfig
@@ -24,7 +24,7 @@ from .accelerator import RunAccelerator, kept_accumulation
 from .linear import LinearFit
 from .machine import Machine, kept_random_state
 from .measure import Features, Predictions, predict
-from .metrics import classification_metrics
+from .metrics import classification_metrics, summarise
 
 __all__ = ['extract_features', 'knn', 'probe']
 
@@ -255,9 +255,3 @@ def _measured(
 
 def _rank(row: dict[str, Any]) -> tuple[float, float]:
     return row['holdout']['top1']['mean'], row['holdout']['mean_per_class']['mean']
-
-
-def summarise(values: list[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation (0 of one value), and the values."""
-    return {'mean': round(statistics.mean(values), 4),
-            'std': round(statistics.stdev(values), 4) if len(values) > 1 else 0., 'values': values}

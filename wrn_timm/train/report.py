@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from ..data.folders import ImageFiles
+from ..data.images import ImageFiles
 from ..data.timm_sets import NamedImages
 from ..names import duration
 from ..recipes import finetune_command

@@ -20,22 +20,17 @@ import json
 import logging
 import math
 import os
-import platform
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
-import timm
 import torch
 import torch.distributed as dist
-import torchvision
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -43,14 +38,12 @@ from ..files import FolderLock, atomic_write, discard_partial, make_folder, writ
 from ..names import is_utf8
 from ..schemas import read_record
 from ..weights import not_finite
-from .machine import hidden
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from .curves import plot_history
+from .machine import environment, hidden
 
 __all__ = [
-    'TIME_BUDGET', 'RunControl', 'RunDir', 'any_process', 'begun_with', 'check_place', 'config_of', 'environment',
-    'has_begun', 'holds_checkpoint', 'is_best', 'planned_runs', 'plot_history', 'progress_bar']
+    'TIME_BUDGET', 'RunControl', 'RunDir', 'any_process', 'begun_with', 'check_place', 'config_of', 'has_begun',
+    'holds_checkpoint', 'is_best', 'planned_runs', 'progress_bar']
 
 TIME_BUDGET = 'the time budget'  # as the reason why a run stopped
 _logger = logging.getLogger(__name__)
@@ -60,42 +53,6 @@ _FORMAT = 1  # of checkpoints; to be raised when an older version would misread 
 _SHARE_OF_SAVING = 20  # of the time, at most one part is spent on checkpoints
 _SECONDS_BETWEEN_DRAWINGS = 30
 _MADE = ('checkpoints', 'history.csv', 'weights', 'last', 'best', 'metrics.json')  # what training leaves
-
-
-def environment(device: str | torch.device = 'cpu') -> dict[str, str]:
-    """Versions, commit, and the hardware behind `device`, which a figure depends on."""
-    from .. import __version__
-    cuda = torch.device(device).type == 'cuda'
-    return {
-        'wrn_timm': __version__, 'commit': _commit(), 'python': platform.python_version(),
-        'torch': torch.__version__, 'torchvision': torchvision.__version__, 'timm': timm.__version__,
-        'hardware': torch.cuda.get_device_name(device) if cuda else _processor(),
-    }
-
-
-def _processor() -> str:
-    """Cores (and how many are used, if not all) and kind of the CPU, which some versions of torch cannot tell."""
-    kind = torch.cpu.get_capabilities().get('cpu_name') if hasattr(torch.cpu, 'get_capabilities') else None
-    cores = os.cpu_count() or 1
-    used = torch.get_num_threads() * (dist.get_world_size() if dist.is_initialized() else 1)
-    return f'{f"{used} of " if used < cores else ""}{cores} CPU cores{f" ({kind})" if kind else ""}'
-
-
-def _commit() -> str:
-    """Commit of the checkout that this package stands in, with `-dirty` where files were changed.
-
-    A copy without its history is told by `$WRN_TIMM_COMMIT`.
-    """
-    if given := os.environ.get('WRN_TIMM_COMMIT'):
-        return given
-    root = Path(__file__).resolve().parents[2]
-    if not (root / '.git').exists():  # installed: a repository further up would be another project's
-        return 'unknown'
-    command = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
-    try:
-        return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or 'unknown'
-    except OSError:  # no git on this machine
-        return 'unknown'
 
 
 def has_begun(out: str | Path) -> bool:
@@ -547,49 +504,3 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = '') -> 
         elif old.get(key) != value:
             out.append(f'{prefix}{key}: {old.get(key)} there, {value} now')
     return out
-
-
-def _log_scale(axes: Axes) -> None:
-    """A logarithmic y axis that has ticks however little the values differ."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
-    low, high = (float(value) for value in axes.dataLim.intervaly)
-    if not 0 < low <= high < math.inf:  # a loss of 0
-        return
-    axes.set_yscale('log')
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(5))
-    axes.yaxis.set_minor_locator(NullLocator())
-
-
-def _plain_number(value: float) -> str:
-    """As it is written on paper: 0.0005, and neither 5e-04 nor 0.0005000000000000001."""
-    return np.format_float_positional(float(f'{value:.6g}'), trim='-')
-
-
-def plot_history(history: list[dict[str, float]], path: Path) -> None:
-    """Draw loss, accuracy and learning rate over the epochs, or the penalties of a classifier fitted to features."""
-    from matplotlib.figure import Figure
-    groups = {'loss': [], 'accuracy, %': [], 'learning rate': [], 'penalty': []}
-    for column in history[-1]:
-        if column.endswith('loss'):
-            groups['loss'].append(column)
-        elif column.endswith('accuracy'):
-            groups['accuracy, %'].append(column)
-        elif column == 'lr':
-            groups['learning rate'].append(column)
-        elif column == 'penalty':
-            groups['penalty'].append(column)
-    groups = {title: columns for title, columns in groups.items() if columns}
-    figure = Figure(figsize=(12, 4), layout='constrained')
-    epochs = [row['epoch'] for row in history]
-    for axes, (title, columns) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
-        for column in columns:
-            axes.plot(epochs, [row[column] for row in history], label=column.replace('_', ' '), marker='.')
-        axes.set(xlabel='penalties tried' if 'penalty' in groups else 'epoch', title=title)
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if title in ('loss', 'penalty'):
-            _log_scale(axes)
-        axes.yaxis.set_major_formatter(lambda value, _: _plain_number(value))
-        if column not in ('lr', 'penalty'):  # which the title names
-            axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.15), ncols=len(columns), frameon=False)
-    figure.savefig(path, dpi=100)

@@ -28,10 +28,10 @@ from ..data.small_sets import ImageArrays, load
 from ..files import atomic_write
 from ..recipes import Precision, Recipe, check_numbers
 from ..weights import export_weights
-from .machine import Machine, autocast, kept_random_state, resolve_precision
+from .machine import Machine, autocast, environment, kept_random_state, resolve_precision
 from .measure import evaluate
 from .optimizers import create_optimizer
-from .run import RunControl, RunDir, any_process, environment, is_best, progress_bar
+from .run import RunControl, RunDir, any_process, is_best, progress_bar
 
 __all__ = ['Learner', 'ScratchMachine', 'create_model', 'train']
 

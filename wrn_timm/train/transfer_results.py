@@ -8,7 +8,7 @@ from typing import Any
 from ..card import TRANSFER_FILE
 from ..files import write_json
 from ..weights import find, weights_name
-from .run import environment
+from .machine import environment
 
 __all__ = ['read_transfer', 'record_transfer', 'transfer_folder']
 

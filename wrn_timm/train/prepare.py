@@ -1,0 +1,219 @@
+"""What fine-tuning begins with: the files and their split, the network, and how photographs become its inputs."""
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+from timm.utils import random_seed
+from torch.utils.data import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..data.folders import EXAMINED_AT_MOST, FolderScan, examine
+from ..data.images import ImageFiles
+from ..data.splits import Split, list_source, make_split, read_split, source_root
+from ..data.timm_sets import NamedImages
+from ..names import some
+from ..recipes import FinetuneConfig
+from ..schemas import check_scan, read_json
+from ..weights import open_model
+from .machine import Machine
+
+__all__ = ['build_model', 'check_policy', 'model_args', 'prepare_named', 'prepare_split', 'preprocessing',
+           'size_advice', 'split_name', 'training_set']
+
+_logger = logging.getLogger(__name__)
+
+_FAR_LARGER = 8  # times the input, from which a photograph loses most of what it shows
+_FOR_PHOTOGRAPHS = 'wrn18_1.a1_in1k'
+
+
+def prepare_split(
+        config: FinetuneConfig,
+        data: str | Path,
+        machine: Machine = Machine(),  # noqa: B008  (it is frozen)
+        run: Path | None = None,
+) -> tuple[Split, dict[str, Any]]:
+    """List and examine the files, say what was found, and split them.
+
+    Args:
+        config: Names the protocol.
+        data: As in `finetune`.
+        machine: Whether to download, and what to do with files that cannot be read.
+        run: Directory of a run to go on with: its split is taken as it is.
+
+    Returns:
+        The split, and what there is to report: `split`, `bad`, `leaks`, `summary`, and `side`, in pixels the
+        median of the photographs' shorter sides, 0 where they were not examined.
+
+    Raises:
+        What `list_source`, `examine`, `make_split` and `read_split` raise.
+    """
+    data = str(data)
+    if run and (run / 'scan.json').is_file():
+        found = read_json(run / 'scan.json', check_scan)
+        return read_split(run / 'split.csv', source_root(data)), found
+    by_file = config.split.endswith('.csv')
+    if by_file:
+        given = read_split(config.split, source_root(data, machine.download))
+        _check_held_out(config, given, config.split)
+        scan = FolderScan(given.train, given.test, given.holdout)
+    else:
+        scan = list_source(data, config.nested, machine.download)
+    scan = examine(scan, machine.on_bad, at_most=EXAMINED_AT_MOST)
+    split = Split(scan.train, scan.val, scan.test) if by_file else make_split(
+        scan, config.split, config.held_out, config.seed)
+    leaks = split.leaks(scan.twins)
+    summary = scan.summary()
+    if leaks:
+        summary.append(f'{len(leaks)} files to test on have the content of files to train on: '
+                       + some([f'{b} = {a}' for a, b in leaks], '; '))
+    if config.holdout == 'auto' and not (split.holdout or config.cached or by_file):
+        summary.append('no files are held out, because a tenth of them would be fewer than 100, too few to choose the '
+                       'epoch by; the last epoch is used (--holdout 0.1 holds a tenth out anyway)')
+    for line in summary:
+        _logger.info('%s', line)
+    sides = [min(size) for size in scan.sizes.elements()]
+    protocol = split_name(config.split) if by_file or not scan.test else 'given'
+    return split, {'split': protocol, 'bad': list(scan.bad), 'leaks': leaks,
+                   'summary': summary, 'tested_on': scan.tested, 'side': int(statistics.median(sides)) if sides else 0}
+
+
+def _check_held_out(config: FinetuneConfig, split: Split, given_by: str) -> None:
+    """Refuse, or tell of, settings that a given split leaves without effect."""
+    if config.patience and not split.holdout:
+        raise ValueError(f'patience needs held-out files, and {given_by} has none; name them there, or leave patience '
+                         f'out')
+    if config.holdout not in ('auto', 0):
+        _logger.warning('--holdout is without effect: what is held out is given by %s', given_by)
+
+
+def prepare_named(config: FinetuneConfig, data: str, download: bool) -> tuple[Split, dict[str, Any]]:
+    """The parts of a data set that timm knows as a split, and what there is to report, as `prepare_split` has it.
+
+    Raises:
+        ValueError: The parts have different classes, or a setting needs what such data sets do not give.
+        What `NamedImages` raises.
+    """
+    if config.class_weights:
+        raise ValueError('class_weights needs the labels beforehand, which a named data set does not give')
+    classes = tuple(map(str, range(config.num_classes))) or None
+    train, *choose, test = (
+        NamedImages(data, part, part == config.parts[0], download, classes) for part in config.parts)
+    if len({part.classes for part in (train, *choose, test)}) > 1:
+        raise ValueError(f'{data}: the parts {", ".join(config.parts)} have different classes')
+    split = Split(train, choose[0] if choose else None, test)
+    _check_held_out(config, split, f'--parts {" ".join(config.parts)}')
+    return split, {'split': ', '.join(config.parts)}
+
+
+def split_name(split: str) -> str:
+    """A protocol, or the name of a `split.csv` without the folders that it is in."""
+    return Path(split).name if split.endswith('.csv') else split
+
+
+def check_policy(policy: str) -> None:
+    """Refuse an `auto_augment` that timm does not know.
+
+    Raises:
+        ValueError: It does not; some that it knows are named.
+    """
+    try:
+        create_transform(32, is_training=True, auto_augment=policy or None)
+    except (AssertionError, ValueError, KeyError, IndexError) as e:
+        raise ValueError(
+            f'auto_augment {policy!r} is not a timm policy ({e}); try rand-m9-mstd0.5, augmix-m5 or original') from e
+
+
+def build_model(config: FinetuneConfig) -> torch.nn.Module:
+    """The network to start from, with the classifier of its weights, in evaluation mode.
+
+    Raises:
+        ValueError: timm knows no such model, or it takes no such stem or input size.
+        What `open_model` raises.
+    """
+    kwargs = model_args(config)
+    random_seed(config.seed)
+    try:
+        model = open_model(config.model, pretrained=config.pretrained, **kwargs)
+    except TypeError as e:
+        raise ValueError(f'{config.model} has no option {" nor ".join(kwargs)}') from e
+    own = model.pretrained_cfg.get('input_size', (0,))[-1]
+    if model.pretrained_cfg.get('fixed_input_size') and config.input_size not in (0, own):
+        raise ValueError(f'{config.model} takes only images of {own} px; leave out --input-size')
+    if config.cached and not isinstance(model.get_classifier(), torch.nn.Linear):
+        raise ValueError(f'the classifier of {config.model} is not a linear layer, so --train head cannot fit it to '
+                         f'features; add --no-cache, or use --train all')
+    return model
+
+
+def model_args(config: FinetuneConfig) -> dict[str, Any]:
+    """What the network's shape depends on beside its name."""
+    return {'stem': config.stem} if config.stem else {}
+
+
+def preprocessing(
+        config: FinetuneConfig,
+        model: torch.nn.Module,
+        name: str,
+        classes: tuple[str, ...],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The transforms of the 'train' and 'test' files, and what the weights' configuration says of itself."""
+    data_config = resolve_model_data_config(model)
+    size = config.input_size or data_config['input_size'][-1]
+    data_config |= {'input_size': (3, size, size), 'crop_pct': 1.0}
+    test = create_transform(**data_config, is_training=False)
+    train = create_transform(
+        **{k: v for k, v in data_config.items() if k not in ('crop_pct', 'crop_mode')},
+        is_training=True, scale=(config.min_scale, 1.), color_jitter=config.color_jitter,
+        auto_augment=config.auto_augment or None, re_prob=config.random_erase) if config.augment else test
+    tag = re.sub('[^A-Za-z0-9]+', '_', name).strip('_') or 'finetuned'  # part of a repository's name
+    cfg = {'input_size': (3, size, size), 'crop_pct': 1.0, 'tag': tag, 'label_names': classes,
+           'license': None, 'origin_url': None}  # those of the weights it begins with; its own are its owner's to say
+    return {'train': train, 'test': test}, cfg
+
+
+def training_set(config: FinetuneConfig, split: Split, transform: Any, size: int, memory: float = 0) -> Dataset:
+    """The training files through `transform`, for inputs of `size` pixels; `memory` as in `ImageFiles.as_dataset`.
+
+    Large photographs are decoded at a part of their size, such that a square crop of the smallest area still has twice
+    the pixels of the input a side: they are then resized much as the test photographs are, from their whole size.
+    """
+    if not isinstance(split.train, ImageFiles):
+        return split.train.as_dataset(transform)
+    least = math.ceil(2 * size / math.sqrt(config.min_scale)) if config.augment else 0
+    return split.train.as_dataset(transform, least, memory)
+
+
+def size_advice(model: torch.nn.Module, size: int, side: int) -> str:
+    """What to do where photographs of `side` pixels lose most of what they show at `size`; '' where they do not.
+
+    Costs are multiples of the multiply-adds that a photograph takes now.
+    """
+    if side < _FAR_LARGER * size:
+        return ''
+    larger = min(4 * size, side)
+    text = (f'half of the photographs have {side} px or more on their shorter side, and the network sees {size}. If '
+            f'the classes differ in small details, try --input-size {larger}: it takes up to '
+            f'{(larger / size) ** 2:.0f} times as long')
+    if size >= 128:
+        return text
+    with torch.device('meta'):
+        other = timm.create_model(_FOR_PHOTOGRAPHS)
+    times = _multiply_adds(other, 224) / _multiply_adds(copy.deepcopy(model).to('meta'), size)
+    return (f'{text}; weights trained on photographs usually serve better: --model {_FOR_PHOTOGRAPHS} (ImageNet, 224 '
+            f'px) takes {times:.0f} times as long, or little with --train head, where it sees each photograph once')
+
+
+def _multiply_adds(model: torch.nn.Module, size: int) -> int:
+    """Of one image of `size` pixels through a model on the device 'meta'."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.empty(1, 3, size, size, device='meta'))
+    return counter.get_total_flops() // 2
