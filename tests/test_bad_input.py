@@ -357,8 +357,8 @@ def tune_in_little_memory(data, out, *argv):
 def test_out_of_memory_names_a_batch_size_that_fits(data, tmp_path):
     status, errors = tune_in_little_memory(data, tmp_path / 'run', '--batch-size', '8')
     assert status == 1 and 'Traceback' not in errors
-    found = re.search('out of memory on cpu at batch size 8; --batch-size ([124]) fits, with --accumulate ([248]) to '
-                      'the same effect', errors)
+    found = re.search('out of memory on cpu at batch size 8; '
+                      'use --batch-size ([124]) --accumulate ([248]) for the same effect', errors)
     assert found, errors
     status, errors = tune_in_little_memory(
         data, tmp_path / 'again', '--batch-size', found[1], '--accumulate', found[2])

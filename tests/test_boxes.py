@@ -213,7 +213,7 @@ def test_what_is_no_data_set_with_boxes(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere does not exist'):
         read_boxes(tmp_path / 'nowhere')
     images(tmp_path / 'only')
-    with pytest.raises(ValueError, match='holds no annotations of a known form'):
+    with pytest.raises(ValueError, match='holds no annotations in a known format'):
         read_boxes(tmp_path / 'only')
     (tmp_path / 'only/data.yaml').write_text('train: x\n')
     with pytest.raises(ValueError, match='data.yaml is not a YOLO data.yaml.*must name its classes'):
@@ -402,6 +402,18 @@ def test_numbers_of_classes_and_bad_coordinates_of_yolo(tmp_path):
     assert [reason.partition('labels/')[2] for reason in scan.bad] == [
         'a.txt, line 2: the name or a coordinate is missing',
         'b.txt, line 1: class 0.5 is not one of the 2 classes, 0 to 1']
+
+
+def test_classes_that_have_no_names_are_called_by_their_numbers(tmp_path):
+    root = yolo(tmp_path)
+    (root / 'labels/a.txt').write_text('1200 0.5 0.5 0.2 0.2\n7 0.5 0.5 0.2 0.2\n')
+    assert read_boxes(root).parts['all'].classes == ('0', '1', '7', '1200')
+
+
+def test_the_sizes_of_photographs_are_told_by_side(tmp_path):
+    root = yolo(tmp_path)
+    Image.new('RGB', (20, 90)).save(root / 'images/high.png')
+    assert f'20 to {WIDTH} pixels wide, {HEIGHT} to 90 high' in read_boxes(root).summary()[0]
 
 
 def test_a_split_is_found_again_however_the_data_is_named(tmp_path, monkeypatch):

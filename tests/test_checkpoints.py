@@ -154,7 +154,7 @@ def test_tutorial_biases_fold_into_batchnorm(tmp_path, caplog):
     model = load('wrn50_2', tmp_path / 'tutorial.pt', num_classes=101)
     assert_same(model, reference, size=64)
     load('wrn50_2', tmp_path / 'tutorial.pt')
-    assert 'has 101 classes, this model 1000: its classifier is dropped' in caplog.text
+    assert 'has 101 classes, this model 1000: the classifier of the checkpoint is dropped' in caplog.text
 
 
 def test_another_architecture_is_refused_with_what_it_is(tmp_path, caplog):

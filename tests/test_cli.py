@@ -213,7 +213,7 @@ def test_the_wheel_has_the_commands_without_a_checkout(tmp_path):
     done = subprocess.run([sys.executable, '-c', IN_A_WHEEL], capture_output=True, text=True, cwd=tmp_path,
                           env={**os.environ, 'PYTHONPATH': str(tmp_path / 'site')})
     assert done.returncode == 0, done.stderr
-    assert 'error: --data is missing: name a folder with a folder of photographs per class' in done.stderr
+    assert 'error: --data is missing: give a folder with one folder of photographs per class' in done.stderr
     assert 'code 2\n' in done.stderr and 'data/pizza/image_0001.jpg\n' in done.stdout
     with np.load(tmp_path / 'RUN' / 'best' / 'golden.npz') as golden:
         assert len(golden['images']) == len(list(SAMPLE.iterdir()))

@@ -308,6 +308,13 @@ def test_sigterm_leaves_a_run_that_resumes_to_the_same_detector(whole_epochs, tm
     assert [row['train_loss'] for row in a] == [row['train_loss'] for row in b]
 
 
+def test_a_run_that_is_not_there_is_not_resumed_before_the_data_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(detector_run, 'read_boxes', lambda *args: pytest.fail('it was read'))
+    with pytest.raises(FileNotFoundError, match='no holds no run to resume'):
+        detector_run.train_detector(
+            wrn_timm.DetectConfig(), BCCD, tmp_path / 'no', wrn_timm.Machine('cpu', resume=True))
+
+
 def test_a_resumed_run_keeps_its_split_though_photographs_came_in(tmp_path):
     data, out = shutil.copytree(BCCD, tmp_path / 'data'), tmp_path / 'run'
     shutil.rmtree(data / 'ImageSets')  # so the split is drawn
@@ -483,9 +490,10 @@ def test_large_photographs_are_reduced_and_their_boxes_are_in_pixels_of_the_whol
         image, scale = read_reduced(file, 1201)
         assert scale == (1, 1) and np.array_equal(np.asarray(image), np.asarray(whole))
     detector = FindsLight()
-    for found in find_in_files(detector, map(str, files)):
+    detector.score_thresh = 0.95  # above which it is left again
+    for found in find_in_files(detector, map(str, files), threshold=0.):
         assert found.objects[0].box == pytest.approx(LIGHT, abs=8)
-    assert detector.sizes == [(300, 225)] * 3
+    assert detector.sizes == [(300, 225)] * 3 and detector.score_thresh == 0.95
     # sides that no whole number divides, and a photograph that is larger than the detector needs, but not large
     for size, reduced in (((2333, 1501), (583, 375)), ((1999, 501), (1999, 501))):
         read_rgb(files[0]).resize(size).save(tmp_path / 'b.jpg')
@@ -611,7 +619,7 @@ def test_several_seeds(tmp_path, capsys, monkeypatch):
     each = [json.loads((out / f'seed-{i}/metrics.json').read_text())['map_50'] for i in (0, 1)]
     summary = json.loads((out / 'metrics.json').read_text())
     assert summary['map_50']['values'] == each and summary['map_50']['mean'] == pytest.approx(np.mean(each), abs=1e-3)
-    assert detect_script.main(args) == 1 and 'the figures of several seeds' in capsys.readouterr().err
+    assert detect_script.main(args) == 1 and 'the results of several seeds' in capsys.readouterr().err
     assert detect_script.main([*args, '--resume']) == 0
 
 
@@ -653,7 +661,7 @@ def test_what_is_left_open_is_found_from_data_and_weights(tmp_path, monkeypatch,
     machine = wrn_timm.Machine()
     data = detector_run._read(wrn_timm.DetectConfig(), BCCD, tmp_path, machine)
     _, config = detector_run._prepared(wrn_timm.DetectConfig(), data, tmp_path / 'no', machine)
-    assert config.model == 'wrn16_2.cifar100' and 'There are no ImageNet weights' in caplog.text
+    assert config.model == 'wrn16_2.cifar100' and 'ImageNet weights are not available' in caplog.text
     assert (config.image_size, config.epochs, config.batch_size, config.out_channels) == (640, 60, 2, 64)
     assert config.max_objects == 100
     crowded = dataclasses.replace(data.train, boxes=(torch.rand(130, 4).sort().values, *data.train.boxes[1:]))
@@ -695,7 +703,7 @@ def test_script_errors(run, tmp_path, capsys):
             detect_script.main(args)
         assert expected in ' '.join(capsys.readouterr().err.split())
     for args, expected in (
-            (['--data', str(tmp_path), *new], 'holds no annotations of a known form'),
+            (['--data', str(tmp_path), *new], 'holds no annotations in a known format'),
             ([*sample, '--out', str(run), *SMALL], 'already holds a run'),
             ([*sample, *new, '--on-bad', 'fail'], 'has no area'),
             (['--model', str(run), '--image-size', '320', 'a.jpg'], '--image-size is for training; a trained detector'),

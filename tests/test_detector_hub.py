@@ -153,10 +153,10 @@ def spoil_json(file, change):
 
 @pytest.mark.parametrize('spoil, message', [
     (lambda f: (f / 'recipe.json').write_text('{}'), 'recipe.json is not part of a weights folder'),
-    (lambda f: (f / 'golden.npz').unlink(), 'golden.npz is missing: wrn-timm detect writes it'),
+    (lambda f: (f / 'golden.npz').unlink(), 'golden.npz is missing: it is written by wrn-timm detect'),
     (lambda f: (f / WEIGHTS_FILE).write_bytes(b'x'), 'another file: sha256 .*, but detector.json names'),
     (lambda f: spoil_json(f / 'detector.json', lambda d: d.pop('sha256')), 'detector.json names no sha256'),
-    (lambda f: spoil_json(f / 'detector.json', lambda d: d.update(data='/me/x')), 'a path of this machine, data /me/x'),
+    (lambda f: spoil_json(f / 'detector.json', lambda d: d.update(data='/me/x')), 'machine as data: /me/x'),
     (lambda f: spoil_json(f / 'detector.json', lambda d: d.pop('detect')), 'its detect is missing'),
     (lambda f: spoil_json(f / 'detector.json', lambda d: d['detect'].update(out_channels=8)), 'size mismatch for'),
     (lambda f: spoil_json(f / 'metrics.json', lambda m: m.update(map_50=99.9)), 'lacks the accuracy 99.9'),

@@ -189,7 +189,7 @@ def test_settings_that_a_given_split_leaves_without_effect(run, photographs, tmp
     with pytest.raises(ValueError, match='patience needs held-out files, and .*split.csv has none'):
         prepare.prepare_split(FinetuneConfig(split=str(given), patience=3), photographs)
     split, _ = prepare.prepare_split(FinetuneConfig(split=str(given), holdout=0.2), photographs)
-    assert split.holdout is None and '--holdout is without effect' in caplog.text
+    assert split.holdout is None and '--holdout has no effect' in caplog.text
 
 
 @pytest.mark.parametrize(('setting', 'message'), [
@@ -271,7 +271,7 @@ def test_report_is_one_whole_file(run):
     assert not page.open and 3 <= len(page.sources) <= 4
     assert all(source.startswith('data:image/png;base64,') for source in page.sources)
     metrics = json.loads((run / 'metrics.json').read_text())
-    assert f"{metrics['top1']:.1f} % of 12 test files" in page.text and all(c in page.text for c in CLASSES)
+    assert f"accuracy {metrics['top1']:.1f} % on 12 test files" in page.text and all(c in page.text for c in CLASSES)
 
 
 def test_card_of_a_fine_tuned_run(run, photographs, tmp_path, capsys):
@@ -387,7 +387,7 @@ def test_what_is_about_to_happen_and_how_long_it_takes_is_said(weights, photogra
                 Machine(progress=False))
     text = caplog.text
     assert 'wrn16_1.test at 32 px on cpu: 4 epochs, batch size 3' in text
-    assert 'only 3 files are held out, too few to choose the epoch by (each is 33.3 points)' in text
+    assert 'only 3 files are held out, too few to choose the best epoch (each is 33.3 points)' in text
     assert text.index('4 epochs, batch size 3') < text.index(' of training to go') < text.index('epoch  1/4')
     assert text.count('to go') == 1
 
@@ -406,8 +406,8 @@ def test_help_shows_every_option_by_purpose_twelve_first(capsys):
     fields = {f.name.replace('_', '-') for c in (finetune_script.FinetuneOptions, FinetuneConfig)
               for f in dataclasses.fields(c)}
     assert len(shown) == len(set(shown)) and set(shown) == fields
-    assert len(finetune_script.PURPOSES['Options that matter first']) == 12
-    assert text.index('matter first:') < text.index('--input-size') < text.index('Optimisation:') < text.index('--mom')
+    assert len(finetune_script.PURPOSES['Main options']) == 12
+    assert text.index('Main options:') < text.index('--input-size') < text.index('Optimisation:') < text.index('--mom')
     text = ' '.join(text.split())
     assert 'Peak learning rate of the last layers. (default: 0.05)' in text and str(ROOT) not in text
 
@@ -544,7 +544,7 @@ def test_figures_of_other_runs_are_not_written_over(run, photographs, weights, t
     (tmp_path / 'several').mkdir()
     (tmp_path / 'several' / 'metrics.json').write_bytes(before)
     assert tune(photographs, weights, tmp_path / 'several', '--seeds', '2', '--seed', '5') == 1
-    assert 'several already holds the figures of several seeds; choose another --out' in capsys.readouterr().err
+    assert 'several already holds the results of several seeds; choose another --out' in capsys.readouterr().err
     assert (out / 'metrics.json').read_bytes() == before == (tmp_path / 'several' / 'metrics.json').read_bytes()
 
 
@@ -598,7 +598,7 @@ def test_no_path_of_this_machine_is_published(weights, photographs, hub, tmp_pat
     recipe['finetune']['model'] = str(tmp_path)  # as earlier versions wrote it
     (out / 'best' / 'recipe.json').write_text(json.dumps(recipe))
     assert publish_script.main([str(out / 'best'), '--namespace', 'acme']) == 1
-    assert f'recipe.json names a path of this machine, model {tmp_path}: put the name' in capsys.readouterr().err
+    assert f'recipe.json has a path of this machine as model: {tmp_path}; replace it' in capsys.readouterr().err
     assert not hub.requests
 
 
@@ -641,7 +641,7 @@ def test_the_classifier_alone_is_fitted_without_a_learning_rate(weights, photogr
 def test_card_of_a_classifier_alone(weights, photographs, tmp_path):
     assert tune(photographs, weights, tmp_path / 'run', '--train', 'head') == 0
     card = (tmp_path / 'run' / 'best' / 'README.md').read_text()
-    assert 'classifier fitted to features; files that it was not fitted to chose the L2 penalty, ' in card
+    assert 'classifier fitted to features, its L2 penalty (' in card
     assert 'penalties tried; torch' in card and ' epochs;' not in card
 
 
@@ -889,6 +889,23 @@ def test_layers_that_a_failed_try_has_frozen_are_trained_by_the_next(weights, ph
     assert seen == [len(list(timm.create_model('wrn16_1').parameters()))] * 2
 
 
+def test_time_is_counted_once_though_a_smaller_batch_goes_on(weights, photographs, tmp_path, monkeypatch):
+    fit, tries = Finetuner.fit, []
+
+    def too_large_at_its_end(self, *args):
+        tries.append(self.seconds)
+        self._state.seconds += 1000  # that it took, as far as its checkpoint can tell
+        fitted = fit(self, *args)
+        if len(tries) == 1:
+            raise BatchTooLarge('out of memory', 8)
+        return fitted
+
+    monkeypatch.setattr(Finetuner, 'fit', too_large_at_its_end)
+    assert tune(photographs, weights, tmp_path / 'run', '--epochs', '1', '--batch-size', 'auto') == 0
+    metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
+    assert tries == [0, pytest.approx(1000, abs=300)] and metrics['train_seconds'] < metrics['seconds'] < 300
+
+
 def test_a_batch_that_fits_is_sought_with_nothing_of_the_one_that_did_not(monkeypatch):
     finetuner = Finetuner(timm.create_model('wrn16_1'), FinetuneConfig(), RunAccelerator('cpu', 'bf16'), None)
     finetuner._batch_size, alive, dtypes = 4, [], []
@@ -909,7 +926,7 @@ def test_a_batch_that_fits_is_sought_with_nothing_of_the_one_that_did_not(monkey
     find = finetune_loop._too_large
     monkeypatch.setattr(finetuner.accelerator, 'backward', out_of_memory)
     monkeypatch.setattr(finetune_loop, '_too_large', too_large)
-    with pytest.raises(BatchTooLarge, match='--batch-size 2 fits'):
+    with pytest.raises(BatchTooLarge, match='use --batch-size 2 --accumulate 2 for'):
         finetuner._step(finetuner.network, torch.randn(4, 3, 32, 32), torch.arange(4), None)
     assert dtypes == [torch.bfloat16] * 2
 

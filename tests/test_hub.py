@@ -473,4 +473,4 @@ def test_a_proxy_that_refuses(hub, load, proxy):
 def test_a_hub_that_cannot_be_reached(unreachable):
     error = unreachable.communicate()[1]
     assert 'Check the network connection; the address of the Hub is http://127.0.0.1:9 ($HF_ENDPOINT)' in error
-    assert 'Or put a folder called wrn50_2.racm_in1k with model.safetensors into a place that $WRN_TIMM' in error
+    assert 'Or put a folder called wrn50_2.racm_in1k with model.safetensors into the folder that $WRN_TIMM' in error

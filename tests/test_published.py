@@ -201,7 +201,7 @@ def test_each_fault_is_said_and_leaves_nothing(server, networks, pickles, monkey
     server.faults['/theirs/'] = lambda h: answer(h, pickles[FILE]) or True
     with pytest.raises(RuntimeError, match=f'No weights for {re.escape(NAME)}: not in .*{FILE}.zip .*{message}') as e:
         timm.create_model(NAME, pretrained=True)
-    assert str(e.value).endswith(f"keep the file that is in it as {tmp_path / 'torch/hub/checkpoints' / FILE}.")
+    assert str(e.value).endswith(f"save the file in it as {tmp_path / 'torch/hub/checkpoints' / FILE}.")
     assert cached(tmp_path) == []
     server.faults['/theirs/'] = good
     assert_same(timm.create_model(NAME, pretrained=True), networks['cifar10'])
@@ -211,7 +211,7 @@ def test_no_network_and_no_proxy(server, monkeypatch):
     address = published()[NAME]['url'].replace(f':{server.server_port}/', ':9/')  # where nobody listens
     monkeypatch.setitem(published()[NAME], 'url', address)
     monkeypatch.setattr(timm.models._registry._model_pretrained_cfgs[NAME], 'url', address)
-    with pytest.raises(RuntimeError, match='Connection refused.*Check the network connection. Or fetch it elsewhere'):
+    with pytest.raises(RuntimeError, match='Connection refused.*Check the network connection. Or download it on'):
         timm.create_model(NAME, pretrained=True)
     monkeypatch.setenv('http_proxy', 'http://127.0.0.1:9')
     with pytest.raises(RuntimeError, match=r'Requests go through a proxy: correct \$HTTPS_PROXY'):
@@ -297,7 +297,7 @@ def test_weights_that_are_here_by_chance_change_no_default(no_weights):
 
 @pytest.mark.parametrize('name, nearest', [('wrn50_4', 'wrn101_2.tv2_in1k'), ('wrn18_2', 'wrn34_1.a1_in1k')])
 def test_the_nearest_of_imagenet_is_named(no_weights, name, nearest):
-    with pytest.raises(RuntimeError, match=f'nearest network that has weights: {nearest}'):
+    with pytest.raises(RuntimeError, match=f'nearest network with weights is {nearest}'):
         timm.create_model(name, pretrained=True)
 
 
@@ -308,13 +308,13 @@ def test_the_nearest_of_imagenet_is_named(no_weights, name, nearest):
 ])
 def test_where_there_are_none_the_nearest_are_named(no_weights, name, nearest):
     export_weights(timm.create_model('wrn16_2'), no_weights / 'wrn16_2.cifar10', {'tag': 'cifar10'})
-    with pytest.raises(RuntimeError, match=f'no Hub account is set.* nearest network that has weights: {nearest}.$'):
+    with pytest.raises(RuntimeError, match=f'no Hub account is set.* nearest network with weights is {nearest}.$'):
         timm.create_model(name if '.' in name else f'{name}.cifar10', pretrained=True)
 
 
 def test_ours_out_of_reach_on_the_hub_names_theirs(hub, no_weights, monkeypatch, tmp_path):
     monkeypatch.setenv('WRN_TIMM_HUB_NAMESPACE', 'acme')
-    with pytest.raises(RuntimeError, match='no repository acme/wrn40_8.cifar10.* weights: wrn40_8.pcv_cifar10.$'):
+    with pytest.raises(RuntimeError, match='no repository acme/wrn40_8.cifar10.* weights is wrn40_8.pcv_cifar10.$'):
         timm.create_model('wrn40_8.cifar10', pretrained=True, cache_dir=tmp_path)
 
 

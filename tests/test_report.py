@@ -110,7 +110,8 @@ def test_the_report_names_val_the_command_the_date_and_whole_paths(weights, tmp_
     assert '12 photographs of valid/' in capsys.readouterr().out
     page = html.unescape((tmp_path / 'run' / 'report.html').read_text())
     metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
-    assert f"<h1>my data: {metrics['top1']:.1f} % of 12 files of valid/</h1>" in page and 'test files' not in page
+    assert f"<h1>my data: accuracy {metrics['top1']:.1f} % on 12 files of valid/</h1>" in page
+    assert 'test files' not in page
     assert 'valid/, used as the test part: 12 files' in page
     assert f"--batch-size 4 --lr 1e-06 --data '{tmp_path / 'my data'}' --out {tmp_path / 'run'}</pre>" in page
     assert re.search(rf"<dt>date</dt><dd>{time.strftime('%Y-%m-')}\d\d \d\d:\d\d</dd>", page)
@@ -148,7 +149,7 @@ def heading_of_whole_page(browser, report):
 def test_everything_is_shown_and_nothing_fetched(browser, report):
     heading = heading_of_whole_page(browser, report)
     metrics = json.loads((report.parent / 'metrics.json').read_text())
-    assert heading == f"data: {metrics['top1']:.1f} % of {metrics['images']} test files" == browser.title
+    assert heading == f"data: accuracy {metrics['top1']:.1f} % on {metrics['images']} test files" == browser.title
     rows = browser.execute_script(
         'return [...document.querySelectorAll("table")].at(-1).innerText.split("\\n").map(line => line.split("\\t"))')
     assert rows[0] == ['class', 'recall, %', 'precision, %', 'files']

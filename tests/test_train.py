@@ -220,7 +220,7 @@ def test_the_card_has_mean_and_spread_over_seeds(run, tmp_path, capsys):
     recipe['recipe']['lr'] = 3.
     (folders[2] / 'recipe.json').write_text(json.dumps(recipe))
     assert validate_script.main([*args, '--write', '--other-seeds', *others]) == 1
-    assert 'is of another recipe than' in capsys.readouterr().err
+    assert 'was trained with another recipe than' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('most', [3, 0])
@@ -380,7 +380,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again(tmp_path):
     train(SMOKE, '', out, time_budget=0)
     only, = out.glob('checkpoints/*.pt')
     only.write_bytes(only.read_bytes()[:1000])
-    with pytest.raises(ValueError, match='no checkpoint in .* is whole; begin again with another --out'):
+    with pytest.raises(ValueError, match='every checkpoint in .* is damaged; start again with another --out'):
         train(SMOKE, '', out, resume=True)
     assert only.is_file()
 
@@ -606,6 +606,8 @@ def test_auto_precision_is_what_the_processor_is_fast_in(monkeypatch, instructio
         resolve_precision('fp16', 'cpu')
     with pytest.raises(ValueError, match="precision 'half' is unknown"):
         resolve_precision('half', 'cpu')
+    with pytest.raises(ValueError, match="from scratch has no precision 'fp16'"):
+        scratch.ScratchMachine('cuda', precision='fp16')
 
 
 def test_sam_climbs_along_the_gradient_to_its_radius():

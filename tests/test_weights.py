@@ -146,7 +146,7 @@ def test_weights_say_at_what_size_they_are_tested(tmp_path):
     """timm's own validation takes `test_input_size` where there is one, as ImageNet weights have."""
     model = timm.create_model('wrn18_1', stem='cifar', num_classes=10)
     assert model.pretrained_cfg['test_input_size'] == (3, 288, 288)
-    export_weights(model, tmp_path / 'w', {'tag': 'x', 'input_size': (3, 32, 32)}, model_args={'stem': 'cifar'})
+    export_weights(model, tmp_path / 'w', {'tag': 'x', 'input_size': (3, 32, 32)})
     again = timm.create_model(f'local-dir:{tmp_path}/w', pretrained=True)
     assert resolve_data_config(model=again, use_test_size=True)['input_size'] == (3, 32, 32)
     assert tuple(again.pretrained_cfg['pool_size']) == again.forward_features(torch.zeros(1, 3, 32, 32)).shape[2:]

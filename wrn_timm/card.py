@@ -31,7 +31,7 @@ __all__ = [
     'GOLDEN_FILE', 'PAPER_ERROR', 'TEMPLATES', 'TRANSFER_FILE', 'check_golden', 'check_run_records',
     'finish_weights_folder', 'first_photographs', 'model_card', 'owners_licence', 'read_history', 'training_line']
 
-GOLDEN_FILE = 'golden.npz'  # a second .safetensors in the folder confuses timm up to 1.0.26
+GOLDEN_FILE = 'golden.npz'  # inputs with their logits
 TRANSFER_FILE = 'transfer.json'  # what the weights are worth on other data sets
 _GOLDEN_PIXELS = 8 * 448 ** 2  # in all
 GOLDEN_TOLERANCE = 1e-3  # of a logit; another CPU or GPU adds in another order
@@ -140,7 +140,7 @@ def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
     averaged = (recipe or run.get('finetune', {})).get('ema_decay')
     weights = f"{'averaged ' if averaged else ''}weights of the last epoch"
     if penalty := metrics.get('penalty'):
-        weights = f'classifier fitted to features; files that it was not fitted to chose the L2 penalty, {penalty:.0e}'
+        weights = f'classifier fitted to features, its L2 penalty ({penalty:.0e}) chosen on files not used for the fit'
     elif metrics.get('chosen_by') != 'the end of the schedule' and metrics.get(
             'holdout_files', run.get('finetune', {}).get('holdout')):
         weights = f"{'averaged ' if averaged else ''}weights of the epoch most accurate on files held out of training"

@@ -227,8 +227,8 @@ def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
         classes = len(state_dict['fc.weight'])
         if classes != model.pretrained_cfg['num_classes'] and model.num_classes not in (0, classes):
             _logger.warning(
-                'The checkpoint has %d classes, this model %d: its classifier is dropped. Pass num_classes=%d to keep '
-                'it.', classes, model.num_classes, classes)
+                'The checkpoint has %d classes, this model %d: the classifier of the checkpoint is dropped. Pass '
+                'num_classes=%d to keep it.', classes, model.num_classes, classes)
         if classes != model.pretrained_cfg['num_classes']:
             model.pretrained_cfg.pop('label_names', None)
         model.pretrained_cfg['num_classes'] = classes  # by which timm decides whether to keep the classifier

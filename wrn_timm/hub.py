@@ -107,7 +107,7 @@ def _file_faults(folder: Path, kind: _Kind) -> Iterator[str]:
             yield f'{path.name} has {path.stat().st_size:,} bytes; the limit is {SIZE_LIMIT:,}'
     for name in kind.files:
         if not (folder / name).exists():
-            yield f'{name} is missing: {kind.writers[0]} writes it, and {kind.writers[1]}'
+            yield f'{name} is missing: it is written by {kind.writers[0]} or {kind.writers[1]}'
 
 
 def _content_faults(folder: Path, kind: _Kind) -> Iterator[str]:
@@ -120,7 +120,7 @@ def _content_faults(folder: Path, kind: _Kind) -> Iterator[str]:
         settings = kind.settings(record)
         for key, value in settings.items():
             if isinstance(value, str) and re.search(r'[/\\]', value) and not value.startswith(_NO_PATHS):
-                yield f'{kind.record} names a path of this machine, {key} {value}: put the name of what is there'
+                yield f'{kind.record} has a path of this machine as {key}: {value}; replace it with a name'
         if not settings:
             yield f'{kind.record} describes no training run: converted weights of other authors are not published'
         difference = kind.check_golden(folder)
@@ -169,7 +169,7 @@ def check_folder(folder: str | Path) -> str:
     folder, kind = _found(folder)
     faults = list(_file_faults(folder, kind)) or list(_content_faults(folder, kind))
     if faults:
-        raise ValueError('\n  '.join([f'{folder} is not fit to be published:', *faults]))
+        raise ValueError('\n  '.join([f'{folder} cannot be published:', *faults]))
     return kind.name(_read(folder / kind.config))
 
 
@@ -255,7 +255,8 @@ def _explained(repo_id: str, endpoint: str | None) -> Iterator[None]:
         yield
     except Exception as e:  # the client's errors have no base of their own, nor have those of its HTTP libraries
         raise RuntimeError(
-            f'{repo_id} is not published yet. {hub_fault(e, repo_id, endpoint)} What is uploaded is not uploaded again.'
+            f'{repo_id} is not published yet. {hub_fault(e, repo_id, endpoint)} Files that were already uploaded will '
+            f'not be uploaded again.'
         ) from e
 
 

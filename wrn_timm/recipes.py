@@ -174,12 +174,12 @@ class FinetuneConfig:
     """How to split data that has no test split: first30 or random30 (that many training files per class), 70-30 (per
     cent), or the split.csv of another run."""
     holdout: float | Literal['auto'] = 'auto'
-    """Fraction of the training files held out to choose the epoch by; fewer than 100 files do not choose it. 'auto' is
-    0.1 if that is at least 100 files, or if patience needs them, else 0: all files are trained on, and the last epoch
-    is used."""
+    """Fraction of the training files to hold out for choosing the best epoch. With fewer than 100 held-out files, the
+    last epoch is used all the same. 'auto' is 0.1 if that is at least 100 files or if patience needs it. Otherwise it
+    is 0: all files are trained on, and the last epoch is used."""
     parts: tuple[str, ...] = ('train', 'validation')
-    """Splits of a timm data set (hfds/..., wds/...) to train on, to choose the epoch by (may be left out) and to test
-    on. With two names, the second is the test set."""
+    """Names of the training split, the held-out split (optional) and the test split of a timm data set (hfds/...,
+    wds/...). The held-out split chooses the epoch."""
     num_classes: int = 0
     """Number of classes, for a named data set that does not tell it."""
     nested: bool = False
@@ -202,9 +202,9 @@ class FinetuneConfig:
     weight_decay: float = 5e-4
     """Weight decay; biases and BatchNorm are left out."""
     layer_decay: float = 0.9
-    """Each block's learning rate is this times that of the block above it."""
+    """Factor by which the learning rate falls with each block towards the input."""
     schedule: Literal['cosine', 'step'] = 'cosine'
-    """Cosine to 0, or step: times 0.1 after each third of the epochs."""
+    """cosine decays to 0; step multiplies the learning rate by 0.1 after each third of the epochs."""
     warmup_epochs: int = 1
     """Epochs of linear warm-up from lr / 100."""
     label_smoothing: float = 0.1
@@ -296,8 +296,8 @@ _OF_SGD = ('epochs', 'batch_size', 'accumulate', 'opt', 'lr', 'momentum', 'weigh
 
 @dataclasses.dataclass(frozen=True)
 class DetectConfig:
-    """How a detector is trained: AdamW with a short warm-up and a cosine schedule, photographs mirrored and their
-    colours changed. What is 0 or 'auto' is chosen from the data before training."""
+    """How a detector is trained: AdamW with a short warm-up and a cosine schedule, random flips and colour
+    jitter. Settings left at 0 or 'auto' are chosen from the data before training."""
 
     model: str = 'auto'
     """timm name of a WRN. 'auto' takes ImageNet weights (wrn18_1 on a CPU, wrn50_2 on a GPU) if they are on this
@@ -309,24 +309,24 @@ class DetectConfig:
     pretrained: bool = True
     """Start from the pretrained weights of the model, not from random ones."""
     image_size: int = 0
-    """Longer side to which photographs are resized, in pixels; 0 takes that of the photographs, from 320 to 640."""
+    """Longer side to which photographs are resized, in pixels; 0 uses their median size, limited to 320 to 640."""
     epochs: int = 0
-    """Passes over the training images; 0 takes as many as show the detector 6,000 photographs, from 12 to 60."""
+    """Passes over the training images; 0 uses enough for 6,000 photographs in total, limited to 12 to 60."""
     batch_size: int = 0
-    """Images per step; 0 takes 8, and fewer for small data sets or if a GPU's memory has no room."""
+    """Images per step; 0 uses 8, or fewer for small data sets or if GPU memory is short."""
     lr: float = 5e-4
     """Peak learning rate."""
     frozen_stages: int = 0
     """Freeze the stem and this many stages."""
     out_channels: int = 0
-    """Channels of the feature pyramid; 0 takes 256, and 64 for a backbone that ends with at most 256 channels."""
+    """Channels of the feature pyramid; 0 uses 256, or 64 for a backbone that ends with at most 256 channels."""
     anchor_scale: float = 0.
-    """Side of a level's anchors, in strides of the level; 0 finds it from the sizes of the boxes."""
+    """Side of the anchors of each level, in multiples of its stride; 0 derives it from the sizes of the boxes."""
     rois: int = 128
     """Regions per image that the second stage of Faster R-CNN is trained on."""
     max_objects: int = 0
-    """Most objects to find on a photograph; 0 takes 100, or twice the most boxes on a training image if that is
-    more."""
+    """Maximum number of objects per photograph; 0 uses 100, or twice the largest number of boxes on a training image if
+    that is more."""
     opt: str = 'adamw'
     """timm name of the optimizer."""
     weight_decay: float = 0.05
@@ -337,9 +337,9 @@ class DetectConfig:
     """Precision of the backbone in training. 'auto' is bf16 on GPUs and CPUs that are faster in it, else float32
     ('no'). The boxes, and all test metrics, are computed in float32."""
     train_split: str = ''
-    """Part of the data to train on; '' finds it, or splits by the seed."""
+    """Part of the data to train on; by default the data's own training part, or a random split."""
     test_split: str = ''
-    """Part of the data that is measured once, at the end; '' finds it."""
+    """Part of the data to test on, once, at the end; by default the data's own test part, or a random split."""
     seed: int = 0
     """Seed of the split, the weights, the order and the augmentation."""
 

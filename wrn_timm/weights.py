@@ -300,9 +300,9 @@ def _found(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> str:
         if entry:
             return str(unpacked(cfg.url, entry['sha1'], cache_dir))
     except RuntimeError as e:
-        remedy = (f'Or put a folder called {name} with {WEIGHTS_FILE} into a place that $WRN_TIMM_WEIGHTS names.'
+        remedy = (f'Or put a folder called {name} with {WEIGHTS_FILE} into the folder that $WRN_TIMM_WEIGHTS points to.'
                   f'{_nearest(name)}' if hub_id else
-                  f'Or fetch it elsewhere, and keep the file that is in it as {kept_at(cfg.url, cache_dir)}.')
+                  f'Or download it on another machine, and save the file in it as {kept_at(cfg.url, cache_dir)}.')
         raise RuntimeError(f'No weights for {name}: {_searched()}, and {e} {remedy}') from e
     raise RuntimeError(
         f'No weights for {name}: {_searched()}, and no Hub account is set ($WRN_TIMM_HUB_NAMESPACE). '
@@ -323,7 +323,7 @@ def _nearest(name: str) -> str:
     if tag == 'untrained':  # of ImageNet; timm's account has weights of some
         there = [n for n in list_models('wrn*', include_tags=True) if n.endswith('in1k')]
     nearest = min(there, key=lambda n: abs(size(n) - size(name)), default='')
-    return f' The nearest network that has weights: {nearest}.' if nearest else ''
+    return f' The nearest network with weights is {nearest}.' if nearest else ''
 
 
 def _verified(cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, Any]:
@@ -353,7 +353,7 @@ def _check_tag(variant: str, tag: str) -> None:
 def list_weights() -> list[Weights]:
     """Every tag of every WRN whose weights are on this machine, on the Hub or published by others.
 
-    In timm's order of names, those that pytorchcv published last.
+    Sorted by name as in timm, with pytorchcv's weights at the end.
     """
     rows = []
     for name in list_models('wrn*', include_tags=True):
@@ -386,8 +386,8 @@ def open_model(name: str, pretrained: bool = True, **kwargs: Any) -> torch.nn.Mo
 
     Args:
         name: timm name, weights folder or run directory.
-        pretrained: With the weights. Those of a folder are verified first, whichever network they are of.
-        kwargs: Of `timm.create_model`.
+        pretrained: Load the weights. Those of a folder are verified first, for any network.
+        kwargs: Passed to `timm.create_model`.
 
     Raises:
         FileNotFoundError: There is no such folder, or it holds no weights file.
@@ -480,7 +480,6 @@ def export_weights(
         folder: Path,
         pretrained_cfg: dict[str, Any],
         half: bool = False,
-        model_args: dict[str, Any] | None = None,
 ) -> None:
     """Write a model's weights and configuration as a weights folder.
 
@@ -490,7 +489,6 @@ def export_weights(
             the weights are the same.
         pretrained_cfg: What the configuration says beyond the model's own (`tag`, `mean`, `label_names`...).
         half: Keep convolution and linear weights in half precision; BatchNorm stays in float32.
-        model_args: Arguments beyond the name with which `timm.create_model` makes the network again (`stem`...).
 
     Raises:
         FloatingPointError: A weight is not finite; a folder that is there stays as it is.
@@ -503,17 +501,16 @@ def export_weights(
     check_weights(model.state_dict(), folder)
 
     def fill(new: Path) -> None:
-        save_for_hf(model, str(new), model_args=model_args, safe_serialization=True)
+        save_for_hf(
+            model, str(new), safe_serialization=True,
+            model_config={'pretrained_cfg': pretrained_cfg | (  # without it timm takes them for those of other classes
+                {'num_classes': model.num_classes} if 'label_names' in pretrained_cfg else {})},
+            data_config={k: v for k, v in pretrained_cfg.items() if k in ('input_size', 'crop_pct')})
         shutil.copymode(new / 'config.json', new / WEIGHTS_FILE)  # safetensors creates it with mode 0600
         config = json.loads((new / 'config.json').read_text(encoding='utf-8'))
-        cfg = config['pretrained_cfg']
-        if 'input_size' in pretrained_cfg:  # another one for testing was that of the weights it began with
-            for key in ('test_input_size', 'test_crop_pct'):
-                cfg.pop(key, None)
-            if info := getattr(model, 'feature_info', None):
-                reduction, (_, *sides) = info[-1]['reduction'], pretrained_cfg['input_size']
-                cfg['pool_size'] = [math.ceil(side / reduction) for side in sides]
-        cfg.update(pretrained_cfg)  # save_for_hf merges or replaces it, by timm's version
+        if info := getattr(model, 'feature_info', None):  # timm leaves it open where the size is new
+            _, *sides = config['pretrained_cfg']['input_size']
+            config['pretrained_cfg']['pool_size'] = [math.ceil(side / info[-1]['reduction']) for side in sides]
         config['sha256'] = sha256_of(new / WEIGHTS_FILE)
         (new / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
         if (folder / WEIGHTS_FILE).is_file() and sha256_of(folder / WEIGHTS_FILE) == config['sha256']:

@@ -32,7 +32,7 @@ _EXPECTED = (FloatingPointError, ImportError, OSError, RuntimeError, ValueError)
 class Options:
     """Of every command."""
     traceback: bool = False
-    """Show where an error arose."""
+    """Print the full traceback of an error."""
 
     def __post_init__(self):
         check_numbers(vars(self), math.inf)

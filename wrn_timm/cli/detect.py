@@ -33,7 +33,7 @@ from .options import option, parse
 from .predict import named
 
 PURPOSES = {
-    'Options that matter first': (
+    'Main options': (
         'images', 'data', 'out', 'model', 'detector', 'pretrained', 'image_size', 'epochs', 'batch_size', 'lr', 'seeds',
         'resume'),
     'Finding objects': ('threshold', 'json', 'csv', 'coco', 'draw'),
@@ -60,8 +60,8 @@ class DetectOptions(Training):
     seeds: int = 1
     """Number of runs, each with its own seed; their mean and standard deviation are written too."""
     threshold: float | None = None
-    """Lowest score of an object, 0 to 1; the default is the score with the highest F1 on the test photographs of the
-    run, and with --coco 0."""
+    """Lowest score to report, 0 to 1. The default is the threshold with the highest F1 on the test photographs of the
+    run; with --coco it is 0."""
     json: bool = False
     """Print the objects as one JSON list."""
     csv: bool = False
@@ -70,12 +70,12 @@ class DetectOptions(Training):
     """Print the objects as COCO results. Their image_id is the number in the file's name, or the name; category_id
     counts the detector's classes from 1."""
     draw: str = option('', 'FOLDER')
-    """Draw the objects on copies of the photographs in this folder. Earlier drawings there are replaced, other files
-    are not."""
+    """Write copies of the photographs, with the objects drawn on them, to this folder. Earlier drawings in it are
+    replaced; other files are kept."""
     workers: int = min(8, usable_cores()) if torch.cuda.is_available() else 0
     """Processes that read photographs."""
     on_bad: Literal['skip', 'fail'] = 'skip'
-    """What to do with bad boxes and unreadable files: leave them out and name them, or stop."""
+    """What to do with bad boxes and unreadable files: skip leaves them out and lists them, fail stops the run."""
     messages: Literal['text', 'json', 'quiet'] = 'text'
     """What training prints: lines and a progress bar, a JSON object per line, or errors only."""
 

@@ -45,7 +45,7 @@ class ExportOptions(Options):
         super().__post_init__()
         out = Path(self.out)
         if out.suffix != f'.{self.to}':
-            raise ValueError(f'--to {self.to} writes a .{self.to} file; {out} is named otherwise')
+            raise ValueError(f'--to {self.to} writes a .{self.to} file, but --out is {out}')
         if out.exists():
             raise ValueError(f'{out} already exists; choose another --out')
         if self.of_detector and self.to not in DETECTOR_EXPORTERS:
@@ -68,7 +68,7 @@ def export_detector(options: ExportOptions, out: Path) -> str:
     images = [pil_to_tensor(read_rgb(path)) / 255 for path in first_photographs()[:3]]
     same, total = in_common(out, detector, images)
     sizes = ', '.join(f'{image.shape[2]} x {image.shape[1]}' for image in images)
-    found = f'of {total} objects that it and the detector find on photographs of {sizes}, {same} are the same'
+    found = f'on photographs of {sizes}, it and the detector agree on {same} of {total} objects'
     if not total or same < LEAST_IN_COMMON * total:
         raise RuntimeError(f'{out} is removed: {found}, less than {LEAST_IN_COMMON:.0%}')
     return found
@@ -85,8 +85,8 @@ def export_classifier(options: ExportOptions, out: Path) -> str:
     difference = torch.stack(
         [(a - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]).max().item()
     if not difference <= TOLERANCE:
-        raise RuntimeError(f'{out} is removed: what it gives differs from the network by {difference:.1g} of the '
-                           f'largest, more than {TOLERANCE:g}')
+        raise RuntimeError(f"{out} is removed: its output differs from the network's by {difference:.1g} of the "
+                           f'largest value; the limit is {TOLERANCE:g}')
     return (f'its {"maps" if options.features else "logits"} differ from the network\'s by {difference:.1g} of the '
             f'largest, on 3 images of {least + 8} x {least + 24}')
 

@@ -31,7 +31,7 @@ from .common import STOPPED, Training, is_main_process, log_to_terminal, machine
 from .options import option, parse
 
 PURPOSES = {
-    'Options that matter first': (
+    'Main options': (
         'data', 'out', 'model', 'train', 'epochs', 'input_size', 'lr', 'batch_size', 'split', 'seeds', 'probe',
         'resume'),
     'Data': ('holdout', 'parts', 'num_classes', 'nested', 'download', 'on_bad'),
@@ -58,10 +58,10 @@ class FinetuneOptions(Training):
     workers: int = min(8, usable_cores()) if torch.cuda.is_available() else 0
     """Processes that read photographs."""
     image_memory: float = option(1., 'GB')
-    """Memory for decoded photographs that each process keeps from epoch to epoch, in GB; those that do not fit are
-    decoded every time, to the same result."""
+    """Memory per process for keeping decoded photographs between epochs, in GB. Photographs that do not fit are decoded
+    again in every epoch; the result is the same."""
     on_bad: Literal['skip', 'fail'] = 'skip'
-    """What to do with unreadable files: leave them out and name them, or stop."""
+    """What to do with unreadable files: skip leaves them out and lists them, fail stops the run."""
     download: bool = False
     """Download Caltech 101 if it is missing."""
     time_budget: float = option(Training.time_budget, 'SECONDS')
@@ -69,8 +69,9 @@ class FinetuneOptions(Training):
     seeds: int = 1
     """Number of runs, each with its own seed; their mean and standard deviation are written too."""
     probe: tuple[str, ...] = option((), 'WEIGHTS', nargs='+')
-    """Train nothing; rank these weights ('all': every weight at hand) by nearest neighbours and a linear classifier on
-    their features, on files held out of training, measure the best on the test files, and write RUN/probe.json."""
+    """Train nothing. Rank these weights ('all': all that are available) by nearest neighbours and a linear classifier
+    on their features, using held-out training files. Only the best are evaluated on the test files. The results are
+    written to RUN/probe.json."""
     record: bool = False
     """Also write the results to transfer.json in the weights folder, for the tables of weights/README.md."""
     messages: Literal['text', 'json', 'quiet'] = 'text'
@@ -79,8 +80,8 @@ class FinetuneOptions(Training):
     def __post_init__(self):
         super().__post_init__()
         if not (self.data or sample()):
-            raise ValueError('--data is missing: name a folder with a folder of photographs per class, FILE.csv or '
-                             'caltech101:DIR (the sample of Caltech 101 comes with a checkout alone)')
+            raise ValueError('--data is missing: give a folder with one folder of photographs per class, FILE.csv or '
+                             'caltech101:DIR (the sample of Caltech 101 is only part of a checkout)')
 
     @property
     def source(self) -> str:
@@ -161,8 +162,8 @@ def show_probe(rows: list[dict[str, Any]], options: FinetuneOptions, config: Fin
               f"{row['seconds']:8.0f}")
     kept = ('split', 'holdout', 'input_size', 'nested', 'seed')
     settings = {'model': rows[0]['weights'], **{name: getattr(config, name) for name in kept}}
-    print(f"\nThe best by held-out files is {rows[0]['weights']}. Train all its layers (or, with --train head, the "
-          f"classifier alone, in seconds):\n\n  {finetune_command(settings, options.source, options.out)}")
+    print(f"\nBest on the held-out files: {rows[0]['weights']}. To train all its layers (or, with --train head, only "
+          f"the classifier, in seconds), run:\n\n  {finetune_command(settings, options.source, options.out)}")
 
 
 def read(argv: Sequence[str]) -> tuple[FinetuneOptions, FinetuneConfig]:

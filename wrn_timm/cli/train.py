@@ -1,7 +1,7 @@
 """Train a network from scratch by a recipe.
 
     wrn-timm train --recipe quick --data DIR --out RUN
-    wrn-timm train --recipe quick --data DIR --out RUN --model resnet18 --lr 0.05    # other settings than the recipe's
+    wrn-timm train --recipe quick --data DIR --out RUN --model resnet18 --lr 0.05    # override the recipe's settings
     torchrun --nproc-per-node 8 -m wrn_timm.cli train --recipe cifar10 --data DIR --out RUN
 """
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .common import STOPPED, Training, is_main_process, log_to_terminal, machine
 from .options import option, parse
 
 PURPOSES = {
-    'Options that matter first': (
+    'Main options': (
         'recipe', 'data', 'out', 'model', 'epochs', 'batch_size', 'lr', 'holdout', 'seed', 'download', 'resume'),
-    "Network (what is not given is the recipe's, here and below)": ('stem', 'conv_drop_rate', 'sync_batchnorm'),
+    "Network (here and below, the default is the recipe's value)": ('stem', 'conv_drop_rate', 'sync_batchnorm'),
     'Optimisation': (
         'opt', 'momentum', 'weight_decay', 'decay_norm', 'adamw_scale', 'schedule', 'warmup_epochs', 'drop_epochs',
         'drop_factor', 'label_smoothing', 'ema_decay', 'sam_rho'),

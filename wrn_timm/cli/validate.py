@@ -33,7 +33,7 @@ class ValidateOptions(OnDevice):
     data: str
     """cifar10:DIR, cifar100:DIR, svhn:DIR, synthetic, folder:DIR, caltech101:DIR or FILE.csv."""
     split: str = ''
-    """split.csv of a fine-tuned run: measure the part it tests on."""
+    """split.csv of a fine-tuning run, whose test files are measured."""
     download: bool = False
     """Download the data set into DIR if it is missing."""
     batch_size: int = 250
@@ -48,8 +48,8 @@ class ValidateOptions(OnDevice):
     """With --write: weights trained by the same recipe from other seeds. They are measured too, and the card gives mean
     and standard deviation over all of them."""
     precision: Precision | None = None
-    """'auto' is bfloat16 on GPUs and CPUs that are faster in it, 'no' is float32. The default is auto, and no with
-    --write, since published metrics are float32."""
+    """'auto' is bfloat16 on GPUs and CPUs that are faster in it, 'no' is float32. The default is auto, or no with
+    --write, because published metrics are computed in float32."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,7 +71,8 @@ def check_seeds(folders: Sequence[str]) -> None:
     runs = {folder: check_run_records(weights_folder(folder)) for folder in folders}
     for folder, run in runs.items():
         if run.get('recipe') != runs[folders[0]].get('recipe'):
-            raise ValueError(f'{folder} is of another recipe than {folders[0]}; give weights that differ by the seed')
+            raise ValueError(f'{folder} was trained with another recipe than {folders[0]}; give weights that '
+                             f'differ only by seed')
     seeds = [run.get('seed') for run in runs.values()]
     if len({*seeds}) < len(folders):
         raise ValueError(f'the seeds are {", ".join(map(str, seeds))}; each of the weights must have its own')

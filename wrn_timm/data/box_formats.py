@@ -68,7 +68,7 @@ def recognised(root: Path, kind: str) -> tuple[str, Parts, Sequence[str]]:
     if kind or any(next((root / name).rglob('*.xml'), None) for name in _ANNOTATIONS if name) or any(
             next(root.glob(beside), None) for beside in ('*.xml', '*/*.xml')):
         return 'Pascal VOC', _read_voc(root), ()
-    raise ValueError(f'{root} holds no annotations of a known form: Pascal VOC (Annotations/*.xml), COCO '
+    raise ValueError(f'{root} holds no annotations in a known format: Pascal VOC (Annotations/*.xml), COCO '
                      f'(_annotations.coco.json, or coco:FILE.json) or YOLO (data.yaml, or images/ and labels/)')
 
 
@@ -242,7 +242,9 @@ def _read_yolo(root: Path) -> tuple[Parts, list[str]]:
         parts = {name: _images_under(folder) for name, folder in folders.items()}
     read = {name: [_read_yolo_labels(path, classes, pose) for path in dict.fromkeys(paths)]
             for name, paths in parts.items()}
-    return read, classes or [str(i) for i in range(1000)]
+    numbers = {int(label) for part in read.values() for image in part for _, label, _ in image.objects
+               } if not classes else ()
+    return read, classes or [str(number) for number in sorted(numbers)]
 
 
 def _of_yaml(file: Path) -> tuple[dict[str, list[Path]], list[str], bool]:

@@ -136,9 +136,9 @@ class BoxScan:
         count = Counter(classes[i - 1] for labels in images.values() for i in labels.tolist())
         empty = sum(not len(labels) for labels in images.values())
         parts = ', '.join(f'{len(part)} {name}' for name, part in self.parts.items())
-        (least, _), (most, _) = min(self.sizes.items()), max(self.sizes.items())
-        lines = [f'{self.format}: {len(images)} photographs ({parts}) of {least[0]} x {least[1]} to {most[0]} x '
-                 f'{most[1]} pixels',
+        widths, heights = zip(*self.sizes, strict=True)
+        lines = [f'{self.format}: {len(images)} photographs ({parts}), {min(widths)} to {max(widths)} pixels wide, '
+                 f'{min(heights)} to {max(heights)} high',
                  f'{sum(count.values())} boxes: ' + ', '.join(f'{name} {n}' for name, n in count.most_common())]
         if empty:
             lines.append(f'{empty} photographs have no box and are kept as background')
@@ -152,7 +152,7 @@ def read_boxes(source: str | Path, on_bad: str = 'skip') -> BoxScan:
       `images`) and, for files in sub-folders, in sub-folders of the same name, and lists in `ImageSets/Main`, or none.
     - COCO: a JSON file beside its images (`coco:FILE.json`), or Roboflow's `train/_annotations.coco.json`.
     - YOLO: `data.yaml`, which names folders or lists of images, or `images/` and `labels/`. Outlines are boxed;
-      keypoints are passed over if `data.yaml` has their `kpt_shape`.
+      keypoints are ignored if `data.yaml` has their `kpt_shape`.
 
     A prefix (`voc:DIR`, `coco:FILE`, `yolo:DIR`) names the format where several would do.
 

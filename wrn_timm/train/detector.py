@@ -29,7 +29,17 @@ from .find_objects import AS_TENSOR
 from .machine import Machine, environment, in_float32, kept_random_state
 from .measure_boxes import detection_metrics, predict_boxes
 from .metrics import summarise
-from .run import RunControl, RunDir, begun_with, check_place, config_of, holds_checkpoint, planned_runs
+from .run import (
+    RunControl,
+    RunDir,
+    begun_with,
+    check_begun,
+    check_place,
+    config_of,
+    holds_checkpoint,
+    planned_runs,
+    run_each,
+)
 
 __all__ = ['asked_before', 'train_detector', 'train_detectors']
 
@@ -51,8 +61,8 @@ def train_detector(
 ) -> dict[str, Any] | None:
     """Train on `data` and leave a run directory with weights, metrics and a report.
 
-    On a CPU a resumed run ends bit for bit as if it had not been stopped, from the middle of an epoch too; but with
-    `workers` the rest of that epoch's photographs are changed otherwise.
+    On a CPU, a resumed run gives bit-for-bit the result of an uninterrupted one, even from the middle of an epoch. With
+    `workers`, however, the rest of that epoch is augmented differently.
 
     Args:
         config: Settings of the training.
@@ -71,7 +81,9 @@ def train_detector(
         What `read_boxes`, `divide`, `fpn_backbone` and `RunDir` raise.
     """
     started, deadline, out = time.monotonic(), machine.deadline(), Path(out)
-    if not machine.resume:
+    if machine.resume:
+        check_begun(out)
+    else:
         RunDir.check(out, {})
         check_place(out)
     read = _read(config, data, out, machine)
@@ -168,18 +180,18 @@ def train_detectors(
         machine: Machine = Machine(),  # noqa: B008  (it is frozen)
         on_epoch: OnEpoch | None = None,
 ) -> dict[str, Any] | None:
-    """Train `seeds` detectors, from `config.seed` on: in `out` if it is one, else in `out/seed-N`.
+    """Train one detector for each of `seeds` seeds, starting with `config.seed`.
 
-    Several runs leave `out/metrics.json` with the same as is returned, but `runs`.
+    A single run is written to `out`, several to `out/seed-N`. Several runs also write `out/metrics.json`, which has all
+    that is returned except `runs`.
 
     Returns:
         `dataset`, `seeds`, `seconds` of all, `runs` (their metrics), and of `map`, `map_50` and `map_75` the `mean`,
         the sample standard deviation `std` and the `values`. None if a run was stopped.
 
     Raises:
-        What `train_detector` raises; the runs that ended are kept. With `resume` they are passed by.
+        What `train_detector` raises; finished runs are kept. With `resume`, they are skipped.
     """
-    runs, deadline = [], machine.deadline()
     planned = planned_runs(config, out, seeds, machine.resume)
     for _, folder, resume in planned if seeds > 1 else ():  # of all, before what was asked for is written anew
         if not resume:
@@ -187,15 +199,9 @@ def train_detectors(
     if seeds > 1 and not machine.resume:
         make_folder(Path(out))
         write_json(Path(out) / _ASKED, {'detect': dataclasses.asdict(config)})
-    for own, folder, resume in planned:
-        if seeds > 1 and resume and (folder / 'metrics.json').is_file():
-            runs.append(json.loads((folder / 'metrics.json').read_text(encoding='utf-8')))
-            continue
-        left = dataclasses.replace(machine, resume=resume, time_budget=max(0., deadline - time.monotonic()))
-        metrics = train_detector(own, data, folder, left, on_epoch)
-        if metrics is None:
-            return None
-        runs.append(metrics)
+    runs = run_each(planned, lambda own, folder, left: train_detector(own, data, folder, left, on_epoch), machine)
+    if runs is None:
+        return None
     summary = {'dataset': runs[0]['dataset'], 'seeds': seeds, 'seconds': round(sum(run['seconds'] for run in runs), 1),
                **{key: summarise([run[key] for run in runs]) for key in ('map', 'map_50', 'map_75')}}
     if seeds > 1:
@@ -218,7 +224,7 @@ def _leaks(scan: BoxScan, train: BoxedImages, test: BoxedImages) -> list[tuple[s
     sides = {path: side for side, part in enumerate((train, test)) for path in part.paths}
     leaks = [(a, b) for twins in scan.twins for a in twins for b in twins if (sides.get(a), sides.get(b)) == (0, 1)]
     if leaks:
-        _logger.warning('%d photographs to test on have the content of photographs to train on: %s', len(leaks),
+        _logger.warning('%d test photographs have the same content as training photographs: %s', len(leaks),
                         some([f'{b} = {a}' for a, b in leaks], '; '))
     return leaks
 
@@ -267,9 +273,9 @@ def _found_model(config: DetectConfig, device: torch.device) -> str:
         open_model(name)
     except (OSError, RuntimeError) as e:
         _logger.warning(
-            '%s\nThere are no ImageNet weights, so the backbone is %s, whose weights are of 32-pixel images. ImageNet '
-            'weights of %s make better detectors: put a weights folder of that name into a folder named by '
-            '$WRN_TIMM_WEIGHTS, or connect to the Hub', e, _CIFAR, ' or '.join(names))
+            '%s\nImageNet weights are not available, so the backbone is %s, which was trained on 32-pixel images. The '
+            'ImageNet weights of %s make better detectors: put their folder into the folder that $WRN_TIMM_WEIGHTS '
+            'points to, or connect to the Hub', e, _CIFAR, ' or '.join(names))
         return _CIFAR
     return name
 

@@ -294,6 +294,6 @@ def _notes(metrics: dict[str, Any], summary: Sequence[str]) -> list[str]:
     """What the scan found, files on both sides, and what was left out, each named once."""
     left_out = [f'left out: {reason}' for reason in metrics['left_out']]
     notes = [*(line for line in summary if line not in set(left_out)),
-             *(f'{b} has the content of {a}, which was trained on' for a, b in metrics['leaks']), *left_out]
+             *(f'{b} has the same content as {a}, a training file' for a, b in metrics['leaks']), *left_out]
     more = len(notes) - _MOST_NOTES
     return notes if more <= 0 else [*notes[:_MOST_NOTES], f'and {more:,} more, which metrics.json names']

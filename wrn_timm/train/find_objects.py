@@ -1,6 +1,7 @@
 """Objects on photographs, as a trained detector finds them: as data, as tables, and drawn."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -80,7 +81,7 @@ def find_objects(
 
     Args:
         model: Run directory of `wrn-timm detect`, its weights folder, or `hf-hub:ACCOUNT/NAME`.
-        images: One or more files and folders; in a folder all images count, those of the folders in it too.
+        images: One or more files and folders; folders are searched for images recursively.
         threshold: Lowest score of an object, 0 to 1; None for the detector's own, at which F1 was highest on the test
             photographs of its run.
         device: Where the detector runs; None for a GPU if there is one.
@@ -94,6 +95,18 @@ def find_objects(
     names = [images] if isinstance(images, (str, os.PathLike)) else images
     detector = open_detector(os.fspath(model), device or Machine.device)
     return list(find_in_files(detector, find_images(map(os.fspath, names)), threshold))
+
+
+@contextlib.contextmanager
+def _finding_from(detector: nn.Module, score: float) -> Iterator[None]:
+    """Have a detector find objects with at least this score, though its own limit be higher."""
+    own = postprocessor(detector)
+    before = own.score_thresh
+    own.score_thresh = min(before, score)
+    try:
+        yield
+    finally:
+        own.score_thresh = before
 
 
 @torch.inference_mode()
@@ -110,8 +123,6 @@ def find_in_files(
         threshold: Lowest score of an object, 0 to 1; None for the detector's own.
     """
     threshold = detector.threshold if threshold is None else threshold
-    own = postprocessor(detector)
-    own.score_thresh = min(own.score_thresh, threshold)  # below which torchvision leaves boxes out
     device = next(detector.parameters()).device
     for path in paths:
         try:
@@ -120,7 +131,8 @@ def find_in_files(
             yield ImageObjects(path, error=str(e))
             continue
         image = AS_TENSOR(image).as_subclass(torch.Tensor)
-        found = {k: v.cpu() for k, v in detector([image.to(device)])[0].items()}
+        with _finding_from(detector, threshold):
+            found = {k: v.cpu() for k, v in detector([image.to(device)])[0].items()}
         boxes = found['boxes'] * torch.tensor(scale * 2)
         keep = found['scores'] >= threshold
         rows = zip(found['labels'][keep].tolist(), found['scores'][keep].tolist(), boxes[keep].tolist(), strict=True)

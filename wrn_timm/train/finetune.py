@@ -35,7 +35,6 @@ from .metrics import classification_metrics, summarise
 from .prepare import (
     build_model,
     check_policy,
-    model_args,
     prepare_named,
     prepare_split,
     preprocessing,
@@ -45,7 +44,7 @@ from .prepare import (
 )
 from .probe import extract_features
 from .report import write_report
-from .run import TIME_BUDGET, RunControl, RunDir, any_process, check_place, planned_runs
+from .run import RunControl, RunDir, any_process, check_place, planned_runs, run_each
 
 __all__ = ['finetune', 'finetune_seeds']
 
@@ -65,8 +64,8 @@ def finetune(
 ) -> dict[str, Any] | None:
     """Fine-tune on `data` and leave a run directory with weights, metrics and a report.
 
-    Started by `torchrun` or `accelerate launch`, the processes share each batch, and the first one writes. A resumed
-    run goes on from its last epoch; on a CPU it ends as if it had not been stopped.
+    Under `torchrun` or `accelerate launch`, the processes share each batch, and only the first one writes files. A
+    resumed run continues after its last complete epoch; on a CPU the result is that of an uninterrupted run.
 
     Args:
         config: Model, split, optimizer, augmentation... (the options of the command).
@@ -91,8 +90,8 @@ def finetune(
     started, deadline = time.monotonic(), machine.deadline()
     check_policy(config.auto_augment)
     if unused := config.unused():
-        _logger.warning('the classifier alone is fitted to features, without %s; --no-cache trains it by epochs',
-                        ', '.join(unused))
+        _logger.warning('no effect on a classifier that is fitted to features: %s; --no-cache trains it with these '
+                        'settings', ', '.join(unused))
     accelerator = make_accelerator(config, machine.device)
     with accelerator.local_main_process_first():  # it may have to download them, and the others then find them
         model = build_model(config)
@@ -108,7 +107,7 @@ def finetune(
     if fitted.interrupted:
         job.control.log_stop(job.control.reason_to_stop() or 'another process')
         return None
-    train_seconds = fitted.earlier + time.monotonic() - began
+    train_seconds = (job.earlier or 0.) + time.monotonic() - began
     if fitted.stopped:
         _logger.info('stopped by %s after epoch %d; it can be continued with --resume', fitted.stopped,
                      fitted.history[-1]['epoch'])
@@ -125,6 +124,7 @@ class _Job:
         found: What is there to report of the data.
         transforms: Of the 'train' and the 'test' files.
         cfg: What the weights' configuration says beyond the network's own.
+        earlier: Seconds that the run which is resumed had taken; None until its checkpoint is read.
     """
     config: FinetuneConfig
     model: torch.nn.Module
@@ -136,6 +136,7 @@ class _Job:
     accelerator: Accelerator
     machine: Machine
     on_epoch: Callable[[dict[str, float]], None] | None
+    earlier: float | None = None
 
     @property
     def size(self) -> int:
@@ -161,7 +162,7 @@ def _test(job: _Job, fitted: Fitted, best_epoch: int, train_seconds: float, star
         'train_files': len(split.train), 'holdout_files': len(split.holdout or ()),
         'leaks': found.get('leaks', []), 'skipped': [*found.get('bad', []), *fitted.bad, *result.bad],
         'train_seconds': round(train_seconds, 1),
-        'seconds': round(fitted.earlier + time.monotonic() - started, 1),
+        'seconds': round((job.earlier or 0.) + time.monotonic() - started, 1),
         'mixed_precision': accelerator.mixed_precision, 'environment': environment(accelerator.device),
         'measured_by': 'wrn-timm finetune'}
     if accelerator.is_main_process:
@@ -270,7 +271,7 @@ def _announce(job: _Job) -> None:
     if advice := size_advice(job.model, job.size, job.found.get('side', 0)):
         _logger.warning('%s', advice)
     if not config.cached and 0 < held_out < ENOUGH_TO_CHOOSE:
-        _logger.info('only %d files are held out, too few to choose the epoch by (each is %.1f points), so the '
+        _logger.info('only %d files are held out, too few to choose the best epoch (each is %.1f points), so the '
                      'last epoch is used; --holdout 0 trains on them too', held_out, 100 / held_out)
 
 
@@ -298,6 +299,8 @@ def _train(job: _Job) -> tuple[torch.nn.Module, Fitted]:
             memory -= room
         train = training_set(config, split, job.transforms['train'], job.size, memory)
         finetuner = Finetuner(network, config, accelerator, job.control, machine, job.on_epoch)
+        if job.earlier is None:  # a smaller batch goes on with what this process has done
+            job.earlier = finetuner.seconds
         with job.control:
             fitted = finetuner.fit(train, holdout, class_weights)
     return network, dataclasses.replace(fitted, bad=[*bad, *fitted.bad])
@@ -377,9 +380,9 @@ def _balance(files: ImageFiles) -> torch.Tensor:
 def _export(job: _Job, network: torch.nn.Module, fitted: Fitted) -> int:
     """Write `last/` and `best/`, whose epoch is returned. `network` is what was fitted: the model or its classifier.
     """
-    run, args = job.control.run, model_args(job.config)
+    run = job.control.run
     network.load_state_dict(fitted.network.state_dict())
-    export_weights(job.model, run.path / 'last', job.cfg, model_args=args)
+    export_weights(job.model, run.path / 'last', job.cfg)
     epoch, last = fitted.best_epoch(), fitted.history[-1]['epoch']
     if not (fitted.last or fitted.penalty):  # those are what was fitted
         if best := run.load_best():
@@ -389,7 +392,7 @@ def _export(job: _Job, network: torch.nn.Module, fitted: Fitted) -> int:
             run.log('the checkpoint of epoch %d, the best on held-out files, is lost; best/ holds epoch %d, the last',
                     epoch, last, level=logging.WARNING)
             epoch = last
-    export_weights(job.model, run.path / 'best', job.cfg, model_args=args)
+    export_weights(job.model, run.path / 'best', job.cfg)
     return epoch
 
 
@@ -412,13 +415,6 @@ def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, 'finetune': settings | names}
 
 
-def _ended(run: Path) -> dict[str, Any] | None:
-    """The metrics of a finished run, also one that stopped early for want of progress; None if it can go on."""
-    file = run / 'metrics.json'
-    metrics = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else None
-    return metrics if metrics and metrics['stopped'] != TIME_BUDGET else None
-
-
 def finetune_seeds(
         config: FinetuneConfig,
         data: str | Path,
@@ -427,9 +423,10 @@ def finetune_seeds(
         machine: Machine = Machine(),  # noqa: B008  (it is frozen)
         on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, Any] | None:
-    """Fine-tune `seeds` times, from `config.seed` on: in `out` if it is once, else in `out/seed-N`.
+    """Fine-tune once for each of `seeds` seeds, starting with `config.seed`.
 
-    Several runs leave `out/metrics.json` with the same as is returned, but `runs`.
+    A single run is written to `out`, several to `out/seed-N`. Several runs also write `out/metrics.json`, which has all
+    that is returned except `runs`.
 
     Returns:
         `way`, `dataset`, `protocol`, `input_size`, `epochs` (where there are any), `stem`, `seeds`, `seconds` of all,
@@ -438,22 +435,15 @@ def finetune_seeds(
         stopped by SIGTERM or Ctrl-C, or one of several by the time budget, which is that of all together.
 
     Raises:
-        What `finetune` raises; the runs that ended are kept. With `resume` they are passed by.
+        What `finetune` raises; finished runs are kept. With `resume`, they are skipped.
     """
     first = int(os.environ.get('RANK', 0)) == 0
     planned = planned_runs(config, out, seeds, machine.resume)
     for own, folder, resume in planned if first else ():  # of all, before the first is run
         RunDir.check(folder, _settings(own, str(data)), resume)
-    runs, deadline = [], machine.deadline()
-    for own, folder, resume in planned:
-        if seeds > 1 and resume and (ended := _ended(folder)):
-            runs.append(ended)
-            continue
-        left = dataclasses.replace(machine, resume=resume, time_budget=max(0., deadline - time.monotonic()))
-        metrics = finetune(own, data, folder, left, on_epoch)
-        if metrics is None or (seeds > 1 and metrics['stopped'] == TIME_BUDGET):
-            return None
-        runs.append(metrics)
+    runs = run_each(planned, lambda own, folder, left: finetune(own, data, folder, left, on_epoch), machine)
+    if runs is None:
+        return None
     config = dataclasses.replace(config, split=split_name(config.split))  # the summary may be published
     summary = {
         'way': config.train if config.pretrained else 'from scratch', 'dataset': runs[0]['dataset'],

@@ -51,7 +51,6 @@ class Fitted:
         bad: Why files could not be read while training went on.
         stopped: Why it ended before the last epoch; '' if it did not.
         interrupted: Whether a signal to any process stopped it.
-        earlier: Seconds of it that a run it goes on with took.
         penalty: Of the classifier on cached features; 0 for other ways.
         last: Whether the last epoch is the one to take, whatever the held-out files say.
     """
@@ -60,7 +59,6 @@ class Fitted:
     bad: list[str]
     stopped: str = ''
     interrupted: bool = False
-    earlier: float = 0.
     penalty: float = 0.
     last: bool = False
 
@@ -168,6 +166,11 @@ class Finetuner:
         """The network to measure and to export."""
         return self.ema.module if self.ema else self.network
 
+    @property
+    def seconds(self) -> float:
+        """How long the run has trained up to its last complete epoch."""
+        return self._state.seconds
+
     def fit(
             self,
             train: Dataset,
@@ -193,8 +196,7 @@ class Finetuner:
         model, loader = self._prepare(train)
         if class_weights is not None:
             class_weights = class_weights.to(accelerator.device)
-        stopped, amid, earlier, saved_epoch = '', False, state.seconds, state.epoch
-        began = time.monotonic() - earlier
+        stopped, amid, saved_epoch, began = '', False, state.epoch, time.monotonic() - state.seconds
         show = self.machine.progress if accelerator.is_main_process else False
         with progress_bar(config.epochs * self._steps, state.epoch * self._steps, show) as bar:
             while state.epoch < config.epochs:
@@ -219,18 +221,18 @@ class Finetuner:
             saved_epoch = state.epoch
         if saved_epoch:
             self.control.run.write_history(state.history)
-        self._clean_up(model)
+        self._clean_up()
         few = len(holdout or ()) < ENOUGH_TO_CHOOSE and not stopped  # before its end no epoch is the schedule's best
         bad = list(dict.fromkeys(gather_object(state.bad))) if accelerator.num_processes > 1 else state.bad
         interrupted, = any_process(self.control.signalled, device=accelerator.device)
-        return Fitted(self.averaged, state.history, bad, stopped, interrupted, earlier, last=few)
+        return Fitted(self.averaged, state.history, bad, stopped, interrupted, last=few)
 
     def _prepare(self, train: Dataset) -> tuple[torch.nn.Module, DataLoader]:
         """The network and the batches as accelerate shares them among the processes."""
         config, world = self.config, self.accelerator.num_processes
         self._batch_size = min(config.batch_size, len(train))
         if self._batch_size % world:
-            raise ValueError(f'batch size {self._batch_size} does not divide among {world} processes')
+            raise ValueError(f'batch size {self._batch_size} cannot be divided among {world} processes')
         self._order = torch.Generator()
         loader = make_loader(train, self._batch_size, self.machine.workers, self.accelerator.device.type == 'cuda',
                              shuffle=True, drop_last=True, generator=self._order)
@@ -298,8 +300,8 @@ class Finetuner:
         if reasons and self.machine.on_bad == 'fail':
             raise ValueError(some(reasons, '; '))
         if none_left:
-            raise ValueError(f'no file of a whole batch can be read any more: {some(reasons, "; ")}. The checkpoints '
-                             f'are kept; fix the files and continue with --resume')
+            raise ValueError(f'none of the files of a batch can be read any more: {some(reasons, "; ")}. The '
+                             f'checkpoints are kept; fix the files and continue with --resume')
         self._state.note_bad(reasons)
 
     def _step(
@@ -366,12 +368,11 @@ class Finetuner:
             self.ema.module.load_state_dict(saved['ema'])
         self._state = _State(**{f.name: saved[f.name] for f in dataclasses.fields(_State)})
 
-    def _clean_up(self, model: torch.nn.Module) -> None:
+    def _clean_up(self) -> None:
         """Take the network back from accelerate."""
         self.accelerator.wait_for_everyone()
         for parameter in self.network.parameters():
             parameter.requires_grad_(True)
-        self.accelerator.unwrap_model(model)
         self.accelerator.free_memory()
 
 
@@ -403,6 +404,6 @@ def _too_large(network: torch.nn.Module, images: torch.Tensor, batch_size: int, 
 
     fits = largest_batch(step, len(images) // 2) * world
     network.zero_grad(set_to_none=True)
-    advice = f'--batch-size {fits} fits, with --accumulate {math.ceil(batch_size / fits)} to the same effect' if fits \
+    advice = f'use --batch-size {fits} --accumulate {math.ceil(batch_size / fits)} for the same effect' if fits \
         else 'not even one image fits; choose a smaller --input-size or --model'
     return BatchTooLarge(f'out of memory on {device} at batch size {batch_size}; {advice}', fits)

@@ -34,10 +34,10 @@ class Machine:
     workers: int = 0
     """Processes that read images."""
     image_memory: float = 1.
-    """GB of decoded photographs that each process keeps from epoch to epoch. Those that do not fit are decoded every
-    time, to the same result."""
+    """Memory per process for keeping decoded photographs between epochs, in GB. Photographs that do not fit are decoded
+    again in every epoch; the result is the same."""
     on_bad: Literal['skip', 'fail'] = 'skip'
-    """What to do with unreadable files: leave them out and name them, or stop."""
+    """What to do with unreadable files: 'skip' leaves them out and lists them, 'fail' stops the run."""
     download: bool = False
     """Fetch the data set if it is missing."""
     resume: bool = False

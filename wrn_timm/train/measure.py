@@ -274,8 +274,9 @@ def validate(
 
     def measure(part: ImageArrays | ImageFiles, what: str) -> dict[str, Any]:
         def batches(n: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-            loader = DataLoader(part.as_dataset(transform), n, num_workers=machine.workers)
-            return tqdm(loader, desc=what, unit='batch', leave=False, disable=None)
+            loader = DataLoader(
+                part.as_dataset(transform), n, num_workers=machine.workers, worker_init_fn=begin_worker)
+            return tqdm(loader, desc=what, unit='batch', leave=False, disable=hidden(machine.progress))
 
         with autocast(device, precision), in_float32():
             return classification_metrics(*predict_logits(model, batches, device, batch_size), part.classes)

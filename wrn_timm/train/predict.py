@@ -57,7 +57,7 @@ def predict(
 
     Args:
         model: timm name, weights folder or run directory.
-        images: One or more files and folders; in a folder all images count, those of the folders in it too.
+        images: One or more files and folders; folders are searched for images recursively.
         top_k: Labels per file.
         device: Where the model runs; None for a GPU if there is one.
         kwargs: Of `predict_files`.

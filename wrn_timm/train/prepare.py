@@ -26,7 +26,7 @@ from ..schemas import check_scan, read_json
 from ..weights import open_model
 from .machine import Machine
 
-__all__ = ['build_model', 'check_policy', 'model_args', 'prepare_named', 'prepare_split', 'preprocessing',
+__all__ = ['build_model', 'check_policy', 'prepare_named', 'prepare_split', 'preprocessing',
            'size_advice', 'split_name', 'training_set']
 
 _logger = logging.getLogger(__name__)
@@ -73,11 +73,11 @@ def prepare_split(
     leaks = split.leaks(scan.twins)
     summary = scan.summary()
     if leaks:
-        summary.append(f'{len(leaks)} files to test on have the content of files to train on: '
+        summary.append(f'{len(leaks)} test files have the same content as training files: '
                        + some([f'{b} = {a}' for a, b in leaks], '; '))
     if config.holdout == 'auto' and not (split.holdout or config.cached or by_file):
-        summary.append('no files are held out, because a tenth of them would be fewer than 100, too few to choose the '
-                       'epoch by; the last epoch is used (--holdout 0.1 holds a tenth out anyway)')
+        summary.append('no files are held out: a tenth of them is fewer than 100, too few to choose the best epoch, so '
+                       'the last epoch is used (--holdout 0.1 holds out a tenth anyway)')
     for line in summary:
         _logger.info('%s', line)
     sides = [min(size) for size in scan.sizes.elements()]
@@ -92,7 +92,7 @@ def _check_held_out(config: FinetuneConfig, split: Split, given_by: str) -> None
         raise ValueError(f'patience needs held-out files, and {given_by} has none; name them there, or leave patience '
                          f'out')
     if config.holdout not in ('auto', 0):
-        _logger.warning('--holdout is without effect: what is held out is given by %s', given_by)
+        _logger.warning('--holdout has no effect: the held-out files are given by %s', given_by)
 
 
 def prepare_named(config: FinetuneConfig, data: str, download: bool) -> tuple[Split, dict[str, Any]]:
@@ -103,7 +103,7 @@ def prepare_named(config: FinetuneConfig, data: str, download: bool) -> tuple[Sp
         What `NamedImages` raises.
     """
     if config.class_weights:
-        raise ValueError('class_weights needs the labels beforehand, which a named data set does not give')
+        raise ValueError('class_weights needs all labels before training, which a named data set does not provide')
     classes = tuple(map(str, range(config.num_classes))) or None
     train, *choose, test = (
         NamedImages(data, part, part == config.parts[0], download, classes) for part in config.parts)
@@ -139,7 +139,7 @@ def build_model(config: FinetuneConfig) -> torch.nn.Module:
         ValueError: timm knows no such model, or it takes no such stem or input size.
         What `open_model` raises.
     """
-    kwargs = model_args(config)
+    kwargs = {'stem': config.stem} if config.stem else {}
     random_seed(config.seed)
     try:
         model = open_model(config.model, pretrained=config.pretrained, **kwargs)
@@ -152,11 +152,6 @@ def build_model(config: FinetuneConfig) -> torch.nn.Module:
         raise ValueError(f'the classifier of {config.model} is not a linear layer, so --train head cannot fit it to '
                          f'features; add --no-cache, or use --train all')
     return model
-
-
-def model_args(config: FinetuneConfig) -> dict[str, Any]:
-    """What the network's shape depends on beside its name."""
-    return {'stem': config.stem} if config.stem else {}
 
 
 def preprocessing(
@@ -208,8 +203,8 @@ def size_advice(model: torch.nn.Module, size: int, side: int) -> str:
     with torch.device('meta'):
         other = timm.create_model(_FOR_PHOTOGRAPHS)
     times = _multiply_adds(other, 224) / _multiply_adds(copy.deepcopy(model).to('meta'), size)
-    return (f'{text}; weights trained on photographs usually serve better: --model {_FOR_PHOTOGRAPHS} (ImageNet, 224 '
-            f'px) takes {times:.0f} times as long, or little with --train head, where it sees each photograph once')
+    return (f'{text}; weights trained on photographs usually work better: --model {_FOR_PHOTOGRAPHS} (ImageNet, 224 '
+            f'px) takes {times:.0f} times as long, or little with --train head, which uses each photograph once')
 
 
 def _multiply_adds(model: torch.nn.Module, size: int) -> int:

@@ -129,7 +129,7 @@ def draw_wrong(
             if maps[k] is not None:
                 axes[2 * k + 1].imshow(
                     maps[k][0].cpu().numpy(), cmap='jet', alpha=0.45, vmin=0, vmax=1, interpolation='bicubic')
-                set_title(axes[2 * k + 1], f'where it saw\n{answer}', 'black')
+                set_title(axes[2 * k + 1], f'Grad-CAM for\n{answer}', 'black')
     save_figure(figure, path)
     return rows
 
@@ -213,7 +213,7 @@ def _write_page(
         found: dict[str, Any],
 ) -> None:
     tested = f"files of {metrics['tested_on']}" if metrics['tested_on'] else 'test files'
-    title = f"{metrics['dataset']}: {metrics['top1']:.1f} % of {metrics['images']:,} {tested}"
+    title = f"{metrics['dataset']}: accuracy {metrics['top1']:.1f} % on {metrics['images']:,} {tested}"
     weakest = sorted(metrics['per_class'], key=lambda c: (metrics['per_class'][c] is None, metrics['per_class'][c]))
     classes = [(c, metrics['per_class'][c], metrics['precision'][c], counts[c]) for c in weakest]
     settings = json.loads((folder / 'recipe.json').read_text(encoding='utf-8'))['finetune']
@@ -221,7 +221,7 @@ def _write_page(
     made_with = [*metrics['used'].items(), *metrics['environment'].items()]
     curves = ('Loss, accuracy on held-out files, and penalty' if 'penalty' in metrics else
               'Loss, accuracy on held-out files, and learning rate')
-    bad = [*metrics['skipped'], *(f'{b} has the content of {a}, which was trained on' for a, b in metrics['leaks'])]
+    bad = [*metrics['skipped'], *(f'{b} has the same content as {a}, a training file' for a, b in metrics['leaks'])]
     write_page(
         folder, 'report.html', command, made_with, title=title, tested=tested, outcome=_outcome(metrics), curves=curves,
         mistakes=table(('true', 'predicted', 'files', '% of the class'), mistakes),

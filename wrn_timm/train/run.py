@@ -25,7 +25,7 @@ import signal
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,11 +39,11 @@ from ..names import is_utf8
 from ..schemas import read_record
 from ..weights import not_finite
 from .curves import plot_history
-from .machine import environment, hidden
+from .machine import Machine, environment, hidden
 
 __all__ = [
-    'TIME_BUDGET', 'RunControl', 'RunDir', 'any_process', 'begun_with', 'check_place', 'config_of', 'has_begun',
-    'holds_checkpoint', 'is_best', 'planned_runs', 'progress_bar']
+    'TIME_BUDGET', 'RunControl', 'RunDir', 'any_process', 'begun_with', 'check_begun', 'check_place', 'config_of',
+    'has_begun', 'holds_checkpoint', 'is_best', 'planned_runs', 'progress_bar', 'run_each']
 
 TIME_BUDGET = 'the time budget'  # as the reason why a run stopped
 _logger = logging.getLogger(__name__)
@@ -124,11 +124,44 @@ def planned_runs(
     if (out / _RECIPE).is_file():
         raise FileExistsError(f'{out} holds a run by itself; choose another --out for several seeds')
     if (out / 'metrics.json').is_file() and not resume:
-        raise FileExistsError(f'{out} already holds the figures of several seeds; choose another --out, or go on with '
-                              f'--resume')
+        raise FileExistsError(f'{out} already holds the results of several seeds; choose another --out, or continue '
+                              f'with --resume')
     folders = [(seed, out / f'seed-{seed}') for seed in range(config.seed, config.seed + seeds)]
     return [(dataclasses.replace(config, seed=seed), folder, resume and (folder / _RECIPE).is_file())
             for seed, folder in folders]
+
+
+def run_each(
+        planned: list[tuple[_Config, Path, bool]],
+        run: Callable[[_Config, Path, Machine], dict[str, Any] | None],
+        machine: Machine,
+) -> list[dict[str, Any]] | None:
+    """The metrics of each of the `planned_runs`, those that had ended included.
+
+    Args:
+        planned: From `planned_runs`.
+        run: Called with the settings, the folder, and the machine with what is left of its time budget; it returns the
+            metrics, or None if it was stopped.
+        machine: Of all runs together.
+
+    Returns:
+        None if a run was stopped, or one of several by the time budget.
+    """
+    found, deadline, several = [], machine.deadline(), len(planned) > 1
+
+    def can_go_on(metrics: dict[str, Any] | None) -> bool:
+        return metrics is None or several and metrics.get('stopped') == TIME_BUDGET
+
+    for config, folder, resume in planned:
+        file = folder / 'metrics.json'
+        metrics = json.loads(file.read_text(encoding='utf-8')) if several and resume and file.is_file() else None
+        if can_go_on(metrics):
+            left = dataclasses.replace(machine, resume=resume, time_budget=max(0., deadline - time.monotonic()))
+            metrics = run(config, folder, left)
+        if can_go_on(metrics):
+            return None
+        found.append(metrics)
+    return found
 
 
 def _check_known(there: dict[str, Any], known: dict[str, Any], recipe: dict[str, Any], file: Path) -> None:
@@ -180,6 +213,16 @@ def check_place(path: Path, wanted: int = 0) -> None:
                       f'are free at {there}; make room or choose another --out')
 
 
+def check_begun(path: str | Path) -> None:
+    """Make sure that a run directory holds a run to resume.
+
+    Raises:
+        FileNotFoundError: It does not.
+    """
+    if not (Path(path) / _RECIPE).is_file():
+        raise FileNotFoundError(f'{path} holds no run to resume')
+
+
 class RunDir:
     """Opens (or makes) a run directory, for this process alone as long as the object lives.
 
@@ -187,7 +230,7 @@ class RunDir:
         path: The directory.
         settings: What decides the run's result: recipe, seed, data. Kept in `recipe.json`. Of a dataclass, a field that
             the `recipe.json` of an older version lacks counts as having its default there.
-        resume: Go on with the run that is there; None for runs that cannot be resumed.
+        resume: Go on with the run that is there.
         write: False for the processes of a run that leave the writing to the first.
         device: Where the run computes, for its records.
         notes: What else the records say of the machine's part in it, as the precision.
@@ -204,7 +247,7 @@ class RunDir:
             self,
             path: str | Path,
             settings: dict[str, Any],
-            resume: bool | None = False,
+            resume: bool = False,
             write: bool = True,
             device: str | torch.device = 'cpu',
             notes: dict[str, str] | None = None,
@@ -226,18 +269,16 @@ class RunDir:
             write_json(self.recipe_file, record)
 
     @staticmethod
-    def check(path: str | Path, settings: dict[str, Any], resume: bool | None = False) -> None:
+    def check(path: str | Path, settings: dict[str, Any], resume: bool = False) -> None:
         """Raise what opening the run directory would, and leave nothing: for before the work that comes first."""
         if not is_utf8(path):
             raise ValueError(f'{path} is not UTF-8, which safetensors cannot open; choose another --out')
         recipe_file = Path(path) / _RECIPE
         if not resume:
             if has_begun(path):  # one that failed before has made nothing
-                raise FileExistsError(f'{path} already holds a run; choose another --out'
-                                      f'{", or continue with --resume" * (resume is not None)}')
+                raise FileExistsError(f'{path} already holds a run; choose another --out, or continue with --resume')
             return
-        if not recipe_file.is_file():
-            raise FileNotFoundError(f'{path} holds no run to resume')
+        check_begun(path)
         there, now = read_record(recipe_file), _plain(settings)
         _check_known(there, now | {'environment': None}, there, recipe_file)
         for key, value in settings.items():
@@ -284,7 +325,7 @@ class RunDir:
         try:
             atomic_write(newest, lambda p: _save(state, p))
         except OSError as e:
-            raise OSError(f'{e}. What was written before is whole: make room and continue with --resume') from e
+            raise OSError(f'{e}. Earlier files are intact: free some space and continue with --resume') from e
         if state['step'] == 0 and is_best(history):
             self._keep_best(newest)
         for old in _newest_first(self.checkpoints)[2:]:
@@ -318,7 +359,7 @@ class RunDir:
                     self._keep_best(path)
             return found
         if damaged:
-            raise ValueError(f'no checkpoint in {self.checkpoints} is whole; begin again with another --out')
+            raise ValueError(f'every checkpoint in {self.checkpoints} is damaged; start again with another --out')
         return None
 
     def _read(self, path: Path) -> dict[str, Any] | None:

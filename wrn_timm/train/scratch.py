@@ -16,6 +16,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate.tracking import get_available_trackers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -28,6 +29,7 @@ from ..data.small_sets import ImageArrays, load
 from ..files import atomic_write
 from ..recipes import Precision, Recipe, check_numbers
 from ..weights import export_weights
+from .accelerator import RunAccelerator
 from .machine import Machine, autocast, environment, kept_random_state, resolve_precision
 from .measure import evaluate
 from .optimizers import create_optimizer
@@ -56,6 +58,8 @@ class ScratchMachine(Machine):
     def __post_init__(self):
         super().__post_init__()
         check_numbers({'checkpoint_every': self.checkpoint_every}, math.inf)
+        if self.precision == 'fp16':
+            raise ValueError("training from scratch has no precision 'fp16'; choose 'auto', 'bf16' or 'no' (float32)")
 
 
 @dataclasses.dataclass
@@ -255,7 +259,6 @@ def _data(recipe: Recipe, folder: str, download: bool, rank: int, world: int) ->
 def _check_tracker(name: str) -> None:
     if not name:
         return
-    from accelerate.tracking import get_available_trackers  # takes seconds to import, and few ask for it
     available = [str(t) for t in get_available_trackers()]
     if name not in available:
         raise ValueError(f'tracker {name!r} is not known or not installed; install it (pip install {name}) or choose '
@@ -268,7 +271,6 @@ def _tracker(name: str, run: RunDir, settings: dict[str, Any], device: torch.dev
     if not name:
         yield None
         return
-    from .accelerator import RunAccelerator  # takes a second to import, and few ask for it
     tracker = RunAccelerator(device.type, log_with=name, project_dir=run.path)
     told = {k: str(v) if isinstance(v, tuple) else v for k, v in vars(settings['recipe']).items()}
     tracker.init_trackers('wrn_timm', told)
@@ -280,13 +282,8 @@ def _tracker(name: str, run: RunDir, settings: dict[str, Any], device: torch.dev
 
 def create_model(recipe: Recipe, num_classes: int) -> torch.nn.Module:
     """The network of a recipe, with fresh weights."""
-    return timm.create_model(recipe.model, num_classes=num_classes, **_model_args(recipe), **(
-        {'conv_drop_rate': recipe.conv_drop_rate} if recipe.conv_drop_rate else {}))
-
-
-def _model_args(recipe: Recipe) -> dict[str, Any]:
-    """What the network's shape depends on beside its name."""
-    return {'stem': recipe.stem} if recipe.stem else {}
+    return timm.create_model(  # which passes on no option that is None
+        recipe.model, num_classes=num_classes, stem=recipe.stem or None, conv_drop_rate=recipe.conv_drop_rate or None)
 
 
 @kept_random_state()
@@ -363,7 +360,7 @@ def _export(recipe: Recipe, learner: Learner, data: ImageArrays, half: bool, run
     folder = run.path / 'weights'
     export_weights(learner.averaged, folder, {
         'tag': recipe.tag or recipe.dataset, 'mean': data.mean, 'std': data.std, 'label_names': data.classes,
-        'input_size': tuple(data.images.shape[1:]), 'crop_pct': 1.0}, half, _model_args(recipe))
+        'input_size': tuple(data.images.shape[1:]), 'crop_pct': 1.0}, half)
     for name in ('recipe.json', 'history.csv', 'curves.png'):
         atomic_write(folder / name, partial(shutil.copyfile, run.path / name))
     return folder
