@@ -76,7 +76,7 @@ def show_error(error: Exception) -> None:
         return
     file = _file_at_hand(error)
     said = f'{type(error).__name__}{f": {error}" if str(error) else ""}{f", at {file}" if file else ""}'
-    print(f'error: {printable(said, lines=True)}; --traceback shows where it arose', file=sys.stderr)
+    print(f'error: {printable(said, lines=True)}; --traceback prints the full traceback', file=sys.stderr)
 
 
 def _file_at_hand(error: Exception) -> str:

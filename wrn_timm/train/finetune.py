@@ -214,7 +214,7 @@ def _open_run(
     main, named = accelerator.is_main_process, is_named(data)
     split, found, settings = None, {}, _settings(config, data)
     if Path(data).is_dir() and out.resolve().is_relative_to(Path(data).resolve()):
-        raise ValueError(f'{out} lies in {data}, where the next run would take its pictures for photographs; choose an '
+        raise ValueError(f'{out} lies in {data}, where the next run would read its plots as photographs; choose an '
                          f'--out outside it')
     if main:
         RunDir.check(out, settings, machine.resume)
