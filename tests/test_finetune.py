@@ -244,7 +244,7 @@ def test_a_run_leaves_the_process_of_its_caller_as_it_was(weights, photographs, 
 
 def test_a_run_within_its_photographs_is_refused(weights, photographs, capsys):
     assert tune(photographs, weights, photographs / 'run') == 1
-    assert 'would take its pictures for photographs; choose an --out outside it' in capsys.readouterr().err
+    assert 'would read its plots as photographs; choose an --out outside it' in capsys.readouterr().err
     assert not (photographs / 'run').exists()
 
 
