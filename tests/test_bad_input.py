@@ -262,7 +262,7 @@ def test_a_run_that_is_there_is_left_as_it_is(data, weights, tmp_path, capsys):
     assert tune(data, weights, tmp_path / 'run') == 1
     assert 'already holds a run; choose another --out, or continue with --resume' in capsys.readouterr().err
     assert tune(data, weights, tmp_path / 'run', '--resume', '--lr', '0.01') == 1
-    assert 'was started with other settings (finetune.lr: 0.05 there, 0.01 now)' in capsys.readouterr().err
+    assert 'was started with other settings (finetune.lr: was 0.05, now 0.01)' in capsys.readouterr().err
     assert (tmp_path / 'run' / 'metrics.json').read_bytes() == before
 
 
@@ -301,7 +301,7 @@ def test_what_a_run_needs_is_checked_before_the_data_is_read(weights, tmp_path, 
     assert 'seed-2 already holds a run' in capsys.readouterr().err
     assert tune('nowhere', weights, '/proc/run') == 1
     assert '/proc/run cannot be written to' in capsys.readouterr().err
-    with pytest.raises(OSError, match='take up to 1000000000000 MB, and .* MB are free at'):
+    with pytest.raises(OSError, match='take up to 1000000000000 MB, but only .* MB are free at'):
         check_place(tmp_path / 'new' / 'run', 10 ** 18)
     assert not (tmp_path / 'new').exists()
 

@@ -540,7 +540,7 @@ def test_figures_of_other_runs_are_not_written_over(run, photographs, weights, t
     before = (out / 'metrics.json').read_bytes()
     for resume in ((), ('--resume',)):
         assert tune(photographs, weights, out, '--seeds', '2', *resume) == 1
-        assert f'{out} holds a run by itself; choose another --out for several seeds' in capsys.readouterr().err
+        assert f'{out} holds a single run; choose another --out for several seeds' in capsys.readouterr().err
     (tmp_path / 'several').mkdir()
     (tmp_path / 'several' / 'metrics.json').write_bytes(before)
     assert tune(photographs, weights, tmp_path / 'several', '--seeds', '2', '--seed', '5') == 1
@@ -1133,7 +1133,7 @@ def test_a_stream_among_processes_is_refused_before_anything_is_written(tmp_path
     accelerator = SimpleNamespace(
         is_main_process=True, num_processes=2, local_main_process_first=contextlib.nullcontext)
     model = timm.create_model('wrn16_1')
-    with pytest.raises(ValueError, match='wds/x is a stream, which is read in one process; start it without torchrun'):
+    with pytest.raises(ValueError, match='wds/x is a stream, which only one process can read; run without torchrun'):
         ft._open_run(FinetuneConfig(), model, 'wds/x', tmp_path / 'run', accelerator, Machine())
     assert not (tmp_path / 'run').exists()
 

@@ -110,7 +110,7 @@ def test_recipes_of_other_versions(run):
     del recipe['recipe']['sam_rho']
     run.recipe_file.write_text(json.dumps(recipe))
     RunDir.check(run.path, SETTINGS, resume=True)
-    with pytest.raises(ValueError, match=r'other settings \(recipe.sam_rho: 0.0 there, 0.1 now\)'):
+    with pytest.raises(ValueError, match=r'other settings \(recipe.sam_rho: was 0.0, now 0.1\)'):
         RunDir.check(run.path, {**SETTINGS, 'recipe': dataclasses.replace(RECIPES['smoke'], sam_rho=.1)}, resume=True)
     recipe['recipe']['warp'] = 9
     recipe['environment']['wrn_timm'] = '99.0'

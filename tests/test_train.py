@@ -90,7 +90,7 @@ def test_another_run_is_not_written_over(run, tmp_path, capsys):
     assert train_script.main(['--recipe', 'smoke', '--out', str(run)]) == 1
     assert f'{run} already holds a run; choose another --out, or continue with --resume' in capsys.readouterr().err
     assert train_script.main(['--recipe', 'smoke', '--out', str(run), '--resume', '--seed', '7']) == 1
-    assert 'was started with other settings (seed: 0 there, 7 now)' in capsys.readouterr().err
+    assert 'was started with other settings (seed: was 0, now 7)' in capsys.readouterr().err
     assert train_script.main(['--recipe', 'smoke', '--out', str(tmp_path / 'none'), '--resume']) == 1
     assert 'holds no run to resume' in capsys.readouterr().err
     assert train_script.main(['--recipe', 'quik', '--out', str(tmp_path / 'none')]) == 1
@@ -145,7 +145,7 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_exported(tmp_path, mon
     monkeypatch.setattr(torch.optim.SGD, 'step', breaking)
     half = (len(load('synthetic', '', train=True)) - holdout) // 2
     recipe = dataclasses.replace(SMOKE, epochs=2, batch_size=half, holdout=holdout, ema_decay=0.)
-    with pytest.raises(FloatingPointError, match='epoch 2.* are from before'):
+    with pytest.raises(FloatingPointError, match='epoch 2.* are not affected'):
         train(recipe, '', tmp_path / 'run', checkpoint_every=0.)
     assert not (tmp_path / 'run' / 'weights').exists()
     monkeypatch.undo()
@@ -606,7 +606,7 @@ def test_auto_precision_is_what_the_processor_is_fast_in(monkeypatch, instructio
         resolve_precision('fp16', 'cpu')
     with pytest.raises(ValueError, match="precision 'half' is unknown"):
         resolve_precision('half', 'cpu')
-    with pytest.raises(ValueError, match="from scratch has no precision 'fp16'"):
+    with pytest.raises(ValueError, match="from scratch does not support precision 'fp16'"):
         scratch.ScratchMachine('cuda', precision='fp16')
 
 

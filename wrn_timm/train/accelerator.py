@@ -1,4 +1,4 @@
-"""accelerate, with the device and the precision of each run."""
+"""An Accelerator whose device and precision can change from run to run."""
 from __future__ import annotations
 
 import contextlib
@@ -18,7 +18,7 @@ __all__ = ['RunAccelerator', 'kept_accumulation', 'make_accelerator']
 
 @contextlib.contextmanager
 def kept_accumulation() -> Iterator[None]:
-    """Have an Accelerator of the caller go on afterwards with its own gradient accumulation, which all share."""
+    """Restore the caller's gradient accumulation settings, which all Accelerators share, on exit."""
     before = GradientState().plugin_kwargs
     try:
         yield
@@ -27,32 +27,33 @@ def kept_accumulation() -> Iterator[None]:
 
 
 class RunAccelerator(Accelerator):
-    """An Accelerator whose device and precision are those of one run.
+    """An Accelerator with its own device and precision.
 
-    accelerate fixes both for as long as the process lives. A notebook that fine-tunes on the CPU and then on the GPU,
-    or in bfloat16 and then in float32, needs others for each run. The processes that `torchrun` or `accelerate launch`
-    started share one kind of device.
+    accelerate fixes both for the lifetime of a process, but a notebook may fine-tune on the CPU and then on the GPU, or
+    in bfloat16 and then in float32. The processes started by `torchrun` or `accelerate launch` share one kind of
+    device.
 
-    Networks compute in this precision within `autocast()` only; `prepare` leaves their forward pass as it is.
+    Networks compute in this precision only within `autocast()`; `prepare` does not change their forward pass.
 
     Args:
         device: 'cpu' or 'cuda'.
-        precision: Of `autocast()`, as `resolve_precision` takes it. With 'fp16', `backward` scales the loss.
-        **kwargs: Of `accelerate.Accelerator`.
+        precision: Precision of `autocast()`, as in `resolve_precision`. With 'fp16', `backward` scales the loss.
+        **kwargs: Arguments of `accelerate.Accelerator`.
 
     Raises:
-        ValueError: The device is another, or torch finds no GPU; or what `resolve_precision` raises.
+        ValueError: The device is neither 'cpu' nor 'cuda', or torch finds no GPU.
+        What `resolve_precision` raises.
     """
 
     def __init__(self, device: str, precision: Precision = 'no', **kwargs: Any):
         if device not in ('cpu', 'cuda') or (device == 'cuda' and not torch.cuda.is_available()):
             raise ValueError(f"device is {device!r}; choose 'cpu', or 'cuda' on a machine where torch finds a GPU")
         self._device, self._precision = torch.device(device), resolve_precision(precision, device)
-        several = 'LOCAL_RANK' in os.environ  # by which accelerate goes too
+        several = 'LOCAL_RANK' in os.environ  # accelerate checks it too
         super().__init__(cpu=several and device == 'cpu', **kwargs)
         if several:
             self._device = self.state.device  # the GPU of this process
-        self.native_amp = False  # in whatever precision an earlier Accelerator of the process was
+        self.native_amp = False  # whatever the precision of earlier Accelerators in this process
         self.scaler = torch.amp.GradScaler(device) if self._precision == 'fp16' else None
 
     @property
@@ -69,7 +70,7 @@ class RunAccelerator(Accelerator):
 
 
 def make_accelerator(config: FinetuneConfig, device: str) -> Accelerator:
-    """The device, the precision and the processes of a run."""
+    """The Accelerator of a fine-tuning run."""
     return RunAccelerator(
         device, config.precision, gradient_accumulation_steps=config.accumulate,
         dataloader_config=DataLoaderConfiguration(split_batches=True, dispatch_batches=False, non_blocking=True),

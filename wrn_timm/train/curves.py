@@ -14,7 +14,7 @@ __all__ = ['plot_history']
 
 
 def _log_scale(axes: Axes) -> None:
-    """A logarithmic y axis that has ticks however little the values differ."""
+    """Make the y axis logarithmic, with ticks even if the values differ little."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
     low, high = (float(value) for value in axes.dataLim.intervaly)
     if not 0 < low <= high < math.inf:  # a loss of 0
@@ -25,12 +25,12 @@ def _log_scale(axes: Axes) -> None:
 
 
 def _plain_number(value: float) -> str:
-    """As it is written on paper: 0.0005, and neither 5e-04 nor 0.0005000000000000001."""
+    """A number in plain decimal notation: 0.0005, not 5e-04 or 0.0005000000000000001."""
     return np.format_float_positional(float(f'{value:.6g}'), trim='-')
 
 
 def plot_history(history: list[dict[str, float]], path: Path) -> None:
-    """Draw loss, accuracy and learning rate over the epochs, or the penalties of a classifier fitted to features."""
+    """Draw loss, accuracy and learning rate over the epochs, or over the penalties of a classifier on features."""
     from matplotlib.figure import Figure
     groups = {'loss': [], 'accuracy, %': [], 'learning rate': [], 'penalty': []}
     for column in history[-1]:
@@ -54,6 +54,6 @@ def plot_history(history: list[dict[str, float]], path: Path) -> None:
         if title in ('loss', 'penalty'):
             _log_scale(axes)
         axes.yaxis.set_major_formatter(lambda value, _: _plain_number(value))
-        if column not in ('lr', 'penalty'):  # which the title names
+        if column not in ('lr', 'penalty'):  # the title names these
             axes.legend(loc='upper center', bbox_to_anchor=(0.5, -0.15), ncols=len(columns), frameon=False)
     figure.savefig(path, dpi=100)

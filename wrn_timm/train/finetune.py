@@ -1,4 +1,4 @@
-"""Fine-tuning pretrained weights on photographs: from a folder to weights, figures and a report."""
+"""Fine-tune pretrained weights on photographs: from a folder of images to weights, metrics and a report."""
 from __future__ import annotations
 
 import copy
@@ -50,7 +50,7 @@ __all__ = ['finetune', 'finetune_seeds']
 
 _logger = logging.getLogger(__name__)
 
-_LEAST_STEPS = 20  # per epoch, with a batch size that is found
+_LEAST_STEPS = 20  # per epoch, with batch size 'auto'
 
 
 @kept_random_state()
@@ -62,23 +62,23 @@ def finetune(
         machine: Machine = Machine(),  # noqa: B008  (it is frozen)
         on_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> dict[str, Any] | None:
-    """Fine-tune on `data` and leave a run directory with weights, metrics and a report.
+    """Fine-tune on `data` and write weights, metrics and a report to a run directory.
 
     Under `torchrun` or `accelerate launch`, the processes share each batch, and only the first one writes files. A
     resumed run continues after its last complete epoch; on a CPU the result is that of an uninterrupted run.
 
     Args:
         config: Model, split, optimizer, augmentation... (the options of the command).
-        data: Folder of class folders (split into `train/` and `test/`, or not), `FILE.csv`, `caltech101:DIR`, or a data
-            set known to timm (`hfds/...`).
+        data: Folder of class folders (optionally split into `train/` and `test/`), `FILE.csv`, `caltech101:DIR`, or a
+            data set known to timm (`hfds/...`).
         out: Run directory.
         machine: Device, workers, time budget... An epoch that would not finish within the time budget is not started,
             except the first.
-        on_epoch: Called with each epoch's line of the history.
+        on_epoch: Called with each epoch's row of the history.
 
     Returns:
         The metrics of the best weights on the test files, as written to `metrics.json`; None if SIGTERM or Ctrl-C
-        stopped the run while it trained.
+        stopped the run during training.
 
     Raises:
         FileExistsError: `out` already holds a run.
@@ -93,10 +93,10 @@ def finetune(
         _logger.warning('no effect on a classifier that is fitted to features: %s; --no-cache trains it with these '
                         'settings', ', '.join(unused))
     accelerator = make_accelerator(config, machine.device)
-    with accelerator.local_main_process_first():  # it may have to download them, and the others then find them
+    with accelerator.local_main_process_first():  # it may download weights, which the others then find
         model = build_model(config)
     run, split, found = _open_run(config, model, str(data), Path(out), accelerator, machine)
-    random_seed(config.seed)  # whatever was drawn before
+    random_seed(config.seed)  # regardless of what was drawn before
     model.reset_classifier(len(split.train.classes))
     model.to(accelerator.device, memory_format=torch.channels_last)
     transforms, cfg = preprocessing(config, model, data_name(str(data)), split.train.classes)
@@ -118,13 +118,13 @@ def finetune(
 
 @dataclasses.dataclass
 class _Job:
-    """A run under way.
+    """A run in progress.
 
     Attributes:
-        found: What is there to report of the data.
-        transforms: Of the 'train' and the 'test' files.
-        cfg: What the weights' configuration says beyond the network's own.
-        earlier: Seconds that the run which is resumed had taken; None until its checkpoint is read.
+        found: Facts about the data for the report, from `prepare_split`, and its location as `data`.
+        transforms: Transforms of the 'train' and the 'test' files.
+        cfg: Fields that the exported weights' `pretrained_cfg` adds to the network's own.
+        earlier: Seconds of training before the run was resumed; None until the checkpoint is read.
     """
     config: FinetuneConfig
     model: torch.nn.Module
@@ -145,11 +145,11 @@ class _Job:
 
 
 def _test(job: _Job, fitted: Fitted, best_epoch: int, train_seconds: float, started: float) -> dict[str, Any]:
-    """Measure `best/` on the test files, and write all that tells of it."""
+    """Measure `best/` on the test files and write the results."""
     config, split, found, accelerator = job.config, job.split, job.found, job.accelerator
     best = open_model(str(job.control.run.path / 'best')).to(accelerator.device, memory_format=torch.channels_last)
     transform = eval_transform(best)
-    with in_float32():  # as `validate` measures
+    with in_float32():  # as in `validate`
         result = predict(best, split.test.as_dataset(transform), accelerator, job.machine.workers, 'testing',
                          job.machine.progress)
     _check_readable(result, job.machine)
@@ -172,14 +172,14 @@ def _test(job: _Job, fitted: Fitted, best_epoch: int, train_seconds: float, star
 
 
 def _chosen_by(config: FinetuneConfig, fitted: Fitted, split: Split) -> str:
-    """What decided which weights are in `best/`."""
+    """How the weights in `best/` were chosen, in words."""
     if config.cached:
         return 'files that the classifier was not fitted to'
     return 'the end of the schedule' if fitted.last or not split.holdout else 'held-out files'
 
 
 def _used(job: _Job) -> dict[str, Any]:
-    """The settings that had an effect, with what was found for those that were left open."""
+    """The settings that had an effect, with 'auto' and the like replaced by the values used."""
     config, split, precision = job.config, job.split, job.accelerator.mixed_precision
     found_out = {'model': weights_name(config.model), 'split': job.found.get('split'), 'input_size': job.size,
                  'holdout': f'{len(split.holdout)} files' if split.holdout else 'none',
@@ -194,11 +194,11 @@ def _settings(config: FinetuneConfig, data: str) -> dict[str, Any]:
 
 
 def _room(config: FinetuneConfig, model: torch.nn.Module) -> int:
-    """Bytes of `last/`, `best/` and the checkpoints: the last two, the best and the one that is being written."""
+    """Size in bytes of `last/`, `best/` and the checkpoints: the last two, the best and the one being written."""
     def size(module: torch.nn.Module) -> int:
         return sum(t.nbytes for t in module.state_dict().values())
 
-    checkpoint = 0 if config.cached else size(model) * (3 if config.ema_decay else 2)  # momentum too
+    checkpoint = 0 if config.cached else size(model) * (3 if config.ema_decay else 2)  # with momentum
     return 2 * size(model) + 4 * checkpoint
 
 
@@ -210,7 +210,7 @@ def _open_run(
         accelerator: Accelerator,
         machine: Machine,
 ) -> tuple[RunDir, Split, dict[str, Any]]:
-    """The run directory, with the split in it, that the first process makes and the others read."""
+    """Open the run directory and split the data; the first process writes the split, and the others read it."""
     main, named = accelerator.is_main_process, is_named(data)
     split, found, settings = None, {}, _settings(config, data)
     if Path(data).is_dir() and out.resolve().is_relative_to(Path(data).resolve()):
@@ -224,7 +224,7 @@ def _open_run(
             split, found = prepare_named(config, data, machine.download)
         streamed = any(part and part.streamed for part in (split.train, split.holdout, split.test))
         if streamed and accelerator.num_processes > 1:
-            raise ValueError(f'{data} is a stream, which is read in one process; start it without torchrun')
+            raise ValueError(f'{data} is a stream, which only one process can read; run without torchrun')
     elif main:
         split, found = prepare_split(config, data, machine, out if machine.resume else None)
     run = RunDir(out, settings, machine.resume, write=main, device=accelerator.device)
@@ -236,7 +236,7 @@ def _open_run(
 
 
 def _train_with_room(job: _Job) -> tuple[torch.nn.Module, Fitted]:
-    """`_train`, with the batch size that memory has room for where it is to be found."""
+    """Run `_train`; batch size 'auto' becomes the largest that fits memory."""
     find = job.config.batch_size == 'auto' and not job.config.cached
     if find:
         most = max(8, min(256, len(job.split.train) // _LEAST_STEPS // job.accelerator.num_processes))
@@ -247,20 +247,20 @@ def _train_with_room(job: _Job) -> tuple[torch.nn.Module, Fitted]:
     while True:
         try:
             return _train(job)
-        except BatchTooLarge as e:  # the optimizer and the averaged weights take their share too
+        except BatchTooLarge as e:  # the trial did not include the optimizer and the EMA weights
             if not (find and e.fits) or job.accelerator.num_processes > 1:
                 raise
             smaller = e.fits
-        _logger.info('batch size %d instead', smaller)
+        _logger.info('retrying with batch size %d', smaller)
         job.config = dataclasses.replace(job.config, batch_size=smaller)
         job.accelerator.free_memory()
         job.model.load_state_dict(before)
-        job.model.requires_grad_(True)  # an optimizer leaves out what is frozen when it is made
-        job.machine = dataclasses.replace(job.machine, resume=True)  # from the last epoch, where there is one
+        job.model.requires_grad_(True)  # the new optimizer would leave out frozen parameters
+        job.machine = dataclasses.replace(job.machine, resume=True)  # from the last checkpoint, if there is one
 
 
 def _announce(job: _Job) -> None:
-    """Say what is about to happen, and what would be better."""
+    """Log what is about to be trained, with advice on the settings."""
     config, split = job.config, job.split
     held_out = len(split.holdout or ())
     _logger.info('%d classes, %d files to train on, %d held out, %d to test on', len(split.train.classes),
@@ -276,7 +276,7 @@ def _announce(job: _Job) -> None:
 
 
 def _train(job: _Job) -> tuple[torch.nn.Module, Fitted]:
-    """What was fitted, the model or its classifier, and the result."""
+    """Train; returns what was fitted (the model or its classifier) and the result."""
     config, split, accelerator, machine = job.config, job.split, job.accelerator, job.machine
     holdout = split.holdout.as_dataset(job.transforms['test']) if split.holdout else None
     class_weights = _balance(split.train) if config.class_weights else None
@@ -293,13 +293,13 @@ def _train(job: _Job) -> tuple[torch.nn.Module, Fitted]:
     else:
         network, memory = job.model, machine.image_memory * 1e9
         room = len(holdout or ()) * 3 * job.size ** 2 * 4
-        # three times as much while it is gathered, and processes would send it to one another
+        # gathering needs three times this memory, and several processes would exchange the images
         if isinstance(split.holdout, ImageFiles) and 3 * room <= memory and accelerator.num_processes == 1:
             holdout = _keep(predict(torch.nn.Identity(), holdout, accelerator, workers=machine.workers), bad, machine)
             memory -= room
         train = training_set(config, split, job.transforms['train'], job.size, memory)
         finetuner = Finetuner(network, config, accelerator, job.control, machine, job.on_epoch)
-        if job.earlier is None:  # a smaller batch goes on with what this process has done
+        if job.earlier is None:  # a retry with a smaller batch resumes this process's own work
             job.earlier = finetuner.seconds
         with job.control:
             fitted = finetuner.fit(train, holdout, class_weights)
@@ -307,8 +307,7 @@ def _train(job: _Job) -> tuple[torch.nn.Module, Fitted]:
 
 
 def _fit_classifier(classifier: torch.nn.Linear, linear: LinearFit, job: _Job) -> Fitted:
-    """Fit the classifier to features: in a run's terms an epoch is a penalty, and both `last/` and `best/` the best's.
-    """
+    """Fit the classifier to features; each penalty tried counts as an epoch, and `last/` and `best/` are the same."""
     began, history, stopped, run = time.monotonic(), [], '', job.control.run
     with job.control:
         for row, _ in linear.path():
@@ -330,7 +329,7 @@ def _fit_classifier(classifier: torch.nn.Linear, linear: LinearFit, job: _Job) -
         classifier.weight.copy_(weight)
         if classifier.bias is not None:
             classifier.bias.copy_(bias)
-    if not interrupted:  # it has no checkpoints, and begins anew
+    if not interrupted:  # there are no checkpoints, so it will start over
         run.write_history(history)
     return Fitted(classifier, history, [], stopped, interrupted, penalty=best['penalty'])
 
@@ -353,7 +352,7 @@ def _find_batch_size(
         most: int,
 ) -> int:
     """The largest batch size, over all processes, that fits their memory; at most `most` images per process."""
-    before = copy.deepcopy(model.state_dict())  # the trial moves BatchNorm's statistics
+    before = copy.deepcopy(model.state_dict())  # the trial changes BatchNorm's statistics
 
     def step(n: int) -> None:
         images = torch.zeros(n, *size, device=accelerator.device).contiguous(memory_format=torch.channels_last)
@@ -378,13 +377,12 @@ def _balance(files: ImageFiles) -> torch.Tensor:
 
 
 def _export(job: _Job, network: torch.nn.Module, fitted: Fitted) -> int:
-    """Write `last/` and `best/`, whose epoch is returned. `network` is what was fitted: the model or its classifier.
-    """
+    """Write `last/` and `best/`; returns the epoch of `best/`. `network` is what was fitted (see `_train`)."""
     run = job.control.run
     network.load_state_dict(fitted.network.state_dict())
     export_weights(job.model, run.path / 'last', job.cfg)
     epoch, last = fitted.best_epoch(), fitted.history[-1]['epoch']
-    if not (fitted.last or fitted.penalty):  # those are what was fitted
+    if not (fitted.last or fitted.penalty):  # otherwise `network` already holds the best
         if best := run.load_best():
             network.load_state_dict(best['ema'] or best['model'])
             epoch = best['epoch']
@@ -405,11 +403,11 @@ def _finish(job: _Job, metrics: dict[str, Any], model: torch.nn.Module, result: 
         for file in ('history.csv', 'curves.png'):
             atomic_write(folder / file, functools.partial(shutil.copyfile, run.path / file))
     finish_weights_folder(run.path / 'best', metrics)
-    write_json(run.path / 'metrics.json', metrics)  # last, because it tells that the run is finished
+    write_json(run.path / 'metrics.json', metrics)  # last, because it marks the run as finished
 
 
 def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The record of a run for a weights folder, which may be published: names in place of paths of this machine."""
+    """The recipe with names in place of local paths, for a weights folder that may be published."""
     settings = recipe['finetune']
     names = {'model': weights_name(settings['model']), 'split': split_name(settings['split'])}
     return {**recipe, 'finetune': settings | names}
@@ -425,21 +423,22 @@ def finetune_seeds(
 ) -> dict[str, Any] | None:
     """Fine-tune once for each of `seeds` seeds, starting with `config.seed`.
 
-    A single run is written to `out`, several to `out/seed-N`. Several runs also write `out/metrics.json`, which has all
-    that is returned except `runs`.
+    A single run is written to `out`, several to `out/seed-N`. With several runs, the returned summary without `runs` is
+    also written to `out/metrics.json`.
 
     Returns:
-        `way`, `dataset`, `protocol`, `input_size`, `epochs` (where there are any), `stem`, `seeds`, `seconds` of all,
-        `settings` (the fields of `config` that are not the default), `runs` (their metrics), and of `top1`,
-        `mean_per_class` and `ece` the `mean`, the sample standard deviation `std` and the `values`. None if a run was
-        stopped by SIGTERM or Ctrl-C, or one of several by the time budget, which is that of all together.
+        A summary with `way`, `dataset`, `protocol`, `input_size`, `epochs` (if there are any), `stem`, `seeds`,
+        `seconds` (total), `settings` (the fields of `config`, except `model`, that are not the default) and `runs`
+        (the metrics of each run), and with the `mean`, the sample standard deviation `std` and the `values` of `top1`,
+        `mean_per_class` and `ece`. None if a run was stopped by SIGTERM or Ctrl-C, or if one of several ran out of the
+        time budget, which they share.
 
     Raises:
         What `finetune` raises; finished runs are kept. With `resume`, they are skipped.
     """
     first = int(os.environ.get('RANK', 0)) == 0
     planned = planned_runs(config, out, seeds, machine.resume)
-    for own, folder, resume in planned if first else ():  # of all, before the first is run
+    for own, folder, resume in planned if first else ():  # check all of them before the first run
         RunDir.check(folder, _settings(own, str(data)), resume)
     runs = run_each(planned, lambda own, folder, left: finetune(own, data, folder, left, on_epoch), machine)
     if runs is None:

@@ -1,4 +1,4 @@
-"""The loop that fine-tunes: epochs over a data set that may lose files, on any devices, resumed at any epoch."""
+"""The fine-tuning loop. It skips files that become unreadable, runs in one or more processes and can be resumed."""
 from __future__ import annotations
 
 import dataclasses
@@ -30,10 +30,10 @@ __all__ = ['BatchTooLarge', 'Finetuner', 'Fitted']
 
 
 class BatchTooLarge(RuntimeError):
-    """A step does not fit the device's memory.
+    """A training step does not fit the device's memory.
 
     Attributes:
-        fits: The batch size that was tried and fits, over all processes; 0 where not even one image does.
+        fits: Largest batch size tried that fits, over all processes; 0 if not even one image does.
     """
 
     def __init__(self, message: str, fits: int):
@@ -43,16 +43,16 @@ class BatchTooLarge(RuntimeError):
 
 @dataclasses.dataclass
 class Fitted:
-    """What a fine-tuning run leaves.
+    """The result of a fine-tuning run.
 
     Attributes:
-        network: The last epoch's weights, averaged ones where they are asked for.
-        history: A row per epoch, or per penalty of the classifier on cached features.
-        bad: Why files could not be read while training went on.
-        stopped: Why it ended before the last epoch; '' if it did not.
-        interrupted: Whether a signal to any process stopped it.
-        penalty: Of the classifier on cached features; 0 for other ways.
-        last: Whether the last epoch is the one to take, whatever the held-out files say.
+        network: The network after the last epoch, with EMA weights if they are on.
+        history: One row per epoch, or per penalty of a classifier on cached features.
+        bad: Why files could not be read during training.
+        stopped: Why training ended before the last epoch; '' if it did not.
+        interrupted: Whether a signal to any process stopped training.
+        penalty: Penalty of a classifier on cached features; 0 otherwise.
+        last: Whether to use the last epoch regardless of the held-out accuracy.
     """
     network: torch.nn.Module
     history: list[dict[str, float]]
@@ -63,7 +63,7 @@ class Fitted:
     last: bool = False
 
     def best_epoch(self) -> int:
-        """The epoch most accurate on the held-out files (the later of equals), or the last where they do not choose."""
+        """The epoch of the best weights: the highest held-out accuracy (the later of equals), or the last epoch."""
         if self.penalty:
             return next(row['epoch'] for row in self.history if row['penalty'] == self.penalty)
         if self.last:
@@ -72,10 +72,10 @@ class Fitted:
 
 
 class _Unfreezing:
-    """Which layers train: none but the last at first, all from the middle of the run on, one stage after another.
+    """Selects the layers to train: all, only the classifier ('head'), or more and more of them ('gradual').
 
-    The order is timm's own (`group_matcher`), from the classifier to the stem. A frozen layer's BatchNorm statistics
-    stand still too.
+    'gradual' begins with the classifier and unfreezes the stages in the reverse order of timm's `group_matcher`, so
+    that all layers train from the middle of the run on. The BatchNorm statistics of frozen layers are frozen too.
     """
 
     def __init__(self, network: torch.nn.Module, way: str, epochs: int):
@@ -90,7 +90,7 @@ class _Unfreezing:
         self.every = max(1, epochs // 2 / max(1, self.last))
 
     def train(self, epoch: int) -> None:
-        """Set the network up for an epoch."""
+        """Put the network into training mode for an epoch, and freeze or unfreeze its layers."""
         self.network.train()
         lowest = max(0, self.last - int(epoch // self.every)) if self.gradual else self.last
         for name, module in self.network.named_modules():
@@ -103,7 +103,7 @@ class _Unfreezing:
 
 @dataclasses.dataclass
 class _State:
-    """How far a run is, and what its records say."""
+    """Progress of a run, as saved in its checkpoints."""
     epoch: int = 0
     seconds: float = 0.
     epoch_seconds: float = 0.
@@ -111,27 +111,27 @@ class _State:
     bad: list[str] = dataclasses.field(default_factory=list)
 
     def note_bad(self, reasons: list[str]) -> None:
-        """Keep why files could not be read, each once."""
+        """Record why files could not be read, without repetitions."""
         self.bad = list(dict.fromkeys([*self.bad, *reasons])) if reasons else self.bad
 
     def epochs_without_gain(self) -> int:
-        """Epochs since the one most accurate on held-out files."""
+        """Epochs since the highest held-out accuracy."""
         accuracies = [row['holdout_accuracy'] for row in self.history if 'holdout_accuracy' in row]
         return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
 
 
 class Finetuner:
-    """Trains a network, keeping a checkpoint per epoch.
+    """Trains a network, saving checkpoints between epochs.
 
-    All that is drawn at random is keyed by (seed, epoch), so that a run resumed at an epoch gives the same result.
+    Random numbers depend only on (seed, epoch, process), so that a run resumed at an epoch gives the same result.
 
     Args:
-        network: On the accelerator's device.
+        network: Network on the accelerator's device, trained in place.
         config: Settings of the training.
-        accelerator: Device, precision, processes and accumulation; it shares each batch among the processes.
-        control: When to save and to stop, and where.
-        machine: Workers, what to do with files that cannot be read, whether to resume.
-        on_epoch: Called with each line of the history.
+        accelerator: Device, precision and gradient accumulation; it splits each batch among the processes.
+        control: Run directory, and when to save and to stop.
+        machine: Workers, handling of unreadable files, and whether to resume.
+        on_epoch: Called with each epoch's row of the history.
 
     Raises:
         What `RunDir.load_checkpoint` raises.
@@ -151,8 +151,8 @@ class Finetuner:
         self.optimizer = create_optimizer_v2(
             network, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum,
             layer_decay=config.layer_decay if hasattr(network, 'group_matcher') else None,
-            # fused, it takes no group in which some layers have begun to train and some have not, and where the very
-            # first step of float16 overflows, the momentum of SGD begins with what was in memory
+            # A fused optimizer does not accept a group in which only some layers have started to train. And if the
+            # first float16 step overflows, the momentum of fused SGD starts from uninitialised memory.
             **({} if config.train == 'gradual' or accelerator.scaler else fused(config.opt)))
         self.ema = ModelEmaV3(network, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self._unfreezing = _Unfreezing(network, config.train, config.epochs)
@@ -163,12 +163,12 @@ class Finetuner:
 
     @property
     def averaged(self) -> torch.nn.Module:
-        """The network to measure and to export."""
+        """The network to measure and to export: with EMA weights if they are on."""
         return self.ema.module if self.ema else self.network
 
     @property
     def seconds(self) -> float:
-        """How long the run has trained up to its last complete epoch."""
+        """Training time up to the last complete epoch, in seconds."""
         return self._state.seconds
 
     def fit(
@@ -177,20 +177,20 @@ class Finetuner:
             holdout: Dataset | None = None,
             class_weights: torch.Tensor | None = None,
     ) -> Fitted:
-        """Train to the end, or until the run has to stop: by its time budget, by a signal, for want of progress.
+        """Train to the end, or until the time budget, a signal or early stopping ends the run.
 
-        The time budget ends it before an epoch that would not fit, but never before the first.
+        An epoch that would not finish within the time budget is not started, except the first.
 
         Args:
-            train: Of (image, label).
-            holdout: Measured every epoch, to choose the epoch by where there are a hundred; None for none.
-            class_weights: (classes,), of the loss.
+            train: Data set of (image, label).
+            holdout: Held-out data set, measured after every epoch. It chooses the epoch if it has at least 100 files.
+            class_weights: Weights of the classes in the loss, (classes,).
 
         Raises:
-            FloatingPointError: A loss is no longer finite, or a weight; the checkpoints before it stand.
-            BatchTooLarge: Out of memory; the batch size that would fit is named.
-            ValueError: A file cannot be read, and the machine's `on_bad` is 'fail', or none of a whole batch can; or
-                the batch size does not divide among the processes.
+            FloatingPointError: A loss or a weight is no longer finite; earlier checkpoints are kept.
+            BatchTooLarge: Out of memory; the message names a batch size that fits.
+            ValueError: A file cannot be read and `machine.on_bad` is 'fail'; no file of a batch can be read; or the
+                batch size cannot be divided among the processes.
         """
         state, config, accelerator = self._state, self.config, self.accelerator
         model, loader = self._prepare(train)
@@ -216,19 +216,19 @@ class Finetuner:
                     self.control.save(self._saved(), state.history)
                     saved_epoch = state.epoch
                 self._tell(state.history[-1])
-        if saved_epoch != state.epoch and not amid:  # amid an epoch the weights are not those of its beginning
+        if saved_epoch != state.epoch and not amid:  # mid-epoch, the weights are of no complete epoch
             self.control.save(self._saved(), state.history)
             saved_epoch = state.epoch
         if saved_epoch:
             self.control.run.write_history(state.history)
         self._clean_up()
-        few = len(holdout or ()) < ENOUGH_TO_CHOOSE and not stopped  # before its end no epoch is the schedule's best
+        few = len(holdout or ()) < ENOUGH_TO_CHOOSE and not stopped  # if stopped early, the last epoch may not be best
         bad = list(dict.fromkeys(gather_object(state.bad))) if accelerator.num_processes > 1 else state.bad
         interrupted, = any_process(self.control.signalled, device=accelerator.device)
         return Fitted(self.averaged, state.history, bad, stopped, interrupted, last=few)
 
     def _prepare(self, train: Dataset) -> tuple[torch.nn.Module, DataLoader]:
-        """The network and the batches as accelerate shares them among the processes."""
+        """The network and the loader, prepared by accelerate to share each batch among the processes."""
         config, world = self.config, self.accelerator.num_processes
         self._batch_size = min(config.batch_size, len(train))
         if self._batch_size % world:
@@ -236,7 +236,7 @@ class Finetuner:
         self._order = torch.Generator()
         loader = make_loader(train, self._batch_size, self.machine.workers, self.accelerator.device.type == 'cuda',
                              shuffle=True, drop_last=True, generator=self._order)
-        self._steps = len(train) // self._batch_size  # a stream's loader knows it less well
+        self._steps = len(train) // self._batch_size  # less exact from the loader of a stream
         self._timer = _Timer(self.control.run, self._steps)
         self._scheduler, _ = create_scheduler_v2(
             self.optimizer, config.schedule, config.epochs, warmup_epochs=config.warmup_epochs,
@@ -260,7 +260,7 @@ class Finetuner:
         random_seed(seed % 2 ** 32, self.accelerator.process_index)
         self._order.manual_seed(seed)
         if isinstance(train, IterableDataset):
-            loader.set_epoch(epoch)  # accelerate counts on from there, and tells the stream
+            loader.set_epoch(epoch)  # accelerate counts on from there and informs the stream
             train.set_epoch(epoch)
         self._unfreezing.train(epoch)
 
@@ -271,7 +271,7 @@ class Finetuner:
             class_weights: torch.Tensor | None,
             bar: tqdm,
     ) -> dict[str, float] | None:
-        """The epoch's line of the history; None if a signal stopped it."""
+        """Train for one epoch; returns its row of the history, or None if a signal stopped it."""
         epoch, world = self._state.epoch, self.accelerator.num_processes
         began, seen = time.monotonic(), 0
         total = torch.zeros((), device=self.accelerator.device)
@@ -311,7 +311,7 @@ class Finetuner:
             labels: torch.Tensor,
             class_weights: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The loss of a batch, after the step against it."""
+        """Take a training step on a batch; returns its loss."""
         targets = labels
         if self._mix:
             images, targets = self._mix(images, labels)
@@ -327,7 +327,7 @@ class Finetuner:
                 if not out_of_memory(e):
                     raise
                 loss = logits = None
-            if loss is None:  # outside the handler, which holds the tensors
+            if loss is None:  # outside the handler, which keeps the tensors alive
                 with self.accelerator.autocast():
                     raise _too_large(self.network, images, self._batch_size, self.accelerator.num_processes)
             self._stepper.step()
@@ -335,8 +335,8 @@ class Finetuner:
         return loss.detach()
 
     def _measure(self, holdout: Dataset | None) -> dict[str, float]:
-        """What the history says of the held-out files."""
-        if self.accelerator.num_processes > 1:  # each process has statistics of its share of the batches
+        """Loss and accuracy on the held-out files, for the history."""
+        if self.accelerator.num_processes > 1:  # BatchNorm statistics differ between processes
             distribute_bn(self.averaged, self.accelerator.num_processes, reduce=True)
         if holdout is None:
             return {}
@@ -357,7 +357,7 @@ class Finetuner:
             self.on_epoch(row)
 
     def _saved(self) -> dict[str, Any]:
-        """All that the run is."""
+        """The content of a checkpoint."""
         return {'model': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(),
                 'ema': self.ema.module.state_dict() if self.ema else None, 'step': 0, **vars(self._state)}
 
@@ -369,7 +369,7 @@ class Finetuner:
         self._state = _State(**{f.name: saved[f.name] for f in dataclasses.fields(_State)})
 
     def _clean_up(self) -> None:
-        """Take the network back from accelerate."""
+        """Release the network from accelerate and unfreeze it."""
         self.accelerator.wait_for_everyone()
         for parameter in self.network.parameters():
             parameter.requires_grad_(True)
@@ -377,13 +377,13 @@ class Finetuner:
 
 
 class _Timer:
-    """Says once, after the first steps, how long the rest will take; the very first, which warms up, is left out."""
+    """Logs the remaining time once, after a few steps; the first step, a warm-up, is not timed."""
 
     def __init__(self, run: RunDir, steps: int):
         self._run, self._after, self._first, self._told = run, min(10, steps - 1), 0., False
 
     def tell(self, step: int, left: int) -> None:
-        """To be called as each step begins; `left` counts the steps from the start of this epoch to the end."""
+        """Call at the start of each step; `left` is the number of steps from the start of this epoch to the end."""
         if self._told:
             return
         if step <= min(1, self._after):

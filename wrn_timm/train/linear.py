@@ -1,4 +1,4 @@
-"""A linear classifier on features, at the minimum of its loss; files that it has not seen choose the penalty."""
+"""Linear classifiers on features, fitted to convergence, with a penalty chosen on files they were not fitted to."""
 from __future__ import annotations
 
 import random
@@ -15,8 +15,8 @@ __all__ = ['LinearFit', 'Loss', 'fit_linear']
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 PENALTIES = tuple(10 ** (1 - i / 2) for i in range(13))  # from the strongest, 10, to 1e-5
 _FOLDS = 5
-_ENOUGH = 1000  # held-out files; fewer tell the penalties apart less well than all files do by turns
-_PATIENCE = 3  # penalties in a row that are no better, after which weaker ones are not tried
+_ENOUGH = 1000  # held-out files; with fewer, cross-validation over all files chooses better
+_PATIENCE = 3  # penalties in a row without a better accuracy, after which the search stops
 
 
 def fit_linear(
@@ -27,18 +27,18 @@ def fit_linear(
         start: torch.Tensor | None = None,
         loss: Loss = F.cross_entropy,
 ) -> torch.Tensor:
-    """Multinomial logistic regression by L-BFGS: the loss only falls, from that of chance where no start is given.
+    """Fit a multinomial logistic regression by L-BFGS. The loss never rises; without `start` it begins at chance level.
 
     Args:
-        features: (N, C).
-        labels: (N,).
+        features: Features (N, C).
+        labels: Labels (N,).
         classes: Number of classes.
-        penalty: Of half the squared weights, the bias left out, beside the loss.
-        start: Where to begin.
-        loss: Convex, of logits and labels.
+        penalty: L2 penalty: coefficient of half the squared weights, without the bias.
+        start: Initial weights and bias, as returned; None for zeros.
+        loss: Convex loss of (logits, labels).
 
     Returns:
-        (classes, C + 1): weights and, last, the bias.
+        Weights (classes, C + 1), with the bias in the last column.
     """
     weight = features.new_zeros(classes, features.shape[1] + 1) if start is None else start.clone()
     weight.requires_grad_()
@@ -60,26 +60,26 @@ def _apply(weight: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
 
 
 class LinearFit:
-    """A linear classifier whose penalty is chosen on files that it was not fitted to, and that is then fitted to all.
+    """A linear classifier whose penalty is chosen on files that it was not fitted to, before it is fitted to all files.
 
-    These are the held-out files where there are a thousand of them, or else the training files and the held-out ones by
-    turns, in five folds. Features are centred and divided by one scale, which the classifier that comes out needs no
-    more.
+    The penalty is chosen on the held-out files if there are at least 1,000, else by five-fold cross-validation over the
+    training and held-out files. Features are centred and divided by a single scale; the final classifier takes unscaled
+    features.
 
     Args:
-        train: Features (N, C) and labels.
-        holdout: The same of held-out files; None for none.
+        train: Features (N, C) and labels of the training files.
+        holdout: Features and labels of the held-out files; None if there are none.
         classes: Number of classes.
         loss: As in `fit_linear`.
-        seed: Of the folds.
-        device: Where it is computed.
+        seed: Seed of the folds.
+        device: Device to compute on.
 
     Raises:
         FloatingPointError: Features are not finite.
 
     Attributes:
-        folds: Pairs of indices into training and held-out files, one after the other: fitted to, and asked.
-        labels: Of the files asked, in the order of the folds.
+        folds: Pairs of indices, to fit and to evaluate, into the training files followed by the held-out files.
+        labels: Labels of the evaluated files, in the order of the folds.
     """
 
     def __init__(
@@ -106,10 +106,11 @@ class LinearFit:
         self.labels = self._labels.cpu()[torch.cat([asked for _, asked in self.folds])]
 
     def path(self) -> Iterator[tuple[dict[str, float], torch.Tensor]]:
-        """A row per penalty, the strongest first, until three in a row are no better, and the logits of held-out files.
+        """Try the penalties, the strongest first, until three in a row are no better.
 
-        The row has `penalty`, `train_loss` (of the files fitted to, the penalty left out), `holdout_loss` and
-        `holdout_accuracy` in % (of the files asked).
+        Yields:
+            A row with `penalty`, `train_loss` (on the files fitted to, without the penalty), `holdout_loss` and
+            `holdout_accuracy` in % (on the evaluated files); and the logits of the evaluated files.
         """
         weights: list[torch.Tensor | None] = [None] * len(self.folds)
         best, since = -1., 0
@@ -129,7 +130,7 @@ class LinearFit:
                 return
 
     def weight(self, penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights (classes, C) and bias (classes,), fitted to all files, for features as they were given."""
+        """Weights (classes, C) and bias (classes,) for unscaled features, fitted to all files."""
         found = self._fit(self._features, self._labels, penalty)
         weight, bias = found[:, :-1] / self._scale, found[:, -1]
         return weight, bias - weight @ self._mean
@@ -139,7 +140,7 @@ class LinearFit:
 
 
 def _folds(labels: list[int], seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Five pairs of the files to fit and those to ask, each class spread evenly over them."""
+    """Indices to fit and to evaluate, for each of five stratified folds."""
     members = defaultdict(list)
     for i, label in enumerate(labels):
         members[label].append(i)

@@ -1,4 +1,4 @@
-"""The machine's part in a run: device, number format, processes, time, and what is recorded of it."""
+"""The machine of a run: device, precision, processes, time budget, and the recorded environment."""
 from __future__ import annotations
 
 import contextlib
@@ -27,25 +27,25 @@ __all__ = ['Machine', 'autocast', 'environment', 'fast_bfloat16', 'fused', 'hidd
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Settings of a run that belong to the machine and not to the result."""
+    """Settings of a run that concern the machine, not the result."""
 
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu'
     """'cpu' or 'cuda'; the default is 'cuda' if torch finds a GPU."""
     workers: int = 0
-    """Processes that read images."""
+    """Number of processes that read images."""
     image_memory: float = 1.
     """Memory per process for keeping decoded photographs between epochs, in GB. Photographs that do not fit are decoded
     again in every epoch; the result is the same."""
     on_bad: Literal['skip', 'fail'] = 'skip'
     """What to do with unreadable files: 'skip' leaves them out and lists them, 'fail' stops the run."""
     download: bool = False
-    """Fetch the data set if it is missing."""
+    """Download the data set if it is missing."""
     resume: bool = False
     """Continue the run in the run directory."""
     time_budget: float = math.inf
-    """Seconds after which the run stops, to be resumed."""
+    """Seconds after which the run stops; it can be resumed."""
     progress: bool | None = None
-    """Whether to show a progress bar; None shows it in a terminal, and not in a notebook."""
+    """Whether to show a progress bar; None shows it only in a terminal, not in a notebook."""
 
     def __post_init__(self):
         if self.workers < 0:
@@ -55,12 +55,12 @@ class Machine:
         check_numbers({'image_memory': self.image_memory, 'time_budget': self.time_budget}, math.inf)
 
     def deadline(self) -> float:
-        """`time.monotonic()` at which the time budget of a run that begins now ends."""
+        """The `time.monotonic()` at which the time budget ends if the run starts now."""
         return time.monotonic() + self.time_budget
 
 
 def environment(device: str | torch.device = 'cpu') -> dict[str, str]:
-    """Versions, commit, and the hardware behind `device`, which a figure depends on."""
+    """Versions, commit and hardware of `device`, on which results depend."""
     from .. import __version__
     cuda = torch.device(device).type == 'cuda'
     return {
@@ -71,7 +71,7 @@ def environment(device: str | torch.device = 'cpu') -> dict[str, str]:
 
 
 def _processor() -> str:
-    """Cores (and how many are used, if not all) and kind of the CPU, which some versions of torch cannot tell."""
+    """Number of CPU cores (and how many are used, if not all), and the CPU model if this version of torch knows it."""
     kind = torch.cpu.get_capabilities().get('cpu_name') if hasattr(torch.cpu, 'get_capabilities') else None
     cores = os.cpu_count() or 1
     used = torch.get_num_threads() * (dist.get_world_size() if dist.is_initialized() else 1)
@@ -79,9 +79,9 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Commit of the checkout that this package stands in, with `-dirty` where files were changed.
+    """Commit of the checkout that holds this package, with `-dirty` if files were changed.
 
-    A copy without its history is told by `$WRN_TIMM_COMMIT`.
+    `$WRN_TIMM_COMMIT` overrides it, for copies without their history.
     """
     if given := os.environ.get('WRN_TIMM_COMMIT'):
         return given
@@ -96,15 +96,15 @@ def _commit() -> str:
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use: those that a scheduler or `taskset` gave it, where the system tells."""
+    """Number of CPU cores that a scheduler or `taskset` lets this process use, or of all if the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def fast_bfloat16(device: torch.device | str) -> bool:
     """Whether a device computes faster in bfloat16 than in float32.
 
-    True for GPUs that have bfloat16, and for CPUs with the instructions avx512_bf16 or amx_bf16. Other CPUs imitate it,
-    several times slower than float32. Versions of torch that cannot tell the CPU's instructions count as without.
+    True for GPUs that support bfloat16, and for CPUs with avx512_bf16 or amx_bf16 instructions. Other CPUs emulate it,
+    several times slower than float32. Always False for CPUs if this version of torch does not report instructions.
     """
     device = torch.device(device)
     if device.type == 'cuda':
@@ -116,10 +116,10 @@ def fast_bfloat16(device: torch.device | str) -> bool:
 
 
 def resolve_precision(precision: Precision, device: torch.device | str) -> Literal['no', 'fp16', 'bf16']:
-    """What 'auto' stands for on a device: bf16 where that is fast, else fp16 on GPUs and float32 ('no') on CPUs.
+    """Resolve 'auto' for a device: bf16 if it is fast there, else fp16 on GPUs and float32 ('no') on CPUs.
 
     Raises:
-        ValueError: The precision is none of 'auto', 'no', 'fp16' and 'bf16', or is fp16 on a CPU.
+        ValueError: The precision is none of 'auto', 'no', 'fp16' and 'bf16', or it is 'fp16' on a CPU.
     """
     device = torch.device(device)
     if precision not in ('auto', 'no', 'fp16', 'bf16'):
@@ -139,7 +139,7 @@ def autocast(device: torch.device | str, precision: Literal['no', 'fp16', 'bf16'
 
 @contextlib.contextmanager
 def in_float32() -> Iterator[None]:
-    """Have GPUs compute float32 as such and not as TensorFloat-32, whatever the caller has set."""
+    """A context in which GPUs do not use TensorFloat-32 for float32, whatever the caller has set."""
     if not hasattr(torch.backends.cudnn, 'conv'):  # before torch 2.9
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             yield
@@ -157,7 +157,7 @@ def in_float32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_random_state() -> Iterator[None]:
-    """Have the caller's random numbers (Python's, numpy's, torch's) go on afterwards as if nothing had been drawn."""
+    """Restore the caller's random number generators (Python, NumPy, PyTorch) on exit."""
     python, numpy = random.getstate(), np.random.get_state()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
@@ -177,5 +177,5 @@ _FUSED = ('sgd', 'momentum', 'nesterov', 'adam', 'adamw')
 
 
 def fused(opt: str) -> dict[str, bool]:
-    """The option of timm's `create_optimizer_v2` that updates in one pass over memory, where this optimizer has it."""
+    """The argument of timm's `create_optimizer_v2` for a fused optimizer, if `opt` has one."""
     return {'fused': True} if opt in _FUSED else {}

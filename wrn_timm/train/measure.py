@@ -1,4 +1,4 @@
-"""The one way to measure: what a network says of images, and the figures that are made of it."""
+"""Run networks over images and measure their accuracy, in the same way for all commands."""
 from __future__ import annotations
 
 import dataclasses
@@ -35,16 +35,16 @@ Batches = Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory was short; oneDNN, on a CPU, says it in its own words."""
+    """Whether an error means out of memory; oneDNN, on CPUs, has its own message for that."""
     return should_reduce_batch_size(error) or str(error).startswith('could not create a ')
 
 
 def largest_batch(step: Callable[[int], None], start: int) -> int:
-    """The largest of `start`, `start / 2`, `start / 4`... that fits the device's memory; 0 if none does.
+    """The largest of `start`, `start // 2`, `start // 4`... that fits the device's memory; 0 if none does.
 
     Args:
-        step: Runs with this batch size.
-        start: First size tried.
+        step: Function that runs with a batch size.
+        start: First batch size to try.
     """
     while start:
         try:
@@ -65,18 +65,19 @@ def predict_logits(
         device: torch.device | str = 'cpu',
         batch_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, classes), float32, and labels (N,), on the CPU; both empty where there are no images.
-
-    It computes in float32, unless it is called within an autocast context.
+    """Run a network over batches of images, in float32 unless within an autocast context.
 
     Args:
-        network: On the device; in evaluation mode afterwards.
-        batches: Gives batches of images and labels, called with the number of images per batch.
-        device: Where the network is.
-        batch_size: Images per batch; fewer where they do not fit the device's memory.
+        network: Network on `device`; left in evaluation mode.
+        batches: Function of the batch size that returns batches of (images, labels).
+        device: Device of the network.
+        batch_size: Images per batch; fewer if they do not fit the device's memory.
+
+    Returns:
+        Logits (N, classes), float32, and labels (N,), on the CPU; both are empty if there are no images.
 
     Raises:
-        RuntimeError: Out of memory with one image.
+        RuntimeError: Out of memory with a single image.
     """
     network.eval()
     found: list[torch.Tensor] = []
@@ -111,7 +112,7 @@ def evaluate(
         precision: Precision = 'no',
         batch_size: int = 500,
 ) -> dict[str, float]:
-    """Mean loss and accuracy in % of a network on small images as they are, normalised by the data set's statistics."""
+    """Mean loss, and accuracy in %, of a network on small images, normalised by the data set's mean and std."""
     def batches(n: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for images, labels in zip(data.images.split(n), data.labels.split(n), strict=True):
             yield normalise(images.to(device), data.mean, data.std), labels
@@ -121,7 +122,7 @@ def evaluate(
 
 
 class Features(Dataset):
-    """Features (N, C), or images (N, C, H, W), held in memory, and labels (N,); a batch is taken at once."""
+    """A data set of features (N, C), or images (N, C, H, W), and labels (N,) in memory, indexed a batch at a time."""
 
     def __init__(self, features: torch.Tensor, labels: torch.Tensor):
         self.features, self.labels = features, labels
@@ -138,18 +139,21 @@ class Features(Dataset):
 
 
 def begin_worker(worker: int) -> None:
-    """For a DataLoader: Ctrl-C, which reaches its workers too, is answered by the process that they belong to."""
+    """Make a DataLoader worker ignore Ctrl-C, which reaches it too; the main process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_loader(dataset: Dataset, batch_size: int, workers: int, pin: bool = False, **kwargs: Any) -> DataLoader:
-    """Batches of (images, labels, indices into the data set that a Subset is of, why others could not be read)."""
+    """A loader of (images, labels, indices, why other images could not be read).
+
+    The indices of a Subset are those of its underlying data set.
+    """
     inner = dataset.dataset if isinstance(dataset, Subset) else dataset
     if isinstance(inner, Features):
         return DataLoader(dataset, batch_size, collate_fn=_as_it_is, **kwargs)
     if isinstance(inner, IterableDataset):
         if inner is not dataset:
-            raise ValueError('a data set that is streamed runs in one process')
+            raise ValueError('a streamed data set can only be read by one process')
         return DataLoader(dataset, batch_size, collate_fn=_with_none_unread, drop_last=kwargs.get('drop_last', False))
     readable = Subset(ReadableOnly(inner), dataset.indices) if inner is not dataset else ReadableOnly(dataset)
     return DataLoader(
@@ -167,12 +171,12 @@ def _as_it_is(batch: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What a network says of the readable images of a data set.
+    """Predictions of a network for the readable images of a data set.
 
     Attributes:
-        logits: (N, classes), float32, on the CPU.
-        labels: int64 (N,).
-        index: int64 (N,): place in the data set.
+        logits: Logits (N, classes), float32, on the CPU.
+        labels: Labels (N,), int64.
+        index: Indices into the data set (N,), int64.
         bad: Why the other images could not be read.
     """
     logits: torch.Tensor
@@ -189,17 +193,17 @@ def predict(
         title: str = '',
         progress: bool | None = None,
 ) -> Predictions:
-    """Run a network over a data set, shared among the processes; each gets the whole result.
+    """Run a network over a data set, split among the processes; each of them gets the whole result.
 
-    Precision and memory as in `predict_logits`.
+    Precision and batch size are handled as in `predict_logits`.
 
     Args:
-        network: In evaluation mode afterwards.
-        dataset: Of (image, label).
-        accelerator: Knows the device and the other processes.
-        workers: Processes that read images.
-        title: Of the progress bar, which is not shown where it is empty.
-        progress: False shows no bar; None shows it in a terminal.
+        network: Network on the accelerator's device; left in evaluation mode.
+        dataset: Data set of (image, label).
+        accelerator: Device and processes.
+        workers: Number of processes that read images.
+        title: Title of the progress bar; '' shows no bar.
+        progress: Whether to show the bar; None shows it only in a terminal.
 
     Raises:
         ValueError: No image could be read.
@@ -241,29 +245,29 @@ def validate(
         split: str = '',
         precision: Precision = 'no',
 ) -> dict[str, Any]:
-    """Measure a pretrained model, reloaded from disk, on a test set. Every published figure is measured here.
+    """Measure a pretrained model, loaded from disk, on a test set. All published figures come from this function.
 
     Args:
         name: timm name or weights folder.
-        data: `NAME:DIR` of a named set (its test split); or `folder:DIR` of class folders, a CSV file or
-            `caltech101:DIR`, as `list_source` reads them (the part to test on, or all files where they are not split).
-        machine: Device, workers, whether to download a named set.
-        batch_size: Images per batch; fewer where they do not fit the device's memory.
-        corruptions: Measure a named set under each of `data.corrupt.CORRUPTIONS` too.
-        split: The `split.csv` of a fine-tuned run, whose part to test on is measured.
-        precision: 'no' is float32 (and not TF32), as in all published figures; 'bf16', 'fp16', or 'auto': bfloat16 on
-            GPUs and CPUs that are faster in it.
+        data: `NAME:DIR` for the test split of a named set; or `folder:DIR` with class folders, a CSV file or
+            `caltech101:DIR`, as in `list_source` (the test part, or all files if they are not split).
+        machine: Device, workers, and whether to download the data.
+        batch_size: Images per batch; fewer if they do not fit the device's memory.
+        corruptions: Also measure a named set under each of `data.corrupt.CORRUPTIONS`.
+        split: `split.csv` of a fine-tuning run, whose test part is measured.
+        precision: 'no' (float32 without TF32, as for all published figures), 'bf16', 'fp16', or 'auto' as in
+            `resolve_precision`.
 
     Returns:
-        The metrics of `classification_metrics`, with the data set, split, preprocessing and environment; top-1 under
-        each corruption as `corruptions`.
+        The metrics of `classification_metrics`, with the data set, split, preprocessing and environment, and as
+        `corruptions` the top-1 accuracy under each.
 
     Raises:
-        ValueError: The data's classes are not among the model's; corruptions are asked for on files, or a split of a
+        ValueError: The data's classes are not among the model's; or `corruptions` is given for files, or `split` for a
             named set.
         What `list_source`, `read_split` and `predict_logits` raise.
     """
-    from .metrics import classification_metrics  # takes two seconds to import, and training from scratch needs none
+    from .metrics import classification_metrics  # a slow import that training from scratch does not need
     if batch_size < 1:
         raise ValueError(f'batch_size is {batch_size}; it must be at least 1')
     device, precision = machine.device, resolve_precision(precision, machine.device)
@@ -300,7 +304,7 @@ def _test_part(
         corruptions: bool,
         download: bool,
 ) -> tuple[str, ImageArrays | ImageFiles, str, list[str]]:
-    """What `validate` measures: the name of the data, its part to test on and what to call it, and what is left out."""
+    """What `validate` measures: name of the data, test part, name of that part, and why files were left out."""
     if data.partition(':')[0] in NAMES:
         if split:
             raise ValueError(f'{data} has a test split of its own; leave out --split')
@@ -325,7 +329,7 @@ def _checked(
         name: str,
         data: str,
 ) -> ImageArrays | ImageFiles:
-    """The images with the labels of the model, whose classes they must be, or some of them."""
+    """The images with the model's labels. Image files may lack some of the model's classes, but have no others."""
     labels = model.pretrained_cfg.get('label_names')
     if isinstance(part, ImageFiles) and labels and set(part.classes) <= set(labels):
         part = ImageFiles(part.paths, [labels.index(part.classes[i]) for i in part.labels], tuple(labels))

@@ -1,4 +1,4 @@
-"""Figures of a classifier, and of several runs."""
+"""Metrics of a classifier, and their summary over several runs."""
 from __future__ import annotations
 
 import statistics
@@ -15,16 +15,17 @@ __all__ = ['classification_metrics', 'summarise']
 
 
 def classification_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...]) -> dict[str, Any]:
-    """Accuracies in %, and expected calibration error in % (15 bins of confidence, arXiv:1706.04599).
+    """Accuracies, and expected calibration error with 15 bins (arXiv:1706.04599), in %.
 
     Args:
-        logits: (N, classes).
-        labels: int64 (N,).
-        classes: Names.
+        logits: Logits (N, classes).
+        labels: Labels (N,), int64.
+        classes: Names of the classes.
 
     Returns:
-        `images`, `top1`, `top5` (None below six classes), `mean_per_class`, by name `per_class` (the recall; None where
-        there are no images) and `precision` (None where nothing was taken for the class), `ece`.
+        `images` (their number), `top1`, `top5` (None with fewer than six classes), `mean_per_class`, `per_class`
+        (recall by class name; None for a class without images), `precision` (by class name; None for a class that is
+        never predicted) and `ece`.
 
     Raises:
         FloatingPointError: A logit is not finite.
@@ -56,6 +57,6 @@ def classification_metrics(logits: torch.Tensor, labels: torch.Tensor, classes: 
 
 
 def summarise(values: list[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation (0 of one value), and the values."""
+    """Mean, sample standard deviation (0 for a single value), and the values."""
     return {'mean': round(statistics.mean(values), 4),
             'std': round(statistics.stdev(values), 4) if len(values) > 1 else 0., 'values': values}

@@ -15,11 +15,11 @@ __all__ = ['Muon', 'create_optimizer']
 
 
 class Muon(timm.optim.Muon):
-    """timm's Muon, which orthogonalises in float32 where bfloat16 is slow.
+    """timm's Muon, orthogonalising in float32 on devices where bfloat16 is slow.
 
     Args:
-        params: As timm's.
-        **kwargs: As timm's.
+        params: As in timm's Muon.
+        **kwargs: As in timm's Muon.
     """
 
     def __init__(self, params: Any, **kwargs: Any):
@@ -28,7 +28,7 @@ class Muon(timm.optim.Muon):
         self.dtype = torch.bfloat16 if fast_bfloat16(device) else torch.float32
 
     def step(self, closure: Any = None) -> Any:
-        """One step. timm's takes no type, though the function that it calls does."""
+        """Take a step; the dtype is patched into the function that timm's `step` calls without one."""
         orthogonalise = muon.zeropower_via_newtonschulz
         muon.zeropower_via_newtonschulz = functools.partial(orthogonalise, dtype=self.dtype)
         try:
@@ -40,8 +40,8 @@ class Muon(timm.optim.Muon):
 def create_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum for all parameters, or Muon for the convolutions and AdamW for the rest.
 
-    With Muon the stem is left to AdamW too, as the classifier is: neither maps features to features. Only what Muon
-    updates is decayed.
+    With Muon, the stem also goes to AdamW, like the classifier: neither maps features to features. Only the weights
+    that Muon updates are decayed.
     """
     if recipe.opt == 'nesterov':
         return create_optimizer_v2(

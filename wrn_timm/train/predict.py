@@ -58,16 +58,16 @@ def predict(
     Args:
         model: timm name, weights folder or run directory.
         images: One or more files and folders; folders are searched for images recursively.
-        top_k: Labels per file.
+        top_k: Number of labels per file.
         device: Where the model runs; None for a GPU if there is one.
-        kwargs: Of `predict_files`.
+        kwargs: Other arguments of `predict_files`.
 
     Returns:
-        One per file, in the order of `images`. The `error` of a file that cannot be read says why.
+        One prediction per file, in the order of `images`. The `error` of a file that cannot be read says why.
 
     Raises:
-        ValueError: `top_k` is below 1, or what `find_images` raises.
-        What `predict_files` raises.
+        ValueError: `top_k` is below 1.
+        What `find_images` and `predict_files` raise.
     """
     if top_k < 1:
         raise ValueError(f'top_k is {top_k}; it must be at least 1')
@@ -79,7 +79,7 @@ def predict(
 
 
 def find_images(names: Iterable[str]) -> Iterator[str]:
-    """The files named, and the images in the folders named and below, in the order of names; hidden ones are passed by.
+    """The named files, and the images in the named folders, searched recursively; hidden ones in folders are skipped.
 
     Raises:
         ValueError: A folder holds no images.
@@ -103,21 +103,21 @@ def predict_files(
         top_k: int = 5,
         precision: Precision = 'auto',
 ) -> Iterator[dict[str, Any]]:
-    """The likeliest classes of each file, in the order of the files; no more than a batch is read ahead.
+    """Predict the likeliest classes of each file, in order, reading one batch of files at a time.
 
     Args:
         name: timm name or weights folder.
         paths: Image files.
         device: Where the model runs.
         batch_size: Images per batch.
-        top_k: Classes per file.
-        precision: 'bf16', 'fp16', 'no' (float32), or 'auto': bfloat16 on GPUs and CPUs that are faster in it.
+        top_k: Number of classes per file.
+        precision: 'bf16', 'fp16', 'no' (float32), or 'auto' as in `resolve_precision`.
 
     Yields:
-        `image` (the path), and `top` (a list of `label` and `probability`) or `error`.
+        A dictionary per file, with `image` (the path) and `top` (a list of `label` and `probability`) or `error`.
 
     Raises:
-        FloatingPointError: The network gives probabilities that are not finite.
+        FloatingPointError: The probabilities are not finite.
         What `open_model` raises.
     """
     precision = resolve_precision(precision, device)

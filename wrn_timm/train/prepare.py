@@ -1,4 +1,4 @@
-"""What fine-tuning begins with: the files and their split, the network, and how photographs become its inputs."""
+"""Prepare fine-tuning: list and split the files, build the network, and choose the preprocessing."""
 from __future__ import annotations
 
 import copy
@@ -31,7 +31,7 @@ __all__ = ['build_model', 'check_policy', 'prepare_named', 'prepare_split', 'pre
 
 _logger = logging.getLogger(__name__)
 
-_FAR_LARGER = 8  # times the input, from which a photograph loses most of what it shows
+_FAR_LARGER = 8  # photographs this many times larger than the input lose most of their detail
 _FOR_PHOTOGRAPHS = 'wrn18_1.a1_in1k'
 
 
@@ -41,17 +41,17 @@ def prepare_split(
         machine: Machine = Machine(),  # noqa: B008  (it is frozen)
         run: Path | None = None,
 ) -> tuple[Split, dict[str, Any]]:
-    """List and examine the files, say what was found, and split them.
+    """List and examine the files, log a summary, and split them.
 
     Args:
-        config: Names the protocol.
+        config: Protocol of the split.
         data: As in `finetune`.
-        machine: Whether to download, and what to do with files that cannot be read.
-        run: Directory of a run to go on with: its split is taken as it is.
+        machine: Whether to download, and how to handle unreadable files.
+        run: Directory of a run to resume, whose split is reused.
 
     Returns:
-        The split, and what there is to report: `split`, `bad`, `leaks`, `summary`, and `side`, in pixels the
-        median of the photographs' shorter sides, 0 where they were not examined.
+        The split, and facts about the data for the report: `split`, `bad`, `leaks`, `summary`, `tested_on`, and `side`
+        (median of the photographs' shorter sides in pixels; 0 if they were not examined).
 
     Raises:
         What `list_source`, `examine`, `make_split` and `read_split` raise.
@@ -87,19 +87,19 @@ def prepare_split(
 
 
 def _check_held_out(config: FinetuneConfig, split: Split, given_by: str) -> None:
-    """Refuse, or tell of, settings that a given split leaves without effect."""
+    """Refuse early stopping without held-out files, and warn that a given split overrides `holdout`."""
     if config.patience and not split.holdout:
-        raise ValueError(f'patience needs held-out files, and {given_by} has none; name them there, or leave patience '
-                         f'out')
+        raise ValueError(f'patience needs held-out files, and {given_by} has none; add some there, or leave out '
+                         f'patience')
     if config.holdout not in ('auto', 0):
         _logger.warning('--holdout has no effect: the held-out files are given by %s', given_by)
 
 
 def prepare_named(config: FinetuneConfig, data: str, download: bool) -> tuple[Split, dict[str, Any]]:
-    """The parts of a data set that timm knows as a split, and what there is to report, as `prepare_split` has it.
+    """Make a split of the parts of a timm data set; returns it with facts for the report, as `prepare_split` does.
 
     Raises:
-        ValueError: The parts have different classes, or a setting needs what such data sets do not give.
+        ValueError: The parts have different classes, or a setting needs what the data set does not provide.
         What `NamedImages` raises.
     """
     if config.class_weights:
@@ -115,7 +115,7 @@ def prepare_named(config: FinetuneConfig, data: str, download: bool) -> tuple[Sp
 
 
 def split_name(split: str) -> str:
-    """A protocol, or the name of a `split.csv` without the folders that it is in."""
+    """Name of a split: its protocol, or the file name of its `split.csv`."""
     return Path(split).name if split.endswith('.csv') else split
 
 
@@ -123,7 +123,7 @@ def check_policy(policy: str) -> None:
     """Refuse an `auto_augment` that timm does not know.
 
     Raises:
-        ValueError: It does not; some that it knows are named.
+        ValueError: The policy is unknown; the message names some known ones.
     """
     try:
         create_transform(32, is_training=True, auto_augment=policy or None)
@@ -133,10 +133,11 @@ def check_policy(policy: str) -> None:
 
 
 def build_model(config: FinetuneConfig) -> torch.nn.Module:
-    """The network to start from, with the classifier of its weights, in evaluation mode.
+    """Build the network to start from, with its original classifier, in evaluation mode.
 
     Raises:
-        ValueError: timm knows no such model, or it takes no such stem or input size.
+        ValueError: timm does not know the model; or the model does not support the stem or the input size, or has no
+            linear classifier to fit to features.
         What `open_model` raises.
     """
     kwargs = {'stem': config.stem} if config.stem else {}
@@ -160,7 +161,7 @@ def preprocessing(
         name: str,
         classes: tuple[str, ...],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The transforms of the 'train' and 'test' files, and what the weights' configuration says of itself."""
+    """The transforms of the 'train' and 'test' files, and the `pretrained_cfg` fields of the new weights."""
     data_config = resolve_model_data_config(model)
     size = config.input_size or data_config['input_size'][-1]
     data_config |= {'input_size': (3, size, size), 'crop_pct': 1.0}
@@ -169,17 +170,17 @@ def preprocessing(
         **{k: v for k, v in data_config.items() if k not in ('crop_pct', 'crop_mode')},
         is_training=True, scale=(config.min_scale, 1.), color_jitter=config.color_jitter,
         auto_augment=config.auto_augment or None, re_prob=config.random_erase) if config.augment else test
-    tag = re.sub('[^A-Za-z0-9]+', '_', name).strip('_') or 'finetuned'  # part of a repository's name
+    tag = re.sub('[^A-Za-z0-9]+', '_', name).strip('_') or 'finetuned'  # it becomes part of a repository name
     cfg = {'input_size': (3, size, size), 'crop_pct': 1.0, 'tag': tag, 'label_names': classes,
-           'license': None, 'origin_url': None}  # those of the weights it begins with; its own are its owner's to say
+           'license': None, 'origin_url': None}  # not those of the original weights: the owner decides
     return {'train': train, 'test': test}, cfg
 
 
 def training_set(config: FinetuneConfig, split: Split, transform: Any, size: int, memory: float = 0) -> Dataset:
-    """The training files through `transform`, for inputs of `size` pixels; `memory` as in `ImageFiles.as_dataset`.
+    """The data set of the training files for inputs of `size` pixels; `memory` as in `ImageFiles.as_dataset`.
 
-    Large photographs are decoded at a part of their size, such that a square crop of the smallest area still has twice
-    the pixels of the input a side: they are then resized much as the test photographs are, from their whole size.
+    Large photographs are decoded at a reduced size, at which the smallest square crop still has twice the side of the
+    input. The result of resizing is then much the same as from the full size, at which test photographs are decoded.
     """
     if not isinstance(split.train, ImageFiles):
         return split.train.as_dataset(transform)
@@ -188,9 +189,9 @@ def training_set(config: FinetuneConfig, split: Split, transform: Any, size: int
 
 
 def size_advice(model: torch.nn.Module, size: int, side: int) -> str:
-    """What to do where photographs of `side` pixels lose most of what they show at `size`; '' where they do not.
+    """Advice for photographs of `side` pixels that lose most of their detail at `size`; '' if they do not.
 
-    Costs are multiples of the multiply-adds that a photograph takes now.
+    Costs are given relative to the current multiply-adds per photograph.
     """
     if side < _FAR_LARGER * size:
         return ''
@@ -208,7 +209,7 @@ def size_advice(model: torch.nn.Module, size: int, side: int) -> str:
 
 
 def _multiply_adds(model: torch.nn.Module, size: int) -> int:
-    """Of one image of `size` pixels through a model on the device 'meta'."""
+    """Multiply-adds of a model on the device 'meta' for one image of `size` pixels."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(torch.empty(1, 3, size, size, device='meta'))
     return counter.get_total_flops() // 2

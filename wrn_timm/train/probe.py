@@ -1,4 +1,4 @@
-"""What a backbone's features are worth before it is trained: nearest neighbours and a linear classifier on them."""
+"""Rank pretrained backbones without training them, by nearest neighbours and a linear classifier on their features."""
 from __future__ import annotations
 
 import logging
@@ -50,7 +50,7 @@ def extract_features(
         accelerator: Accelerator,
         machine: Machine = Machine(),  # noqa: B008  (it is frozen)
 ) -> Predictions:
-    """What a timm model's classifier would be given, (N, C), in place of the logits of `predict`."""
+    """Run `predict` with a timm model's features before the classifier, (N, C), in place of the logits."""
     with accelerator.autocast():
         return predict(_Backbone(model), dataset, accelerator, machine.workers, 'features', machine.progress)
 
@@ -62,14 +62,17 @@ def knn(
         classes: int,
         neighbours: int = NEIGHBOURS,
 ) -> torch.Tensor:
-    """Logits (M, classes): the log of the votes of the nearest neighbours by cosine, each weighing exp(cosine / 0.07)
-    (arXiv:1805.01978), and of the smallest number for a class without a vote.
+    """Weighted k-nearest-neighbour classification by cosine similarity (arXiv:1805.01978).
 
     Args:
-        features: (N, C), of `labels` (N,).
-        queries: (M, C).
+        features: Features (N, C).
+        labels: Labels of the features, (N,).
+        queries: Features to classify, (M, C).
         classes: Number of classes.
-        neighbours: Number that vote.
+        neighbours: Number of neighbours that vote, each with weight exp(cosine / 0.07).
+
+    Returns:
+        Logits (M, classes): the log of the votes, or of the smallest normal number for a class without votes.
     """
     features = F.normalize(features, dim=1)
     votes = torch.zeros(len(queries), classes)
@@ -80,7 +83,7 @@ def knn(
 
 
 def _at_hand() -> list[str]:
-    """The weights on this machine, in folders or in the cache of the Hub's client; the others are named in the log."""
+    """The weights on this machine, in folders or in the Hub cache; the log names the others."""
     listed = list_weights()
     here = [w.name for w in listed if Path(w.location).exists() or w.location.startswith(HUB) and isinstance(
         try_to_load_from_cache(w.location.removeprefix(HUB).partition('@')[0], WEIGHTS_FILE), str)]
@@ -93,7 +96,7 @@ def _at_hand() -> list[str]:
 
 
 class _Bank:
-    """The features that a backbone gives for files, each file going through it once."""
+    """The features of files from a backbone, each computed once."""
 
     def __init__(self, name: str, input_size: int, accelerator: Accelerator, machine: Machine):
         self._accelerator, self._machine = accelerator, machine
@@ -107,7 +110,7 @@ class _Bank:
         self.bad: list[str] = []
 
     def of(self, files: ImageFiles) -> Features:
-        """Features and labels of those that can be read."""
+        """Features and labels of the readable files."""
         if missing := [i for i, path in enumerate(files.paths) if path not in self._asked]:
             wanted = files.subset(missing)
             found = extract_features(self._model, wanted.as_dataset(self._transform), self._accelerator, self._machine)
@@ -124,7 +127,7 @@ def _joined(*parts: Features) -> Features:
 
 
 def _measured_on_held_out(bank: _Bank, split: Split, seed: int) -> dict[str, tuple[dict[str, Any], float]]:
-    """By way, the metrics of files that were not fitted to, and the penalty they chose; kNN needs none."""
+    """Metrics on held-out files and the penalty they chose, for each method; kNN has no penalty."""
     train, holdout = bank.of(split.train), bank.of(split.holdout) if split.holdout else None
     classes = split.train.classes
     linear = LinearFit(train, holdout, len(classes), seed=seed)
@@ -138,7 +141,7 @@ def _measured_on_held_out(bank: _Bank, split: Split, seed: int) -> dict[str, tup
 
 
 def _measured_on_test(bank: _Bank, split: Split, way: str, penalty: float) -> dict[str, Any]:
-    """The metrics of the test files, all others being fitted to."""
+    """Metrics on the test files, after fitting to all other files."""
     train, holdout = bank.of(split.train), bank.of(split.holdout) if split.holdout else None
     test, classes = bank.of(split.test), split.train.classes
     if way == 'kNN':
@@ -155,11 +158,11 @@ def _summary(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _splits(data: str, config: FinetuneConfig, seeds: int, machine: Machine) -> tuple[dict[int, Split], dict[str, Any]]:
-    """A split of the data for each seed, and what every row says of them."""
+    """A split of the data for each seed, and the fields that all rows share."""
     if is_named(data):
-        raise ValueError(f'weights are ranked on folders and CSV files, and {data} is a named data set')
+        raise ValueError(f'weights are ranked on folders and CSV files, but {data} is a named data set')
     if config.split.endswith('.csv'):
-        raise ValueError(f'weights are ranked on a split for each seed, so give a protocol (random30, 80-20...) in '
+        raise ValueError(f'weights are ranked on a new split for each seed: give a protocol (random30, 80-20...) in '
                          f'place of {config.split}')
     scan = examine(list_source(data, config.nested, machine.download), machine.on_bad, at_most=EXAMINED_AT_MOST)
     for line in scan.summary():
@@ -173,7 +176,7 @@ def _splits(data: str, config: FinetuneConfig, seeds: int, machine: Machine) -> 
 
 
 def _add_test(row: dict[str, Any], bank: _Bank, splits: dict[int, Split], penalties: list[float]) -> None:
-    """Add the figures of the test files to a row."""
+    """Add the metrics on the test files to a row."""
     metrics = [_measured_on_test(bank, split, row['way'], penalty)
                for split, penalty in zip(splits.values(), penalties, strict=True)]
     row |= _summary(metrics) | {'test_files': metrics[0]['images'], 'skipped': bank.bad}
@@ -190,34 +193,37 @@ def probe(
         machine: Machine = Machine(),  # noqa: B008  (it is frozen)
         on_row: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rank backbones for a data set by files held out of training; the test files measure the best one, once.
+    """Rank backbones for a data set by accuracy on held-out files; only the best is measured on the test files.
 
-    Where fewer than a thousand files are held out, all training files are by turns, in five folds (`LinearFit`).
+    With fewer than 1,000 held-out files, five-fold cross-validation over all training files is used (`LinearFit`).
 
     Args:
-        names: timm names or weights folders; 'all' stands for every weight on this machine (other networks' in
-            $WRN_TIMM_WEIGHTS too, and what the Hub's client has in its cache).
-        data: As in `finetune`.
-        config: Its `split` (but no file), `holdout`, `seed`, `input_size` (0 takes the weights' own) and `nested`.
-        seeds: How many, from `config.seed` on.
-        test_all: Measure all of them on the test files, for figures to publish; the ranking stays.
-        machine: Device, workers, whether to download the data.
-        on_row: Called with each row as it is done, and again with those that get their test figures.
+        names: timm names or weights folders; 'all' stands for all weights on this machine, including those of other
+            networks in $WRN_TIMM_WEIGHTS and those in the Hub cache.
+        data: As in `finetune`, but not a named data set.
+        config: Only `split` (a protocol), `holdout`, `seed`, `input_size` (0 takes that of the weights) and `nested`
+            are used.
+        seeds: Number of seeds, starting with `config.seed`.
+        test_all: Measure all backbones on the test files, for publication; the ranking does not change.
+        machine: Device, workers, and whether to download the data.
+        on_row: Called with each row when it is complete. Without `test_all`, it is called again with the best row and
+            its test metrics.
 
     Returns:
-        A row a backbone and way ('linear probe', 'kNN'), the most accurate on held-out files first: `weights`, `way`,
-        `dataset`, `protocol`, `input_size`, `seeds`, `train_files`, `skipped`, `seconds` (for both ways), and as
-        `holdout`, in %, of `mean_per_class` and `top1` the `mean`, the sample standard deviation `std` and the
-        `values`. The first has the same of the test files beside these, and `test_files`.
+        One row per backbone and method ('linear probe', 'kNN'), the most accurate on held-out files first: `weights`,
+        `way` (the method), `dataset`, `protocol`, `input_size`, `seeds`, `train_files`, `skipped`, `seconds` (for both
+        methods) and `holdout`, which has the `mean`, the sample standard deviation `std` and the `values` of
+        `mean_per_class` and `top1`, in %. The first row, or every row with `test_all`, also has these for the test
+        files, and `test_files`.
 
     Raises:
         What `list_source`, `examine` and `make_split` raise.
     """
     names = [n for name in names for n in (_at_hand() if name == 'all' else [name])]
     if not names:
-        raise ValueError('there are no weights on this machine to probe; name them to fetch them')
+        raise ValueError('there are no weights on this machine to probe; name some to download them')
     splits, about = _splits(data, config, seeds, machine)
-    accelerator = RunAccelerator(machine.device)  # float32, in which test files are measured
+    accelerator = RunAccelerator(machine.device)  # float32, as for all test metrics
     rows: list[dict[str, Any]] = []
     best: tuple[dict[str, Any], _Bank, list[float]] | None = None
 
@@ -244,7 +250,7 @@ def _measured(
         splits: dict[int, Split],
         about: dict[str, Any],
 ) -> Iterator[tuple[dict[str, Any], list[float]]]:
-    """A row for each way, with the figures of the held-out files, and the penalty that was best for each split."""
+    """A row for each method with the metrics on held-out files, and the best penalty of each split."""
     began = time.monotonic()
     found = [_measured_on_held_out(bank, split, seed) for seed, split in splits.items()]
     seconds = round(time.monotonic() - began, 1)

@@ -1,4 +1,4 @@
-"""What a fine-tuned classifier does, to be looked at: pictures and one HTML file that needs nothing beside it."""
+"""The report on a fine-tuned classifier: figures, and a self-contained HTML file."""
 from __future__ import annotations
 
 import json
@@ -26,15 +26,15 @@ _MOST_NAMES = 40
 
 
 def grad_cam(model: torch.nn.Module, images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor | None:
-    """Where a network looks for a class: Grad-CAM (arXiv:1610.02391) of its last feature map.
+    """Where a network looks for a class: Grad-CAM (arXiv:1610.02391) on its last feature map.
 
     Args:
         model: timm model in evaluation mode.
-        images: (B, 3, H, W).
-        classes: (B,).
+        images: Images (B, 3, H, W).
+        classes: Index of a class for each image, (B,).
 
     Returns:
-        (B, H, W), 0 to 1; None where the network's features are no map (B, C, h, w) or (B, h, w, C).
+        Maps (B, H, W) from 0 to 1; None if the network's features are not a map, (B, C, h, w) or (B, h, w, C).
     """
     with torch.no_grad():
         features = model.forward_features(images)
@@ -63,14 +63,14 @@ def _grid(count: int, columns: int = 6) -> tuple[Figure, list]:
 def _show(axis: Any, files: ImageFiles | NamedImages, i: int) -> None:
     try:
         image = files.read(i)
-    except ValueError:  # it went away since it was measured
+    except ValueError:  # it has become unreadable since it was measured
         return
     image.thumbnail((320, 320))
     axis.imshow(image)
 
 
 def draw_predictions(files: ImageFiles | NamedImages, result: Predictions, path: Path, most: int = 24) -> None:
-    """Draw test photographs, spread over the classes, with predicted and true label."""
+    """Draw test photographs, spread over the classes, with their predicted and true labels."""
     count = min(most, len(result.index))
     figure, axes = _grid(count)
     chosen = torch.linspace(0, len(result.index) - 1, count).round().int().tolist()
@@ -94,10 +94,10 @@ def draw_wrong(
         path: Path,
         most: int = 12,
 ) -> list[dict[str, Any]]:
-    """Draw the wrong answers given with most confidence, each beside where the network looked for them.
+    """Draw the most confident mistakes, each next to its Grad-CAM map.
 
     Returns:
-        A row per photograph: `file`, `predicted`, `confidence` in %, `true`; the most confident first.
+        One row per photograph: `file`, `predicted`, `confidence` in %, `true`; the most confident first.
     """
     confidence, predicted = result.logits.softmax(1).max(1)
     wrong = (predicted != result.labels).nonzero()[:, 0]
@@ -117,7 +117,7 @@ def draw_wrong(
     if rows:
         device = next(model.parameters()).device
         images = torch.stack(pictures)
-        maps = [grad_cam(model, image[None].to(device), answer[None].to(device))  # one at a time: memory
+        maps = [grad_cam(model, image[None].to(device), answer[None].to(device))  # one at a time, to save memory
                 for image, answer in zip(images, answers, strict=True)]
         low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
         seen = ((images - low) / (high - low).clamp(min=1e-6)).permute(0, 2, 3, 1)
@@ -135,7 +135,7 @@ def draw_wrong(
 
 
 def draw_confusion(result: Predictions, classes: tuple[str, ...], path: Path) -> None:
-    """Draw the confusion matrix: the colour is the share of the true class; up to 40 classes, the number the count."""
+    """Draw the confusion matrix, coloured by the share of the true class; with up to 40 classes, counts are shown."""
     n = len(classes)
     counts = multiclass_confusion_matrix(result.logits.argmax(1), result.labels, n)
     share = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -167,13 +167,13 @@ def write_report(
     """Write `confusion.png`, `wrong.png`, `predictions.png` and `report.html` into a run directory.
 
     Args:
-        folder: Holds `curves.png` and `history.csv`.
-        metrics: As in its `metrics.json`.
-        model: The measured weights.
+        folder: Run directory with `curves.png` and `recipe.json`.
+        metrics: Metrics, as in `metrics.json`.
+        model: The measured model.
         files: The test files.
-        result: What the model says of them.
+        result: The model's predictions for them.
         transform: The model's preprocessing.
-        found: What the scan of the data found, as of `prepare_split`, and as `data` where they are.
+        found: Facts about the data, from `prepare_split`, and its location as `data`.
     """
     draw_confusion(result, files.classes, folder / 'confusion.png')
     draw_predictions(files, result, folder / 'predictions.png')
@@ -183,7 +183,7 @@ def write_report(
 
 
 def _mistakes(result: Predictions, classes: tuple[str, ...], most: int = 10) -> list[tuple[str, str, int, float]]:
-    """Class, what it was taken for, how often, and in % of the class; the most frequent first."""
+    """The most frequent confusions: true class, predicted class, count, and % of the true class."""
     counts = multiclass_confusion_matrix(result.logits.argmax(1), result.labels, len(classes))
     size = counts.sum(1)
     count, place = counts.fill_diagonal_(0).flatten().topk(min(most, counts.numel()))
@@ -192,7 +192,7 @@ def _mistakes(result: Predictions, classes: tuple[str, ...], most: int = 10) -> 
 
 
 def _outcome(metrics: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What came out and what it took, with what to call it."""
+    """Labels and values of the main results."""
     tried, chosen = ('penalties tried', 'number of the penalty') if 'penalty' in metrics else (
         'epochs trained', 'epoch of the weights')
     facts = [(label, metrics[key]) for key, label in (

@@ -1,4 +1,4 @@
-"""What the reports of classifiers and of detectors share: pictures and tables, and the page that holds them."""
+"""Parts that the reports of classifiers and detectors share: figures, tables and the HTML page."""
 from __future__ import annotations
 
 import base64
@@ -19,7 +19,7 @@ from ..names import printable
 
 __all__ = ['save_figure', 'set_title', 'short_name', 'table', 'whole_path', 'write_page']
 
-_NARROWEST = 640  # pixels of a picture, below which its text is too small: it is scrolled
+_NARROWEST = 640  # pixels; narrower, the text of a figure would be too small, so it scrolls
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader('wrn_timm'), autoescape=True, trim_blocks=True, lstrip_blocks=True,
     undefined=jinja2.StrictUndefined)
@@ -35,23 +35,23 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def short_name(name: str, most: int = 24) -> str:
-    """A name that leaves room in a picture for the picture."""
+    """A name, shortened to fit into a figure."""
     name = printable(' '.join(name.split()))
     return name if len(name) <= most else f'{name[:most - 1]}…'
 
 
 def set_title(axis: Any, text: str, colour: str) -> None:
-    """The title of a photograph, as it is written: `$` begins no formula."""
+    """Set the title of a photograph literally: `$` does not start a formula."""
     axis.set_title(text, parse_math=False, fontsize=9, color=colour)
 
 
 def whole_path(name: str) -> str:
-    """A path that opens from any folder; the image of a named data set has none."""
+    """The absolute path of an existing file; other names, as of images of named data sets, are unchanged."""
     return os.path.abspath(name) if os.path.lexists(name) else name
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[tuple[str, Markup, tuple[Any, ...]]]:
-    """Name, attributes and cells of each column: numbers are set to the right, and a `file` is not broken."""
+    """Name, HTML attributes and cells of each column; numbers are right-aligned, and a `file` is not wrapped."""
     columns = []
     for name, cells in zip(header, zip(*rows, strict=True), strict=bool(rows)):
         number = all(cell is None or isinstance(cell, (int, float)) for cell in cells)
@@ -64,7 +64,7 @@ _PICTURES = ('curves', 'confusion', 'wrong', 'predictions', 'precision_recall', 
 
 
 def _picture(file: Path) -> dict[str, Any]:
-    """The width in pixels that a picture has at least on a page, and its bytes in base64."""
+    """Minimum width of a figure on the page, in pixels, and its bytes in base64."""
     with Image.open(file) as image:
         width = min(image.width, _NARROWEST)
     return {'width': width, 'data': base64.b64encode(file.read_bytes()).decode()}
@@ -77,17 +77,17 @@ def write_page(
         made_with: Iterable[tuple[str, Any]],
         **content: Any,
 ) -> None:
-    """Write `report.html` into a run directory, with those of `_PICTURES` that are there.
+    """Write `report.html` into a run directory, with those of `_PICTURES` that exist.
 
     Args:
-        folder: Its pictures can be shown by their names.
-        template: File of `wrn_timm/templates`, which calls `page` of `report_parts.html`.
-        command: Repeats the run.
+        folder: Run directory, which holds the figures.
+        template: File in `wrn_timm/templates` that calls `page` from `report_parts.html`.
+        command: Command that repeats the run.
         made_with: Names and values of the settings and of the environment.
-        content: What the template shows; `page` needs `title`, `outcome`, `curves` and `notes`.
+        content: Other variables of the template; `page` needs `title`, `outcome`, `curves` and `notes`.
     """
     page = _TEMPLATES.get_template(template).render(
         pictures={name: _picture(file) for name in _PICTURES if (file := folder / f'{name}.png').is_file()},
         command=printable(command),
         made_with=[*made_with, ('date', time.strftime('%Y-%m-%d %H:%M'))], **content)
-    atomic_write(folder / 'report.html', page.encode(errors='replace').decode())  # names of files can be any bytes
+    atomic_write(folder / 'report.html', page.encode(errors='replace').decode())  # file names can hold any bytes

@@ -1,11 +1,11 @@
-"""A run directory: what a training run leaves, written so that nothing already made is lost.
+"""The run directory: the files of a training run, written so that nothing saved before is lost.
 
     recipe.json     the resolved recipe, seed, versions and commit
-    history.csv     a row per epoch
+    history.csv     one row per epoch
     curves.png      loss, accuracy and learning rate
-    train.log       what was printed, with the time
-    checkpoints/    the last two, and the best on the held-out images where there are any
-    weights/        the weights folder, once the run has ended
+    train.log       the log messages, with the time
+    checkpoints/    the last two, and the best on the held-out images if there are any
+    weights/        the weights folder, once the run is finished
 """
 from __future__ import annotations
 
@@ -45,28 +45,28 @@ __all__ = [
     'TIME_BUDGET', 'RunControl', 'RunDir', 'any_process', 'begun_with', 'check_begun', 'check_place', 'config_of',
     'has_begun', 'holds_checkpoint', 'is_best', 'planned_runs', 'progress_bar', 'run_each']
 
-TIME_BUDGET = 'the time budget'  # as the reason why a run stopped
+TIME_BUDGET = 'the time budget'  # as a reason to stop
 _logger = logging.getLogger(__name__)
 
 _RECIPE = 'recipe.json'
-_FORMAT = 1  # of checkpoints; to be raised when an older version would misread a new one
-_SHARE_OF_SAVING = 20  # of the time, at most one part is spent on checkpoints
+_FORMAT = 1  # of checkpoints; increased when older versions would misread new ones
+_SHARE_OF_SAVING = 20  # at most one part in this many of the time goes into checkpoints
 _SECONDS_BETWEEN_DRAWINGS = 30
-_MADE = ('checkpoints', 'history.csv', 'weights', 'last', 'best', 'metrics.json')  # what training leaves
+_MADE = ('checkpoints', 'history.csv', 'weights', 'last', 'best', 'metrics.json')  # what training writes
 
 
 def has_begun(out: str | Path) -> bool:
-    """Whether a run directory, or one of its runs of several seeds, holds anything that training made."""
+    """Whether a run directory, or one of its `seed-N` folders, holds anything that training wrote."""
     return any((run / name).exists() for run in (Path(out), *Path(out).glob('seed-*')) for name in _MADE)
 
 
 def holds_checkpoint(out: str | Path) -> bool:
-    """Whether a run directory, or one of its runs of several seeds, holds something to go on from."""
+    """Whether a run directory, or one of its `seed-N` folders, holds a checkpoint to resume from."""
     return any(_newest_first(run / 'checkpoints') for run in (Path(out), *Path(out).glob('seed-*')))
 
 
 def is_best(history: list[dict[str, float]]) -> bool:
-    """Whether the last epoch is the most accurate so far on held-out images; False where there are none."""
+    """Whether the last epoch has the highest held-out accuracy so far; False if nothing is held out."""
     held_out = [row['holdout_accuracy'] for row in history if 'holdout_accuracy' in row]
     return bool(held_out) and held_out[-1] >= max(held_out)
 
@@ -75,10 +75,10 @@ _Config = TypeVar('_Config')
 
 
 def config_of(file: Path, key: str, kind: type[_Config]) -> _Config:
-    """The settings that a `recipe.json` holds under `key`, as the dataclass `kind`; its defaults where it has none.
+    """The settings under `key` in a `recipe.json`, as the dataclass `kind`; missing ones have their defaults.
 
     Raises:
-        ValueError: The file is damaged, a setting is not known to this version, or has no such value.
+        ValueError: The file is damaged, or a setting is unknown to this version or has an invalid value.
     """
     recipe = read_record(file)
     names = {f.name: None for f in dataclasses.fields(kind)}
@@ -90,8 +90,7 @@ def config_of(file: Path, key: str, kind: type[_Config]) -> _Config:
 
 
 def begun_with(out: Path, key: str, kind: type[_Config]) -> _Config:
-    """The settings that a run directory, or the first of its runs of several seeds, was started with; the defaults
-    where there is none.
+    """The settings that a run, or the first of its `seed-N` runs, was started with; the defaults if there is none.
 
     Raises:
         What `config_of` raises.
@@ -107,12 +106,14 @@ def planned_runs(
         seeds: int,
         resume: bool,
 ) -> list[tuple[_Config, Path, bool]]:
-    """Settings and folder of a run for each seed from `config.seed` on, and whether it is to be resumed: in `out` if it
-    is one, else in `out/seed-N`.
+    """Plan a run for each of `seeds` seeds, starting with `config.seed`.
+
+    Returns:
+        For each run, its settings, its folder (`out`, or `out/seed-N` for several seeds) and whether to resume it.
 
     Raises:
-        ValueError: `seeds` is less than 1, or it is 1 and `out` holds the runs of several.
-        FileExistsError: `out` holds a single run, or the figures of several, and is not resumed.
+        ValueError: `seeds` is less than 1, or it is 1 and `out` holds runs of several seeds to resume.
+        FileExistsError: For several seeds, `out` holds a single run, or the results of several and `resume` is off.
     """
     if seeds < 1:
         raise ValueError(f'seeds is {seeds}; it must be at least 1')
@@ -122,7 +123,7 @@ def planned_runs(
             raise ValueError(f'{out} holds runs of several seeds; give --seeds again, as many as before')
         return [(config, out, resume)]
     if (out / _RECIPE).is_file():
-        raise FileExistsError(f'{out} holds a run by itself; choose another --out for several seeds')
+        raise FileExistsError(f'{out} holds a single run; choose another --out for several seeds')
     if (out / 'metrics.json').is_file() and not resume:
         raise FileExistsError(f'{out} already holds the results of several seeds; choose another --out, or continue '
                               f'with --resume')
@@ -136,16 +137,16 @@ def run_each(
         run: Callable[[_Config, Path, Machine], dict[str, Any] | None],
         machine: Machine,
 ) -> list[dict[str, Any]] | None:
-    """The metrics of each of the `planned_runs`, those that had ended included.
+    """Run the `planned_runs` in turn, skipping those that are finished.
 
     Args:
-        planned: From `planned_runs`.
-        run: Called with the settings, the folder, and the machine with what is left of its time budget; it returns the
-            metrics, or None if it was stopped.
-        machine: Of all runs together.
+        planned: Runs from `planned_runs`.
+        run: Called with the settings, the folder, and the machine with the remaining time budget; returns the metrics,
+            or None if the run was stopped.
+        machine: Machine settings; the time budget is that of all runs together.
 
     Returns:
-        None if a run was stopped, or one of several by the time budget.
+        The metrics of each run, including finished ones; None if a run was stopped, or one of several ran out of time.
     """
     found, deadline, several = [], machine.deadline(), len(planned) > 1
 
@@ -165,7 +166,7 @@ def run_each(
 
 
 def _check_known(there: dict[str, Any], known: dict[str, Any], recipe: dict[str, Any], file: Path) -> None:
-    """Refuse settings that this version would pass over."""
+    """Refuse settings that this version would ignore."""
     def unknown(there: dict[str, Any], known: dict[str, Any], prefix: str = '') -> Iterator[str]:
         for key, value in there.items():
             if key not in known:
@@ -193,14 +194,14 @@ def _link(source: Path, to: Path) -> None:
 
 
 def check_place(path: Path, wanted: int = 0) -> None:
-    """Make sure that files can be written to a folder, which need not be there yet, before work is done for them.
+    """Check that a folder, which need not exist yet, is writable and has enough free space.
 
     Args:
         path: The folder; nothing is left in it.
-        wanted: Bytes that there must be room for.
+        wanted: Required free space, in bytes.
 
     Raises:
-        OSError: It cannot be written to, or has too little room.
+        OSError: The folder is not writable, or there is too little free space.
     """
     there = next(p for p in (path, *path.parents) if os.path.lexists(p))
     try:
@@ -209,38 +210,38 @@ def check_place(path: Path, wanted: int = 0) -> None:
     except OSError as e:
         raise OSError(f'{path} cannot be written to ({there}: {e.strerror}); choose another --out') from e
     if free < wanted:
-        raise OSError(f'the weights and checkpoints of a run take up to {wanted / 1e6:.0f} MB, and {free / 1e6:.0f} MB '
-                      f'are free at {there}; make room or choose another --out')
+        raise OSError(f'the weights and checkpoints of a run take up to {wanted / 1e6:.0f} MB, but only '
+                      f'{free / 1e6:.0f} MB are free at {there}; free some space or choose another --out')
 
 
 def check_begun(path: str | Path) -> None:
-    """Make sure that a run directory holds a run to resume.
+    """Check that a run directory holds a run to resume.
 
     Raises:
-        FileNotFoundError: It does not.
+        FileNotFoundError: There is no run.
     """
     if not (Path(path) / _RECIPE).is_file():
         raise FileNotFoundError(f'{path} holds no run to resume')
 
 
 class RunDir:
-    """Opens (or makes) a run directory, for this process alone as long as the object lives.
+    """Opens or creates a run directory, locked for this process as long as the object lives.
 
     Args:
         path: The directory.
-        settings: What decides the run's result: recipe, seed, data. Kept in `recipe.json`. Of a dataclass, a field that
-            the `recipe.json` of an older version lacks counts as having its default there.
-        resume: Go on with the run that is there.
-        write: False for the processes of a run that leave the writing to the first.
-        device: Where the run computes, for its records.
-        notes: What else the records say of the machine's part in it, as the precision.
+        settings: Settings that determine the result (recipe, seed, data), stored in `recipe.json`. A dataclass field
+            that is missing in the `recipe.json` of an older version counts as its default.
+        resume: Continue the existing run.
+        write: Whether this process writes files; only the first process of a run does.
+        device: Device of the run, for `recipe.json`.
+        notes: More entries for the `environment` in `recipe.json`, such as the precision.
 
     Raises:
         BlockingIOError: Another process has it open.
-        FileExistsError: Another run is there and `resume` is off.
+        FileExistsError: It holds a run and `resume` is off.
         FileNotFoundError: `resume` is on and there is no run.
-        ValueError: The path is not UTF-8; or `resume` is on, and the settings are not those of the run (the fields that
-            differ are named) or its `recipe.json` is damaged or of another version.
+        ValueError: The path is not UTF-8; or `resume` is on, and the settings differ from those of the run (the message
+            names the fields), or its `recipe.json` is damaged or has settings unknown to this version.
     """
 
     def __init__(
@@ -261,21 +262,21 @@ class RunDir:
         self.check(self.path, settings, resume)
         make_folder(self.path)
         self._lock = FolderLock(self.path)
-        self.check(self.path, settings, resume)  # another may have begun and ended
+        self.check(self.path, settings, resume)  # another process may have run in between
         for folder in (self.path, self.checkpoints):
-            discard_partial(folder)  # a checkpoint that was being written when the run was killed
+            discard_partial(folder)  # partial checkpoints of a killed run
         if not resume or not self.recipe_file.is_file():
             record = {**_plain(settings), 'environment': {**environment(device), **(notes or {})}}
             write_json(self.recipe_file, record)
 
     @staticmethod
     def check(path: str | Path, settings: dict[str, Any], resume: bool = False) -> None:
-        """Raise what opening the run directory would, and leave nothing: for before the work that comes first."""
+        """Raise the errors of opening the run directory, without creating it: a check before longer work."""
         if not is_utf8(path):
             raise ValueError(f'{path} is not UTF-8, which safetensors cannot open; choose another --out')
         recipe_file = Path(path) / _RECIPE
         if not resume:
-            if has_begun(path):  # one that failed before has made nothing
+            if has_begun(path):  # a run that failed before training has none of this
                 raise FileExistsError(f'{path} already holds a run; choose another --out, or continue with --resume')
             return
         check_begun(path)
@@ -290,7 +291,7 @@ class RunDir:
                              f'resume with the same, or choose another --out')
 
     def log(self, message: str, *args: Any, level: int = logging.INFO) -> None:
-        """Log a message, and keep it in `train.log`."""
+        """Log a message and append it to `train.log`."""
         if not self.write:
             return
         _logger.log(level, message, *args)
@@ -299,16 +300,16 @@ class RunDir:
             f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message % args}\n")
 
     def save(self, state: dict[str, Any], history: list[dict[str, float]], draw: bool = True) -> None:
-        """Add a checkpoint, drop all but the last two and the best, and write `history.csv` and `curves.png`.
+        """Write a checkpoint, delete all but the last two and the best, and write `history.csv` and `curves.png`.
 
         Args:
-            state: Tensors, numbers and their containers, with `epoch` and `step`; read back by `load_checkpoint`.
-            history: A row per epoch so far; where it has `holdout_accuracy`, the best is kept as `best.pt`.
+            state: Tensors, numbers and containers of them, with `epoch` and `step`; `load_checkpoint` returns it.
+            history: One row per epoch so far; if rows have `holdout_accuracy`, the best epoch is kept as `best.pt`.
             draw: Whether to draw `curves.png`, which can take longer than a short epoch.
 
         Raises:
             FloatingPointError: A weight is not finite.
-            OSError: It cannot be written.
+            OSError: The checkpoint cannot be written.
         """
         if not self.write:
             return
@@ -316,8 +317,8 @@ class RunDir:
             if name := not_finite(weights or {}):
                 raise FloatingPointError(
                     f'{name} is no longer finite after epoch {state["epoch"]}, step {state["step"]}; the checkpoints '
-                    f'in {self.checkpoints} are from before. Try a smaller learning rate.')
-        if history and state['step'] == 0:  # before the checkpoint, from which they would not be made again
+                    f'in {self.checkpoints} are not affected. Try a smaller learning rate.')
+        if history and state['step'] == 0:  # before the checkpoint: a resumed run does not write them again
             self.write_history(history, draw)
         make_folder(self.checkpoints)
         newest = self.checkpoints / f"epoch-{state['epoch']:04d}-step-{state['step']:06d}.pt"
@@ -333,18 +334,18 @@ class RunDir:
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        """Of the settings in `recipe.json`: what ties a checkpoint to its run."""
+        """Hash of the settings in `recipe.json`, which ties a checkpoint to its run."""
         recipe = {k: v for k, v in read_record(self.recipe_file).items() if k != 'environment'}
         return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last whole checkpoint, on the CPU, or None before the first.
+        """The last intact checkpoint, on the CPU; None if there are no checkpoints.
 
-        A damaged one is named, renamed `*.damaged` and passed over.
+        Damaged ones are reported, renamed to `*.damaged` and skipped.
 
         Raises:
-            OSError: One cannot be read, for reasons that are not its own.
-            ValueError: None of those that are there is whole, or the last one is of another run or a later version.
+            OSError: A checkpoint cannot be read for reasons other than damage.
+            ValueError: All checkpoints are damaged, or the last one is from another run or a later version.
         """
         damaged = []
         for path in _newest_first(self.checkpoints):
@@ -353,9 +354,9 @@ class RunDir:
                 damaged.append(path)
                 continue
             if self.write:
-                for other in damaged:  # its name would keep the next ones out
+                for other in damaged:  # else it would count as one of the last two
                     os.replace(other, other.with_suffix('.damaged'))
-                if found['step'] == 0 and is_best(found['history']):  # the run may have been killed before it was kept
+                if found['step'] == 0 and is_best(found['history']):  # the run may have been killed before this
                     self._keep_best(path)
             return found
         if damaged:
@@ -367,7 +368,7 @@ class RunDir:
         try:
             found = _load_whole(path)
         except zipfile.BadZipFile as e:
-            self.log('%s is damaged (%s); going back to the one before', path, e, level=logging.WARNING)
+            self.log('%s is damaged (%s); going back to the previous one', path, e, level=logging.WARNING)
             return None
         if not isinstance(found, dict) or not {'epoch', 'step', 'history'} <= found.keys():
             raise ValueError(f'{path} is not a checkpoint of a training run; move it away')
@@ -382,9 +383,10 @@ class RunDir:
         atomic_write(self.checkpoints / 'best.pt', lambda p: _link(checkpoint, p))
 
     def load_best(self) -> dict[str, Any] | None:
-        """The checkpoint of the epoch most accurate on the held-out images, on the CPU; None where there are none.
+        """The checkpoint with the highest held-out accuracy, on the CPU; None if there is none or it is damaged.
 
-        A damaged one is named and passed over. Raises as `load_checkpoint`.
+        Raises:
+            What `load_checkpoint` raises.
         """
         path = self.checkpoints / 'best.pt'
         return self._read(path) if path.is_file() else None
@@ -403,16 +405,16 @@ class RunDir:
 
 
 class RunControl:
-    """When a run saves, when it stops, and what it says then: the same for every way of training.
+    """Decides when a run saves and when it stops, for every kind of training.
 
-    As a context it takes SIGTERM and the first Ctrl-C for a request to stop after the step at hand; a second one acts
-    at once.
+    As a context manager, it treats SIGTERM and the first Ctrl-C as a request to stop after the current step; a second
+    one acts at once.
 
     Args:
         run: Run directory.
-        deadline: `time.monotonic()` at which the time budget ends.
-        save_every: Seconds between checkpoints, and more where they are slow to write, so that they take at most a
-            twentieth of the time; 0 is always.
+        deadline: The `time.monotonic()` at which the time budget ends.
+        save_every: Seconds between checkpoints; more if they are slow to write, so that they take at most a twentieth
+            of the time. With 0, a checkpoint is always due.
     """
 
     def __init__(self, run: RunDir, deadline: float = math.inf, save_every: float = 0.):
@@ -425,7 +427,7 @@ class RunControl:
             self._asked = signal.Signals(number).name
             signal.signal(number, self._handlers[number])
 
-        with contextlib.suppress(ValueError):  # signals can be handled in the main thread alone
+        with contextlib.suppress(ValueError):  # signals can be handled only in the main thread
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, note)
         return self
@@ -436,12 +438,11 @@ class RunControl:
 
     @property
     def signalled(self) -> bool:
-        """Whether a signal asks the run to stop."""
+        """Whether a signal has asked the run to stop."""
         return bool(self._asked)
 
     def reason_to_stop(self, ahead: float = 0.) -> str:
-        """The signal that asks the run to stop, or 'the time budget' where the next `ahead` seconds do not fit into it;
-        '' to go on."""
+        """The signal that stops the run, or 'the time budget' if the next `ahead` seconds exceed it; '' to continue."""
         return self._asked or (TIME_BUDGET if time.monotonic() + ahead > self.deadline else '')
 
     @property
@@ -451,7 +452,7 @@ class RunControl:
             time.monotonic() - self._saved > self.save_every + _SHARE_OF_SAVING * self._saving)
 
     def save(self, state: dict[str, Any], history: list[dict[str, float]]) -> None:
-        """Write a checkpoint (`RunDir.save`); the curves are drawn now and then."""
+        """Write a checkpoint (`RunDir.save`), drawing the curves at most every 30 seconds."""
         began = time.monotonic()
         draw = began - self._drawn > _SECONDS_BETWEEN_DRAWINGS
         self.run.save(state, history, draw)
@@ -460,18 +461,18 @@ class RunControl:
         self._drawn = began if draw else self._drawn
 
     def check_finite(self, value: float, what: str, epoch: int) -> None:
-        """Refuse to go on from a loss that is NaN or infinite.
+        """Stop a run whose loss is NaN or infinite.
 
         Raises:
-            FloatingPointError: It is.
+            FloatingPointError: The value is not finite.
         """
         if not math.isfinite(value):
             raise FloatingPointError(
-                f'{what} is {value} in epoch {epoch}; the checkpoints in {self.run.checkpoints} are from before. Try a '
-                f'smaller learning rate (--lr)')
+                f'{what} is {value} in epoch {epoch}; the checkpoints in {self.run.checkpoints} are not affected. Try '
+                f'a smaller learning rate (--lr)')
 
     def log_stop(self, reason: str) -> None:
-        """Say that the run stopped, and from where it goes on."""
+        """Log why the run stopped, and how to continue it."""
         if newest := next(iter(_newest_first(self.run.checkpoints)), None):
             epoch, step = map(int, newest.stem.split('-')[1::2])
             self.run.log('stopped by %s after epoch %d%s; continue with --resume', reason, epoch,
@@ -482,12 +483,12 @@ class RunControl:
 
 @contextlib.contextmanager
 def progress_bar(total: int, done: int = 0, show: bool | None = None) -> Iterator[tqdm]:
-    """A bar over the steps of a run; what is logged meanwhile is written above it.
+    """A progress bar over the steps of a run; log messages are printed above it.
 
     Args:
-        total: Steps.
-        done: Of them, by a run that this one goes on with.
-        show: As `Machine.progress`.
+        total: Number of steps.
+        done: Steps done before the run was resumed.
+        show: As in `Machine.progress`.
     """
     with tqdm(total=total, initial=done, unit='step', leave=False, smoothing=0.05, disable=hidden(show)) as bar, \
             logging_redirect_tqdm():
@@ -495,7 +496,7 @@ def progress_bar(total: int, done: int = 0, show: bool | None = None) -> Iterato
 
 
 def any_process(*flags: bool, device: torch.device | str = 'cpu') -> tuple[bool, ...]:
-    """Which of the flags any process of this run has raised; all processes must ask at the same time."""
+    """Whether each flag is set in any process of the run; all processes must call this at the same point."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return flags
     raised = torch.tensor(flags, dtype=torch.float32, device=device)
@@ -506,42 +507,42 @@ def any_process(*flags: bool, device: torch.device | str = 'cpu') -> tuple[bool,
 def _save(state: dict[str, Any], path: Path) -> None:
     try:
         torch.save(state, path)
-    except RuntimeError as e:  # torch's word for a disk that is full
+    except RuntimeError as e:  # torch's error for a full disk
         raise OSError(str(e)) from e
 
 
 def _load_whole(path: Path) -> Any:
-    """What `torch.save` wrote, on the CPU; torch itself does not compare the checksums of the zip.
+    """Load a file of `torch.save` to the CPU, after checking the zip's checksums, which torch does not do.
 
     Raises:
-        BadZipFile: It is damaged.
-        OSError, MemoryError: It cannot be read for another reason.
+        BadZipFile: The file is damaged.
+        OSError, MemoryError: The file cannot be read for another reason.
     """
-    open(path, 'rb').close()  # whether it may be read at all
+    open(path, 'rb').close()  # raises OSError if there is no permission to read it
     try:
         with zipfile.ZipFile(path) as archive:
             if entry := archive.testzip():
-                raise zipfile.BadZipFile(f'{entry} has another checksum')
+                raise zipfile.BadZipFile(f'the checksum of {entry} does not match')
         return torch.load(path, map_location='cpu', weights_only=True)
     except MemoryError:
         raise
-    except Exception as e:  # a damaged zip or pickle raises what it likes, EINVAL for a place before its beginning too
+    except Exception as e:  # damaged zips and pickles raise almost anything, including EINVAL for a negative offset
         if (isinstance(e, OSError) and e.errno != errno.EINVAL) or 'DefaultCPUAllocator' in str(e):
             raise
         raise zipfile.BadZipFile(f'{type(e).__name__}: {str(e).partition(chr(10))[0]}') from e
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON gives them back."""
+    """Settings after a round trip through JSON."""
     return json.loads(json.dumps(settings, default=dataclasses.asdict))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = '') -> list[str]:
-    """Dotted names of the settings of `new` that are others in `old`, with both values."""
+    """Dotted names of the settings of `new` that differ in `old`, with both values."""
     out = []
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(old.get(key), dict):
             out += _differences(old[key], value, f'{prefix}{key}.')
         elif old.get(key) != value:
-            out.append(f'{prefix}{key}: {old.get(key)} there, {value} now')
+            out.append(f'{prefix}{key}: was {old.get(key)}, now {value}')
     return out

@@ -1,4 +1,4 @@
-"""Training from scratch: one recipe, one data set on the device, one run directory, any number of processes."""
+"""Train from scratch by a recipe, with the data set on the device, in one or more processes."""
 from __future__ import annotations
 
 import contextlib
@@ -40,45 +40,47 @@ __all__ = ['Learner', 'ScratchMachine', 'create_model', 'train']
 
 @dataclasses.dataclass(frozen=True)
 class ScratchMachine(Machine):
-    """What training from scratch knows of the machine beside the rest."""
+    """Machine settings of training from scratch."""
 
     precision: Precision = 'auto'
     """'bf16', 'no' (float32), or 'auto': bfloat16 on GPUs and CPUs that are faster in it."""
     compile: bool | None = None
-    """Compile the network; None does so on CUDA alone. On a CPU it needs a C++ compiler."""
+    """Compile the network; None does so on CUDA only. On a CPU this needs a C++ compiler."""
     grad_checkpointing: bool = False
-    """Recompute the activations of each block in the backward pass, for memory."""
+    """Recompute the activations of each block in the backward pass, to save memory."""
     checkpoint_every: float = 60.
-    """Seconds between checkpoints, and more where they are slow to write, so that they take at most a twentieth of the
-    time; 0 writes one every step, or every twentieth where processes have to agree. The best epoch and a run that stops
-    have theirs at once."""
+    """Seconds between checkpoints; more if they are slow to write, so that they take at most a twentieth of the time. 0
+    writes one at every step, or at every twentieth step with several processes. The best epoch, and a run that stops,
+    are saved at once."""
     tracker: str = ''
-    """'tensorboard', 'wandb', 'trackio' or another of accelerate's, told of every epoch."""
+    """Experiment tracker for the metrics of every epoch: 'tensorboard', 'wandb', 'trackio' or another that accelerate
+    supports."""
 
     def __post_init__(self):
         super().__post_init__()
         check_numbers({'checkpoint_every': self.checkpoint_every}, math.inf)
         if self.precision == 'fp16':
-            raise ValueError("training from scratch has no precision 'fp16'; choose 'auto', 'bf16' or 'no' (float32)")
+            raise ValueError("training from scratch does not support precision 'fp16'; choose 'auto', 'bf16' or 'no' "
+                             "(float32)")
 
 
 @dataclasses.dataclass
 class _Progress:
-    """How far a run is, and what its records say."""
-    sums: torch.Tensor  # of loss and of hits, in this epoch
+    """Progress of a run, as saved in its checkpoints."""
+    sums: torch.Tensor  # loss and accuracy, summed over the steps of this epoch
     epoch: int = 0
     step: int = 0  # within the epoch
-    timed: int = 0  # steps of it that `seconds` has the time of
+    timed: int = 0  # steps of this epoch whose time is in `seconds`
     seconds: float = 0.
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def gather(self, rank: int) -> None:
-        """Move the sums of all processes to the first, which writes them down."""
+        """Move the sums of all processes to the first one, which saves them."""
         dist.all_reduce(self.sums)
         self.sums *= not rank
 
     def end_epoch(self, lr: float, size: int, steps: int, batch_size: int, world: int) -> None:
-        """Put the epoch's line into the history, and the position at the start of the next."""
+        """Append the epoch's row to the history and move on to the next epoch."""
         if world > 1:
             dist.all_reduce(self.sums)
         loss, hits = (self.sums / (steps * world)).tolist()
@@ -91,16 +93,17 @@ class _Progress:
 
 
 class Learner:
-    """A network with its optimizer, schedule and averaged weights, as a recipe has them.
+    """A network with the optimizer, schedule and EMA weights of a recipe.
 
-    In a process group the network is data parallel.
+    In a process group, the network is data parallel.
 
     Args:
-        model: On its device; trained in place.
+        model: Network on its device, trained in place.
         recipe: Settings of the training.
         steps: Optimizer steps per epoch.
-        seed: Of dropout and mixing, together with the step and the process: a resumed run draws the same.
-        compile: Compile the network; the first step at each image size then takes a minute or so.
+        seed: Seed of dropout and mixing. It is combined with the step and the process, so that a resumed run draws the
+            same numbers.
+        compile: Compile the network; the first step at each image size then takes about a minute.
         precision: 'bf16', 'no' (float32), or 'auto': bfloat16 on GPUs and CPUs that are faster in it.
     """
 
@@ -128,31 +131,31 @@ class Learner:
         self._forward, rank = model, 0
         if dist.is_initialized():
             self._forward, rank = DistributedDataParallel(model), dist.get_rank()
-        if compile:  # around it, so that gradients are exchanged while others are computed
+        if compile:  # around DDP, to exchange gradients while others are computed
             self._forward = torch.compile(self._forward, dynamic=False)
         self._seed = seed * 1009 + rank
         self.precision = resolve_precision(precision, self.device)
-        if self.precision == 'fp16':  # its gradients would have to be scaled
+        if self.precision == 'fp16':  # it would need gradient scaling
             self.precision = 'no'
 
     @property
     def averaged(self) -> torch.nn.Module:
-        """The network to measure and to export."""
+        """The network to measure and to export: with EMA weights if they are on."""
         return self.ema.module if self.ema else self.model
 
     def step(self, number: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Take optimizer step `number` of the run; returns (2,): mean loss and share of hits, without waiting."""
+        """Take optimizer step `number` of the run; returns mean loss and accuracy, (2,), without synchronizing."""
         self.scheduler.step_update(number)
         torch.manual_seed(self._seed * 1_000_003 + number)
         targets = labels
         if self._mix:
             images, targets = self._mix(images, labels)
-            images = images.contiguous(memory_format=torch.channels_last)  # which rolling may have undone
+            images = images.contiguous(memory_format=torch.channels_last)  # mixing may have changed it
         with _compilation():
             loss, logits = self._backward(images, targets)
         if self.recipe.sam_rho:
             climbed = _climb(self._parameters, self.recipe.sam_rho)
-            statistics = [b.clone() for b in self._buffers]  # BatchNorm's, which the second pass would take again
+            statistics = [b.clone() for b in self._buffers]  # BatchNorm's, which the second pass would update again
             self._backward(images, targets)
             for buffer, kept in zip(self._buffers, statistics, strict=True):
                 buffer.copy_(kept)
@@ -171,13 +174,13 @@ class Learner:
         return loss.detach(), logits.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, momentum and averaged weights."""
+        """Weights, optimizer state and EMA weights."""
         return {
             'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
             'ema': self.ema.module.state_dict() if self.ema else None}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave, on this device or another."""
+        """Load a `state_dict`, which may come from another device."""
         self.model.load_state_dict(saved['model'])
         self.optimizer.load_state_dict(saved['optimizer'])
         if self.ema:
@@ -186,7 +189,7 @@ class Learner:
 
 @contextlib.contextmanager
 def _compilation() -> Iterator[None]:
-    """Say what to do where the compiler fails, as it does without Triton or a C++ compiler."""
+    """Add advice to errors of torch.compile, which fails without Triton or a C++ compiler."""
     try:
         yield
     except Exception as e:
@@ -209,7 +212,7 @@ def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> S
 
 @torch.no_grad()
 def _climb(parameters: list[torch.Tensor], rho: float) -> list[torch.Tensor]:
-    """Move to the sharpest point within `rho` (arXiv:2010.01412, equation 2); returns the steps, to be taken back."""
+    """Move by `rho` along the gradient (arXiv:2010.01412, equation 2); returns the steps, to be undone."""
     grads = [p.grad for p in parameters]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     steps = torch._foreach_mul(grads, rho / (norm + 1e-12))
@@ -219,7 +222,7 @@ def _climb(parameters: list[torch.Tensor], rho: float) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def _processes(device: torch.device) -> Iterator[tuple[int, int]]:
-    """This process's rank and the number of processes that `torchrun` started, joined for as long as it is open."""
+    """Join the processes that `torchrun` started, if any; yields the rank and the number of processes."""
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     cuda = device.type == 'cuda'
     if cuda:
@@ -228,7 +231,7 @@ def _processes(device: torch.device) -> Iterator[tuple[int, int]]:
     if joining:
         dist.init_process_group('nccl' if cuda else 'gloo')
     yield rank, world
-    # not after an error: it would wait for the others; and accelerate's trackers end it themselves
+    # not after an error, where this would wait for the others; accelerate's trackers may already have done it
     if joining and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -244,7 +247,7 @@ def _augmentation(recipe: Recipe, size: int) -> torch.nn.Module | None:
 
 
 def _data(recipe: Recipe, folder: str, download: bool, rank: int, world: int) -> tuple[ImageArrays, ImageArrays | None]:
-    """The images to train on, and those held out."""
+    """The training images, and the held-out images if there are any."""
     if rank:
         dist.barrier()  # the first process may be downloading
     data = load(recipe.dataset, folder, train=True, download=download and not rank)
@@ -267,7 +270,7 @@ def _check_tracker(name: str) -> None:
 
 @contextlib.contextmanager
 def _tracker(name: str, run: RunDir, settings: dict[str, Any], device: torch.device) -> Iterator[Any]:
-    """accelerate with the one tracker asked for, or None."""
+    """An Accelerator with the requested tracker; None without one."""
     if not name:
         yield None
         return
@@ -281,8 +284,8 @@ def _tracker(name: str, run: RunDir, settings: dict[str, Any], device: torch.dev
 
 
 def create_model(recipe: Recipe, num_classes: int) -> torch.nn.Module:
-    """The network of a recipe, with fresh weights."""
-    return timm.create_model(  # which passes on no option that is None
+    """The network of a recipe, with random weights."""
+    return timm.create_model(  # which ignores options that are None
         recipe.model, num_classes=num_classes, stem=recipe.stem or None, conv_drop_rate=recipe.conv_drop_rate or None)
 
 
@@ -295,24 +298,25 @@ def train(
         half: bool = False,
         machine: ScratchMachine = ScratchMachine(),  # noqa: B008  (it is frozen)
 ) -> Path | None:
-    """Train a network and leave a weights folder in the run directory.
+    """Train a network and write a weights folder to the run directory.
 
-    Started by `torchrun`, the processes share each batch, and the first one writes. On a CPU a resumed run gives bit
-    for bit what it would have given, from the middle of an epoch too.
+    Under `torchrun`, the processes share each batch, and only the first one writes files. On a CPU, the result of a
+    resumed run is bit for bit that of an uninterrupted one, even if it stopped in the middle of an epoch.
 
     Args:
         recipe: Settings of the training.
         data_dir: Folder of the data set's official files.
         out: Run directory.
-        seed: Of the weights, the order and the augmentation.
+        seed: Seed of the weights, the order and the augmentation.
         half: Export convolution and linear weights in half precision.
         machine: Device, precision, time budget...
 
     Returns:
-        The weights folder, or None if the run was stopped (by the budget, SIGTERM or Ctrl-C) before its end.
+        The weights folder; None if the run was stopped early (by the time budget, SIGTERM or Ctrl-C), and in all
+        processes but the first.
 
     Raises:
-        FloatingPointError: The loss is no longer finite; the checkpoints before it stand.
+        FloatingPointError: The loss is no longer finite; earlier checkpoints are kept.
         What `load` and `RunDir` raise.
     """
     deadline, device = machine.deadline(), torch.device(machine.device)
@@ -335,7 +339,7 @@ def train(
         loop = _Loop(learner, loader, held_out, control, tracker)
         if machine.resume and (saved := run.load_checkpoint()):
             loop.load_state_dict(saved)
-            del saved  # as large as the network, the optimizer and the average together
+            del saved  # as large as the network, the optimizer and the EMA weights together
         run.log('%s on %s, precision %s, %d process(es), from epoch %d, step %d', recipe.model, device,
                 learner.precision, world, loop.progress.epoch, loop.progress.step)
         run.log(', '.join(f'{k} {v}' for k, v in environment(device).items()))
@@ -367,14 +371,14 @@ def _export(recipe: Recipe, learner: Learner, data: ImageArrays, half: bool, run
 
 
 class _Loop:
-    """The epochs of a run, which can stop after any step.
+    """The training loop, which can stop after any step.
 
     Args:
-        learner: What is trained.
-        loader: Batches.
-        held_out: Measured every epoch; None for none.
-        control: When to save and to stop.
-        tracker: accelerate's, told of every epoch; None for none.
+        learner: The network to train.
+        loader: Training batches.
+        held_out: Held-out images, measured after every epoch; None for none.
+        control: Run directory, and when to save and to stop.
+        tracker: Accelerator whose tracker gets the metrics of every epoch; None for none.
     """
 
     def __init__(
@@ -392,16 +396,16 @@ class _Loop:
         self._warm = 0  # the size that the network is compiled for
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Resume from a checkpoint."""
         self.learner.load_state_dict(saved)
         self.progress = _Progress(**{f.name: saved[f.name] for f in dataclasses.fields(_Progress)})
-        self.progress.sums = self.progress.sums.to(self.device) * (not self.loader.rank)  # they are of all processes
+        self.progress.sums = self.progress.sums.to(self.device) * (not self.loader.rank)  # summed over all processes
 
     def run(self, show: bool | None = None) -> bool:
-        """Train to the end; False if the run stopped before it.
+        """Train to the end; returns False if the run stopped before it.
 
         Args:
-            show: False shows no progress bar; None shows it in a terminal.
+            show: Whether to show a progress bar; None shows it only in a terminal.
         """
         progress, run = self.progress, self.control.run
         done = progress.epoch * self.steps + progress.step
@@ -415,7 +419,7 @@ class _Loop:
                     progress.gather(self.loader.rank)
                 if due or stop:
                     self.control.save({**self.learner.state_dict(), **vars(progress)}, progress.history)
-                else:  # an epoch can be shorter than writing its checkpoint, or drawing its curves, takes
+                else:  # no checkpoint and no curves, which can take longer than an epoch
                     run.write_history(progress.history, draw=False)
                 if stop and progress.epoch < self.recipe.epochs:
                     self.control.log_stop(self.control.reason_to_stop() or 'another process')
@@ -424,7 +428,7 @@ class _Loop:
         return True
 
     def _train(self, bar: tqdm) -> tuple[bool, bool]:
-        """Train to the end of the epoch, or until the run has to stop, or a checkpoint is due; returns which."""
+        """Train until the epoch ends, the run has to stop or a checkpoint is due; returns the latter two."""
         progress, size = self.progress, self.recipe.size_at(self.progress.epoch, self.loader.size[0])
         self.learner.model.train()
         if not progress.step:
@@ -436,10 +440,10 @@ class _Loop:
             progress.sums = progress.sums + result
             progress.step += 1
             bar.update()
-            if self._warm != size:  # the step that compiles is told apart
+            if self._warm != size:  # the step that compiles is timed separately
                 torch.cuda.synchronize() if self.device.type == 'cuda' else None
                 self.control.run.log(
-                    'first step at %d px, compilation included: %.1f s', size, time.monotonic() - began)
+                    'first step at %d px, including compilation: %.1f s', size, time.monotonic() - began)
                 self._warm, began, first_timed = size, time.monotonic(), progress.step
             if self.loader.world_size == 1 or progress.step % 20 == 0 or progress.step == self.steps:
                 due = self.control.save_is_due and not self.loader.rank

@@ -1,4 +1,4 @@
-"""What weights are worth on another data set, kept in their folder as `transfer.json` for the tables of README."""
+"""Results of weights on other data sets, stored in the weights folder as `transfer.json` for the README tables."""
 from __future__ import annotations
 
 import json
@@ -16,7 +16,7 @@ _KEY = ('way', 'dataset', 'protocol', 'input_size', 'epochs', 'stem')
 
 
 def transfer_folder(weights: str) -> Path:
-    """The weights folder of `<arch>.<tag>`, or the one named.
+    """The weights folder of `<arch>.<tag>`, or the given folder.
 
     Raises:
         FileNotFoundError: The weights have no folder on this machine.
@@ -28,13 +28,13 @@ def transfer_folder(weights: str) -> Path:
 
 
 def record_transfer(weights: str, rows: list[dict[str, Any]]) -> Path:
-    """Put results into the `transfer.json` of a weights folder, in place of earlier ones of the same kind.
+    """Write results to the `transfer.json` of a weights folder, replacing earlier ones with the same settings.
 
     Args:
         weights: `<arch>.<tag>` or a weights folder.
-        rows: Each with `way` ('linear probe', 'kNN', 'all', 'from scratch'...), `dataset`, `protocol`, `input_size`,
-            `seeds`, `mean_per_class` and `top1` (each `mean`, `std`, `values`, in %), `seconds`; and `epochs` and
-            `stem` where they apply.
+        rows: Results, each with `way` ('linear probe', 'kNN', 'all', 'from scratch'...), `dataset`, `protocol`,
+            `input_size`, `seeds`, `mean_per_class` and `top1` (with `mean`, `std` and `values`, in %), `seconds`, and
+            `epochs` and `stem` if they apply.
 
     Raises:
         What `transfer_folder` raises.
@@ -51,6 +51,6 @@ def record_transfer(weights: str, rows: list[dict[str, Any]]) -> Path:
 
 
 def read_transfer(folder: Path) -> list[dict[str, Any]]:
-    """The results that a weights folder keeps; none where it has no `transfer.json`."""
+    """The results in a weights folder's `transfer.json`; empty if there is no such file."""
     file = folder / TRANSFER_FILE
     return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else []
