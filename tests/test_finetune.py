@@ -697,6 +697,10 @@ def test_gradual_unfreezing_goes_from_the_classifier_to_the_stem():
     assert seen[3] == seen[2] | {'layer1'} and seen[4] == seen[7] == seen[3] | {'conv1'}
     _Unfreezing(model, 'head', 8).train(7)
     assert free() == {'fc'}
+    few = _Unfreezing(model, 'gradual', 5)  # fewer epochs than stages
+    for epoch, expected in enumerate((seen[0], seen[2], seen[4], seen[4], seen[4])):
+        few.train(epoch)
+        assert free() == expected
 
 
 def test_layers_below_learn_more_slowly(weights, photographs, tmp_path):
@@ -884,7 +888,7 @@ def test_layers_that_a_failed_try_has_frozen_are_trained_by_the_next(weights, ph
         return fit(self, *args)
 
     monkeypatch.setattr(Finetuner, 'fit', once_too_large)
-    assert tune(photographs, weights, tmp_path / 'run', '--epochs', '1', '--train', 'gradual', '--batch-size',
+    assert tune(photographs, weights, tmp_path / 'run', '--epochs', '2', '--train', 'gradual', '--batch-size',
                 'auto') == 0
     assert seen == [len(list(timm.create_model('wrn16_1').parameters()))] * 2
 

@@ -44,7 +44,7 @@ from .prepare import (
 )
 from .probe import extract_features
 from .report import write_report
-from .run import RunControl, RunDir, any_process, check_place, planned_runs, run_each
+from .run import TIME_BUDGET, RunControl, RunDir, any_process, check_place, planned_runs, run_each
 
 __all__ = ['finetune', 'finetune_seeds']
 
@@ -109,8 +109,8 @@ def finetune(
         return None
     train_seconds = (job.earlier or 0.) + time.monotonic() - began
     if fitted.stopped:
-        _logger.info('stopped by %s after epoch %d; it can be continued with --resume', fitted.stopped,
-                     fitted.history[-1]['epoch'])
+        _logger.info('stopped by %s after epoch %d%s', fitted.stopped, fitted.history[-1]['epoch'],
+                     '; it can be continued with --resume' if fitted.stopped == TIME_BUDGET else '')
     best_epoch = _export(job, network, fitted) if accelerator.is_main_process else fitted.best_epoch()
     accelerator.wait_for_everyone()
     return _test(job, fitted, best_epoch, train_seconds, started)

@@ -87,12 +87,14 @@ class _Unfreezing:
             head = {id(p) for p in network.get_classifier().parameters()}
             self.layer = {n: int(id(p) in head) for n, p in network.named_parameters()}
         self.last = max(self.layer.values())
-        self.every = max(1, epochs // 2 / max(1, self.last))
+        self.half = epochs // 2
 
     def train(self, epoch: int) -> None:
         """Put the network into training mode for an epoch, and freeze or unfreeze its layers."""
         self.network.train()
-        lowest = max(0, self.last - int(epoch // self.every)) if self.gradual else self.last
+        lowest = self.last
+        if self.gradual:
+            lowest = self.last - self.last * epoch // self.half if epoch < self.half else 0
         for name, module in self.network.named_modules():
             for own, parameter in module.named_parameters(recurse=False):
                 frozen = self.layer[f'{name}.{own}' if name else own] < lowest

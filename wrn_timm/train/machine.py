@@ -140,19 +140,20 @@ def autocast(device: torch.device | str, precision: Literal['no', 'fp16', 'bf16'
 @contextlib.contextmanager
 def in_float32() -> Iterator[None]:
     """A context in which GPUs do not use TensorFloat-32 for float32, whatever the caller has set."""
-    if not hasattr(torch.backends.cudnn, 'conv'):  # before torch 2.9
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-        return
-    places = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
-    before = [place.fp32_precision for place in places]
+    if hasattr(torch.backends.cudnn, 'conv'):
+        name, exact = 'fp32_precision', 'ieee'
+        places = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    else:  # before torch 2.9
+        name, exact = 'allow_tf32', False
+        places = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [getattr(place, name) for place in places]
     try:
         for place in places:
-            place.fp32_precision = 'ieee'
+            setattr(place, name, exact)
         yield
     finally:
-        for place, precision in zip(places, before, strict=True):
-            place.fp32_precision = precision
+        for place, value in zip(places, before, strict=True):
+            setattr(place, name, value)
 
 
 @contextlib.contextmanager
