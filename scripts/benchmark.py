@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Measure speed and memory, each contestant beside the others in the same run.
+"""Measure speed and memory of all contestants side by side in the same run.
 
     python scripts/benchmark.py                              # every section but trainers, on the bundled data
     python scripts/benchmark.py evaluate latency --models wrn28_10 wrn50_2 --json
     python scripts/benchmark.py int8 --data cifar10:DIR
-    python scripts/benchmark.py head finetune --data caltech101:DIR --split random30     # as finetune
+    python scripts/benchmark.py head finetune --data caltech101:DIR --split random30     # options as for finetune
     python scripts/benchmark.py trainers --help              # accuracy of other libraries' trainers
 
-The ratio on each line says how many times as fast as the first line of its case it is: the median over the rounds, in
-each of which every contestant runs once. `matmul` is the rate relative to a large matrix product of the same type;
+The ratio on each line is the speed relative to the first line of its case: the median over the rounds, in each of which
+every contestant runs once. `matmul` is the rate of computation relative to a large matrix product of the same type;
 convolutions can exceed it.
 """
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     command, config = parse(argv, ('benchmark', __doc__), BenchmarkOptions, FinetuneConfig, purposes=purposes)
     command = dataclasses.replace(command, config=config)
     torch.backends.cudnn.benchmark = command.device == 'cuda'
-    if command.device == 'cuda':  # convolutions compute in TF32, and so does what they are compared with
+    if command.device == 'cuda':  # convolutions use TF32, so the matrix product they are compared with does too
         torch.backends.cuda.matmul.allow_tf32 = True
     results: dict[str, list[dict[str, Any]]] = {}
     for name in command.sections or SECTIONS:

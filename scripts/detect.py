@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""`wrn-timm detect` in a checkout."""
+"""Run `wrn-timm detect` from a checkout."""
 import sys
 
 from wrn_timm.cli import command

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""`wrn-timm predict` in a checkout."""
+"""Run `wrn-timm predict` from a checkout."""
 import sys
 
 from wrn_timm.cli import command

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""`wrn-timm publish` in a checkout."""
+"""Run `wrn-timm publish` from a checkout."""
 import sys
 
 from wrn_timm.cli import command

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Generate what follows from the models, the weights folders and `scripts/benchmarks/`.
+"""Generate the tables, charts and data derived from the models, the weights folders and `scripts/benchmarks/`.
 
-These are the tables between markers in the READMEs, the charts in `.github/`, and `wrn_timm/released.json`, from which
-the package knows released weights that are not on the machine.
+These are the tables between markers in the READMEs, the charts in `.github/`, and `wrn_timm/released.json`, which
+describes released weights to the package when they are not on the machine.
 
     python scripts/tables.py            # write them
     python scripts/tables.py --check    # exit 1 if any is out of date
@@ -30,7 +30,7 @@ from wrn_timm.wrn import VARIANTS
 from wrn_timm.wrn_imagenet import default_cfgs as imagenet_cfgs
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / 'scripts' / 'benchmarks'  # what `benchmark.py SECTION --json` printed, one file per section
+BENCHMARKS = ROOT / 'scripts' / 'benchmarks'  # output of `benchmark.py SECTION --json`, one file per section
 READMES = [ROOT / folder / 'README.md' for folder in ('', 'wrn_timm', 'weights', 'scripts/benchmarks')]
 METHODS = {'kNN': 'kNN', 'linear probe': 'linear probe', 'head': 'classifier only', 'gradual': 'gradual',
            'all': 'all layers', 'from scratch': 'from scratch'}  # by their name in transfer.json
@@ -41,7 +41,7 @@ def read(file: Path) -> Any:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, without the columns that have no value in any row."""
+    """Format a Markdown table, without columns that are empty in every row."""
     kept = [i for i in range(len(header)) if any(row[i] != '-' for row in rows)]
     header, *rows = ([row[i] for i in kept] for row in [header, *rows])
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [header, ['---'] * len(header), *rows])
@@ -64,43 +64,43 @@ def models_table() -> str:
 
 
 def weights_folders() -> list[tuple[Path, dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """Each released folder, with its metrics, recipe and configuration."""
+    """Return each released folder with its metrics, recipe and configuration."""
     folders = sorted((p for p in (ROOT / 'weights').iterdir() if p.is_dir()),
                      key=lambda p: [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', p.name)])
     return [(f, *(read(f / f'{n}.json') for n in ('metrics', 'recipe', 'config'))) for f in folders]
 
 
 def known_errors() -> dict[str, float]:
-    """Test error in % of the weights that we released, then of other people's as they published it."""
+    """Test error in % of our released weights, then of third-party weights as published."""
     ours = {folder.name: 100 - metrics['top1'] for folder, metrics, *_ in weights_folders()}
     return ours | {name: entry['error'] for name, entry in published().items()}
 
 
 def named(name: str, known: dict[str, float], link: str = '') -> str:
-    """Weights in a table, marked where they are their network's default: the first of those known."""
+    """Format the name of weights, marking the default of the network, which is the first one in `known`."""
     default = name == next(n for n in known if n.startswith(f"{name.partition('.')[0]}."))
     return (f'[`{name}`]({link})' if link else f'`{name}`') + ' (default)' * default
 
 
 def beaten(name: str, known: dict[str, float]) -> str:
-    """The more accurate weights of the same network and classes, with their error."""
+    """More accurate weights of the same network and classes, with their error; '-' if there are none."""
     better = more_accurate(name, known)
     return f'`{better}`, {known[better]:.2f}' if better else '-'
 
 
 def hardware(run: dict[str, Any]) -> str:
-    """What a run was made on, without the processor's kind, which its card has."""
+    """Hardware of a run, without the processor model, which is in the card."""
     return run['environment']['hardware'].partition(' (')[0]
 
 
 def training_minutes(folder: Path) -> float:
-    """How long the weights of a released folder were trained, by its history."""
+    """Training time in minutes of a released folder, from its history."""
     with open(folder / 'history.csv', encoding='utf-8', newline='') as file:
         return float(list(csv.DictReader(file))[-1]['seconds']) / 60
 
 
 def overview_table() -> str:
-    """Test error, size and training time of our weights, then of other people's, one row per network."""
+    """Test error, size and training time of our weights, then of third-party weights, one row per network."""
     known = known_errors()
     rows = [
         [named(folder.name, known, f'/weights/{folder.name}'), f'**{known[folder.name]:.2f}**', file_size(folder.name),
@@ -114,7 +114,7 @@ def overview_table() -> str:
 
 
 def file_size(name: str) -> str:
-    """Size of the weights file of `<arch>.<tag>`, for other people's that of their tensors in float32."""
+    """Size of the weights file of `<arch>.<tag>`; for third-party weights, size of the tensors in float32."""
     file = ROOT / 'weights' / name / WEIGHTS_FILE
     if file.is_file():
         return f'{file.stat().st_size / 1e6:.1f} MB'
@@ -123,7 +123,7 @@ def file_size(name: str) -> str:
 
 
 def weights_table() -> str:
-    """Test error of each released folder beside what is published."""
+    """Test error of each released folder beside published results."""
     rows, known = [], known_errors()
     for folder, metrics, run, config in weights_folders():
         paper = f'{PAPER_ERROR[folder.name]:.2f}' if folder.name in PAPER_ERROR else '-'
@@ -137,7 +137,7 @@ def weights_table() -> str:
 
 
 def published_table() -> str:
-    """Test error of other people's weights as they published it, beside that of ours."""
+    """Published test error of third-party weights, beside that of our own."""
     rows, known = [], known_errors()
     for name, entry in published().items():
         arch, tag = name.split('.')
@@ -150,7 +150,7 @@ def published_table() -> str:
 
 
 def caltech_results(folder: Path) -> list[dict[str, Any]]:
-    """What a released folder has measured on Caltech 101 with 30 random training images per class."""
+    """Results of a released folder on Caltech 101 with 30 random training images per class."""
     return [r for r in read_transfer(folder) if (r['dataset'], r['protocol']) == ('caltech101', 'random30')]
 
 
@@ -198,7 +198,7 @@ def training_table() -> str:
 
 
 def trainers_table() -> str:
-    """Accuracy that each library's trainer reaches from the same weights, as `benchmark.py trainers` measured it."""
+    """Accuracy that each library's trainer reaches from the same weights, measured by `benchmark.py trainers`."""
     found = [read(file) for file in sorted(BENCHMARKS.glob('trainers_*.json'), reverse=True)]
     rows = []
     for i, row in enumerate(found[0]['rows']):
@@ -210,7 +210,7 @@ def trainers_table() -> str:
 
 
 def released() -> str:
-    """`wrn_timm/released.json`."""
+    """Content of `wrn_timm/released.json`."""
     return json.dumps({
         folder.name: {
             'size': (folder / WEIGHTS_FILE).stat().st_size, 'sha256': config['sha256'],
@@ -245,7 +245,7 @@ CHARTS: dict[str, tuple[Callable[[], Any], Callable[..., None]]] = {
 
 
 def rewritten(text: str) -> str:
-    """The text with every generated table brought up to date."""
+    """Return the text with every generated table updated."""
     for name, make in TABLES.items():
         pattern = rf'(<!-- {name}: scripts/tables\.py -->\n).*?(\n<!-- /{name} -->)'
         if re.search(pattern, text, flags=re.S):

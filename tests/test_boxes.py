@@ -170,11 +170,11 @@ def damaged_coco(tmp_path, **changes):
 
 @pytest.mark.parametrize(('changes', 'message'), [
     ({'annotations': [{'id': 4, 'image_id': 99, 'category_id': 3, 'bbox': [0, 0, 1, 1]}]},
-     'annotation 4 is of image 99, which is not in its images'),
+     'annotation 4 refers to image 99, which is not listed'),
     ({'annotations': [{'id': 4, 'image_id': 0, 'category_id': 5, 'bbox': [0, 0, 1, 1]}]},
-     'annotation 4 is of category 5; its categories are 0, 3, 7'),
+     'annotation 4 refers to category 5; the categories are 0, 3, 7'),
     ({'images': 2 * [{'id': 0, 'file_name': 'a.jpg'}]}, 'the image id 0 occurs twice'),
-    ({'images': [{'id': 0}]}, 'a field is missing'), ({'images': 3}, 'a field is missing or of another kind'),
+    ({'images': [{'id': 0}]}, 'a field is missing'), ({'images': 3}, 'a field is missing or has the wrong type'),
     ({'annotations': []}, 'has 4 images, none with a usable box'),
 ])
 def test_damaged_coco(tmp_path, changes, message):
@@ -387,7 +387,7 @@ def test_data_yaml_names_lists_and_what_is_not_there(tmp_path):
     assert len(scan.parts['train']) == 2 and len(scan.parts['val']) == len(BOXES)
     for text, message in (('train: images/train\nval: valid', 'names valid under "val", which is neither a folder'),
                           ('train: [images/train, more]', 'names more under "train", which is neither a folder'),
-                          ('val: images/val', 'names no images to train on')):
+                          ('val: images/val', 'names no training images')):
         file.write_text(f'{text}\nnames: [dog, cat]\n')
         with pytest.raises(ValueError, match=message):
             read_boxes(root)

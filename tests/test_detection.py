@@ -166,7 +166,7 @@ def test_bad_boxes_and_files_are_named(tmp_path):
     scan = read_boxes(voc(tmp_path / 'boxes', [good, *cases]))
     assert scan.parts['train'].boxes[0].tolist() == [list(good)]
     assert all(expected in reason for expected, reason in zip(cases.values(), scan.bad, strict=True))
-    with pytest.raises(FileNotFoundError, match='there is no part val; there are train'):
+    with pytest.raises(FileNotFoundError, match='the data has no part val; its parts are train'):
         divide(scan, 'train', 'val')
     (tmp_path / 'boxes/JPEGImages/a.jpg').write_text('no')
     with pytest.raises(ValueError, match='has 1 images, none with a usable box: .*a.jpg is not an image'):
@@ -201,8 +201,8 @@ def test_names_that_are_not_utf8(tmp_path):
     ('{"detect": 1, "classes": ["a"]}', 'its detect is 1; it must be an object'),
     ('{"detect": {}, "classes": []}', 'its classes is []; it must be a list of class names'),
     ('{"detect": {}, "classes": [1]}', 'its classes is [1]'),
-    ('{"detect": {"later": 1}, "classes": ["a"]}', "does not make a detector: .*unexpected keyword argument 'later'"),
-    ('{"detect": {"out_channels": "x"}, "classes": ["a"]}', 'does not make a detector: '),
+    ('{"detect": {"later": 1}, "classes": ["a"]}', "not describe a detector: .*unexpected keyword argument 'later'"),
+    ('{"detect": {"out_channels": "x"}, "classes": ["a"]}', 'does not describe a detector: '),
     ('{"detect": {"model": "resnet18"}, "classes": ["a"]}', "resnet18 is not a network of this package"),
     ('{"detect": {"detector": "yolo"}, "classes": ["a"]}', "detector 'yolo' is unknown"),
     ('{"detect": {}, "classes": ["a"], "sha256": 1}', 'its sha256 is 1; it must be 64 hexadecimal digits'),
@@ -597,7 +597,7 @@ def test_nothing_to_measure_is_said():
     one = {'boxes': torch.tensor([[0., 0, 9, 9]]), 'labels': torch.tensor([1])}
     metrics, curves = detection_metrics([empty], [one], ('a',))
     assert metrics['map'] == metrics['recall'] == 0 and len(curves['a'].scores) == 0
-    with pytest.raises(ValueError, match='there is no object on the test images'):
+    with pytest.raises(ValueError, match='there is no object in the test images'):
         detection_metrics([empty], [empty], ('a',))
 
 

@@ -240,7 +240,7 @@ def test_the_page_holds_all_and_the_command_repeats_the_run(report):
     assert options.data == f'coco:{report.parent.parent / "data"}' and options.out == str(report.parent)
     assert dataclasses.asdict(config) == json.loads((report.parent / 'recipe.json').read_text())['detect']
     notes = re.findall('<li>(.*?)</li>', plain, flags=re.S)
-    assert len(notes) == 51 and len(set(notes)) == 51 and notes[-1] == 'and 12 more, which metrics.json names'
+    assert len(notes) == 51 and len(set(notes)) == 51 and notes[-1] == 'and 12 more, listed in metrics.json'
     assert 'b has the same content as a, a training file' in notes
     assert '<dt>lr</dt><dd>0.0005</dd>' in plain and '<dt>total time</dt><dd>2 minutes</dd>' in plain
 

@@ -29,7 +29,7 @@ def test_trainers_get_the_same_files_and_are_measured_on_the_test_files(tmp_path
 def test_an_unknown_trainer_is_named(capsys):
     with pytest.raises(SystemExit):
         script.main(['keras'])
-    assert 'trainer keras is unknown; choose of wrn_timm, timm, fastai, ultralytics' in ' '.join(
+    assert 'trainer keras is unknown; choose from wrn_timm, timm, fastai, ultralytics' in ' '.join(
         capsys.readouterr().err.replace('│', ' ').split())
 
 

@@ -1,4 +1,4 @@
-"""Detectors: a registered WRN, a feature pyramid (arXiv:1612.03144) and torchvision's Faster R-CNN or RetinaNet.
+"""Object detectors: torchvision's Faster R-CNN and RetinaNet on a WRN with a feature pyramid (arXiv:1612.03144).
 
     detector = faster_rcnn('wrn50_2', num_classes=20, pretrained=True)
     losses = detector(images, targets)         # torchvision's own interface
@@ -35,10 +35,10 @@ __all__ = ['DETECTORS', 'DETECTOR_FILE', 'anchor_generator', 'build_detector', '
            'faster_rcnn', 'find_detector', 'fpn_backbone', 'open_detector', 'postprocessor', 'retinanet']
 
 DETECTOR_FILE = 'detector.json'
-_THRESHOLD = 0.5  # of a detector that was not measured
-_MAX_OBJECTS = 100  # torchvision's own limit
+_THRESHOLD = 0.5  # for detectors without test metrics
+_MAX_OBJECTS = 100  # torchvision's default
 
-_RATIOS = (0.5, 1., 2.)  # of an anchor's height and width
+_RATIOS = (0.5, 1., 2.)  # anchor height over width
 
 
 def fpn_backbone(
@@ -51,24 +51,25 @@ def fpn_backbone(
         extra_blocks: ExtraFPNBlock | None = None,
         **model_kwargs: Any,
 ) -> BackboneWithFPN:
-    """A network's stages with a feature pyramid: a backbone for torchvision's detectors.
+    """Build a backbone for torchvision's detectors: a network with a feature pyramid.
 
     Args:
-        name: timm name of a WRN; for weights in a folder give `pretrained_cfg_overlay=dict(file=...)` too.
-        out_indices: Levels of its `feature_info`; None for all stages from `layer1` on.
-        out_channels: Channels of every level of the pyramid.
-        pretrained: Start from the tag's weights.
-        frozen_norm: Replace BatchNorm with `FrozenBatchNorm2d`, for small batches; None does so if `pretrained`, unless
-            the stem is not that of the weights.
-        frozen_stages: Freeze the first n stages, and the stem unless `stem=` changed it; 0 freezes nothing.
-        extra_blocks: Adds levels after the last one; None adds one by max pooling.
-        model_kwargs: Passed to `timm.create_model`. The 6N + 4 family gets `stem='imagenet'` by default, because at
+        name: timm name of a WRN. For weights in a folder, also pass `pretrained_cfg_overlay=dict(file=...)`.
+        out_indices: Levels to use, as indices into `feature_info`; None for all stages from `layer1` on.
+        out_channels: Number of channels of every pyramid level.
+        pretrained: Load the weights of the tag.
+        frozen_norm: Replace BatchNorm with `FrozenBatchNorm2d`, for small batches. None does so if `pretrained`, unless
+            the stem differs from that of the weights.
+        frozen_stages: Number of stages to freeze; 0 freezes nothing. The stem is frozen with them, unless it differs
+            from that of the weights.
+        extra_blocks: Module that adds levels after the last one; None adds one by max pooling.
+        model_kwargs: Arguments of `timm.create_model`. The 6N + 4 family gets `stem='imagenet'` by default, because at
             stride 1 a photograph of 640 pixels costs 16 times as much.
 
     Returns:
         The backbone. It maps images (B, 3, H, W) to a dict of levels (B, out_channels, H/stride, W/stride) with keys
-        '0', '1'... In addition to torchvision's attributes it has `strides`, those of the levels taken from the
-        network, and `data_config`, the preprocessing of its weights.
+        '0', '1'... In addition to torchvision's attributes, it has `strides` (of the levels taken from the network)
+        and `data_config` (the preprocessing of the weights).
 
     Raises:
         ValueError: The network is not a WRN, has no such levels, or has fewer than `frozen_stages` stages.
@@ -108,16 +109,16 @@ def _normalisation(backbone: BackboneWithFPN) -> dict[str, list[float]]:
 
 
 def anchor_generator(strides: Sequence[int], scale: float, octave: int = 1) -> AnchorGenerator:
-    """Anchors of three shapes, in `octave` sizes per level from `scale` strides up to twice that."""
+    """Create anchors of three shapes, in `octave` sizes per level from `scale` strides to below twice that."""
     sizes = tuple(tuple(int(scale * s * 2 ** (i / octave)) for i in range(octave)) for s in strides)
     return AnchorGenerator(sizes, (_RATIOS,) * len(strides))
 
 
 def _roi_pool(strides: Sequence[int]) -> MultiScaleRoIAlign:
-    """torchvision's pooling of regions, with the strides of its levels set.
+    """Create torchvision's RoI pooling with the strides of its levels already set.
 
-    By itself it guesses them from the first image, with its padding, and keeps them: if that image is narrow, they and
-    all boxes after it are wrong.
+    Otherwise it infers them from the first padded image and keeps them. If that image is narrow, the strides are wrong,
+    and so are all later boxes.
     """
     pool = MultiScaleRoIAlign([str(i) for i in range(len(strides))], 7, sampling_ratio=2)
     side = 64 * max(strides)
@@ -133,14 +134,14 @@ def faster_rcnn(
         detector_kwargs: dict[str, Any] | None = None,
         **backbone_kwargs: Any,
 ) -> FasterRCNN:
-    """torchvision's Faster R-CNN (arXiv:1506.01497) on a WRN.
+    """Build torchvision's Faster R-CNN (arXiv:1506.01497) on a WRN.
 
     Args:
         name: timm name of a WRN.
-        num_classes: Number of classes without the background. Labels of targets run from 1 to `num_classes`.
+        num_classes: Number of classes without the background. Target labels run from 1 to `num_classes`.
         anchor_scale: Side of the anchors, in strides of their level (8 in torchvision).
-        detector_kwargs: Passed to `FasterRCNN`: `min_size`, `box_score_thresh`...
-        backbone_kwargs: Passed to `fpn_backbone`.
+        detector_kwargs: Arguments of `FasterRCNN`: `min_size`, `box_score_thresh`...
+        backbone_kwargs: Arguments of `fpn_backbone`.
 
     Raises:
         ValueError: As for `fpn_backbone`.
@@ -163,10 +164,10 @@ def retinanet(
         out_channels: int = 256,
         **backbone_kwargs: Any,
 ) -> RetinaNet:
-    """torchvision's RetinaNet (arXiv:1708.02002) on a WRN.
+    """Build torchvision's RetinaNet (arXiv:1708.02002) on a WRN.
 
     Two levels are added by convolution. Each level has anchors of `anchor_scale` strides, and of 2^(1/3) and 2^(2/3)
-    times that size. Arguments and errors are those of `faster_rcnn`; `out_indices` None takes the last three levels.
+    times that size. Arguments and errors are those of `faster_rcnn`; `out_indices=None` takes the last three levels.
     """
     backbone = fpn_backbone(
         name, (-3, -2, -1) if out_indices is None else out_indices, out_channels,
@@ -181,17 +182,17 @@ DETECTORS = {'faster_rcnn': faster_rcnn, 'retinanet': retinanet}
 
 
 def build_detector(config: DetectConfig, classes: Sequence[str], pretrained: bool = False) -> nn.Module:
-    """The detector of a configuration in which nothing is left open.
+    """Build the detector of a fully resolved configuration.
 
     Args:
-        config: Settings with a model, an image size, anchors and channels.
-        classes: Names; label 1 is the first. The detector keeps them as its attribute `classes`.
+        config: Settings with model, image size, anchor scale and channels all set.
+        classes: Class names; label 1 is the first. The detector keeps them as its attribute `classes`.
         pretrained: Load the weights of the backbone. Whether its BatchNorm is frozen follows from `config.pretrained`.
 
     Raises:
         ValueError: As for `fpn_backbone`.
     """
-    # with the shorter side's limit as high as the longer's, the longer one decides
+    # with equal limits, the longer side decides
     detector_kwargs = dict(min_size=config.image_size, max_size=config.image_size)
     most = config.max_objects or _MAX_OBJECTS
     if config.detector == 'faster_rcnn':
@@ -213,19 +214,20 @@ def build_detector(config: DetectConfig, classes: Sequence[str], pretrained: boo
 
 
 def _swaps_stem(name: str) -> bool:
-    """Whether a detector gives the network another stem than the one of its weights, as it does to the CIFAR family."""
+    """Whether a detector replaces the stem that the weights of this network have, as it does in the CIFAR family."""
     arch = name.partition('.')[0]
     return timm.is_model(arch) and timm.models.model_entrypoint(arch).__module__ == WideResNet.__module__
 
 
 def export_detector(detector: nn.Module, folder: Path, record: dict[str, Any]) -> None:
-    """Write a detector as a weights folder: `model.safetensors` and `detector.json`, which holds `record` and the
-    sha256 of the weights.
+    """Write the weights folder of a detector.
+
+    It holds `model.safetensors`, and `detector.json` with `record` and the sha256 of the weights.
 
     Args:
-        detector: Any device.
-        folder: Made if it is not there.
-        record: With `detect`, the fields of the `DetectConfig`, and `classes`.
+        detector: Detector on any device.
+        folder: Weights folder; created if missing.
+        record: Content of `detector.json`. It must have `detect` (the fields of the `DetectConfig`) and `classes`.
 
     Raises:
         FloatingPointError: A weight is not finite; nothing is written.
@@ -240,15 +242,15 @@ def export_detector(detector: nn.Module, folder: Path, record: dict[str, Any]) -
 
 
 def find_detector(path: str | Path) -> Path | None:
-    """The weights folder of a detector at a path, which may be that of its run; None if there is none."""
+    """Return the weights folder of a detector, given that folder or its run directory; None if there is none."""
     return next((f for f in (Path(path), Path(path) / 'weights') if (f / DETECTOR_FILE).is_file()), None)
 
 
 def detector_folder(name: str | Path) -> Path:
-    """The weights folder of a detector: that of a run, the folder itself, or that of a repository of the Hub.
+    """Return the weights folder of a detector, given that folder, its run directory or a Hub repository.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: There is no detector at `name`.
         RuntimeError: The repository cannot be downloaded.
     """
     if str(name).startswith('hf-hub:'):
@@ -261,12 +263,12 @@ def detector_folder(name: str | Path) -> Path:
 
 
 def postprocessor(detector: nn.Module) -> nn.Module:
-    """The part of a detector that has its `score_thresh`, `nms_thresh` and `detections_per_img`."""
+    """Return the module of a detector that has `score_thresh`, `nms_thresh` and `detections_per_img`."""
     return getattr(detector, 'roi_heads', detector)
 
 
 def open_detector(name: str | Path, device: str = 'cpu') -> nn.Module:
-    """A trained detector as torchvision's `FasterRCNN` or `RetinaNet`, in evaluation mode.
+    """Load a trained detector as torchvision's `FasterRCNN` or `RetinaNet`, in evaluation mode.
 
         detector = wrn_timm.open_detector('RUN')
         found, = detector([image])               # float32 (3, H, W), 0 to 1
@@ -274,11 +276,11 @@ def open_detector(name: str | Path, device: str = 'cpu') -> nn.Module:
 
     Args:
         name: Run directory of `wrn-timm detect`, its weights folder, or `hf-hub:ACCOUNT/NAME`.
-        device: Where it runs.
+        device: Device of the detector.
 
     Returns:
-        The detector. Its attribute `classes` has the names of the classes; label 1 is the first. `threshold` is the
-        score with the highest F1 on the run's test photographs; below it, most boxes are likely to be false.
+        The detector. Its attribute `classes` holds the class names; label 1 is the first. `threshold` is the score
+        threshold with the highest F1 on the test photographs of its run; boxes below it are probably false positives.
 
     Raises:
         FileNotFoundError: There is no detector at `name`.
@@ -292,7 +294,7 @@ def open_detector(name: str | Path, device: str = 'cpu') -> nn.Module:
     try:
         detector = build_detector(DetectConfig(**settings['detect']), settings['classes'])
     except TypeError as e:
-        raise ValueError(f'{folder / DETECTOR_FILE} does not make a detector: {e}') from e
+        raise ValueError(f'{folder / DETECTOR_FILE} does not describe a detector: {e}') from e
     threshold = settings.get('threshold')
     detector.threshold = _THRESHOLD if threshold is None else threshold
     try:

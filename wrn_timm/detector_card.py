@@ -1,4 +1,4 @@
-"""What completes a detector's weights folder: its card (README.md), its metrics and its golden scores."""
+"""Card (README.md), metrics and golden scores of a detector's weights folder."""
 from __future__ import annotations
 
 import json
@@ -26,14 +26,14 @@ __all__ = ['check_golden_detector', 'detector_card', 'detector_name', 'finish_de
 _NAMES = {'faster_rcnn': ('Faster R-CNN', '1506.01497'), 'retinanet': ('RetinaNet', '1708.02002')}
 _PHOTOGRAPHS, _SIDE, _SCORES = 2, 128, 10  # of the golden scores
 _LONGEST = 96  # characters of a repository's name
-_PRIVATE = ('leaks', 'left_out')  # metrics that name files of this machine
+_PRIVATE = ('leaks', 'left_out')  # metrics that name files on this machine
 
 
 def detector_name(record: dict[str, Any]) -> str:
-    """`<detector>_<arch>.<data>`, as a detector's repository on the Hub is called.
+    """Return `<detector>_<arch>.<data>`, the name of a detector's repository on the Hub.
 
     Args:
-        record: The content of `detector.json`.
+        record: Content of `detector.json`.
     """
     arch = record['detect']['model'].rpartition('/')[2].partition('.')[0]
     data = re.sub('[^A-Za-z0-9]+', '_', record.get('data', '')).strip('_') or 'own'
@@ -41,7 +41,7 @@ def detector_name(record: dict[str, Any]) -> str:
 
 
 def _accuracy(metrics: dict[str, Any]) -> str:
-    """The measured figures and how they were measured."""
+    """Describe the test metrics and how they were measured."""
     return (
         f"mAP@0.5:0.95 **{metrics['map']:.2f} %**, mAP@0.5 **{metrics['map_50']:.2f} %**, mAP@0.75 "
         f"{metrics['map_75']:.2f} %, as COCO defines them. Measured by `{metrics['measured_by']}` on "
@@ -50,7 +50,7 @@ def _accuracy(metrics: dict[str, Any]) -> str:
 
 
 def _training(folder: Path, metrics: dict[str, Any], record: dict[str, Any]) -> str:
-    """How long the run took and how fast it was, with its seed and what it ran on."""
+    """Describe the duration, speed, seed and hardware of the run."""
     history = read_history(folder)
     rate = statistics.harmonic_mean(float(row['images_per_second']) for row in history)
     took = f"{duration(metrics['train_seconds'])} at {rate:.1f} photographs/s"
@@ -59,13 +59,13 @@ def _training(folder: Path, metrics: dict[str, Any], record: dict[str, Any]) -> 
 
 
 def detector_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str:
-    """The card (README.md) of a detector's weights folder, from its `detector.json`, `metrics.json` and `history.csv`.
+    """Create the card (README.md) of a detector from its `detector.json`, `metrics.json` and `history.csv`.
 
-    It names no licence until the owner writes one into the card's first lines, where it stays.
+    It names no licence until the owner adds one to the first lines of the card, where it is kept.
 
     Args:
         folder: Weights folder of a `wrn-timm detect` run.
-        metrics: In place of those in `metrics.json`.
+        metrics: Metrics to use instead of those in `metrics.json`.
     """
     folder = Path(folder)
     record = read_json(folder / DETECTOR_FILE, check_detector)
@@ -94,21 +94,21 @@ def detector_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> 
 
 @torch.inference_mode()
 def _highest_scores(detector: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The ten highest scores on each of the photographs, uint8 (N, 3, H, W); 0 where there are fewer objects."""
+    """Return the ten highest scores on each of the uint8 images (N, 3, H, W), padded with 0."""
     postprocessor(detector).score_thresh = 0.
     scores = [found['scores'].sort(descending=True).values[:_SCORES] for found in detector(list(images / 255))]
     return torch.stack([nn.functional.pad(s, (0, _SCORES - len(s))) for s in scores])
 
 
 def finish_detector_folder(folder: str | Path, metrics: dict[str, Any]) -> None:
-    """Write what a measured detector's folder has beside its weights: metrics, golden scores, the card, and in
-    `detector.json` the threshold.
+    """Write the metrics, golden scores and card of a detector, and add the threshold to its `detector.json`.
 
-    The golden scores are of photographs of Caltech 101, never of the user's own: they are published with the folder.
+    The golden scores are computed on photographs of Caltech 101, never on the user's own, because these photographs are
+    published with the folder.
 
     Args:
         folder: Weights folder of a `wrn-timm detect` run.
-        metrics: As `train_detector` measured them.
+        metrics: Metrics as measured by `train_detector`.
     """
     folder = Path(folder)
     metrics = {k: v for k, v in metrics.items() if k not in _PRIVATE}
@@ -126,8 +126,10 @@ def finish_detector_folder(folder: str | Path, metrics: dict[str, Any]) -> None:
 
 
 def check_golden_detector(folder: str | Path) -> float:
-    """Largest difference, relative to the score, between the highest scores on the golden photographs that a weights
-    folder keeps and those that its detector gives now. Scores below 0.001 count as 0.001 there."""
+    """Return the largest relative difference between the golden scores of a folder and those of its detector now.
+
+    The difference is relative to the golden score, or to 0.001 if that is lower.
+    """
     with np.load(Path(folder) / GOLDEN_FILE) as golden:
         images, scores = (torch.from_numpy(golden[k]) for k in ('images', 'scores'))
     found = _highest_scores(open_detector(folder), images)

@@ -1,4 +1,4 @@
-"""Detectors as ONNX and TorchScript files, for photographs of any size.
+"""Export of detectors to ONNX and TorchScript, for photographs of any size.
 
     detector_to_onnx(open_detector('RUN'), 'detector.onnx')
     found, = ExportedDetector('detector.onnx')([image])     # as the detector itself
@@ -24,14 +24,14 @@ __all__ = ['DETECTOR_EXPORTERS', 'ExportedDetector', 'detector_to_onnx', 'detect
 
 _OUTPUTS = ('boxes', 'labels', 'scores')
 _TRACED = (3, 96, 128)
-TOLERANCE = 1e-3  # of a score, and of a box in sides of the image
+TOLERANCE = 1e-3  # of scores, and of boxes relative to the longer side of the image
 
 
 class _Transform(GeneralizedRCNNTransform):
-    """torchvision's preprocessing, which resizes to the same size in a file as outside.
+    """torchvision's preprocessing, resizing to the same size in an exported file as in Python.
 
-    Its own computes the size in float32 there and in Python's float64 outside. For many sizes of photographs (a fifth,
-    if they are resized to 480 pixels), the resized one differs by a pixel then, and the boxes are others.
+    torchvision computes the size in float32 in the file, but in float64 in Python. For many image sizes (a fifth, when
+    resizing to 480 pixels), the results differ by a pixel, which changes the boxes.
     """
 
     def resize(
@@ -39,14 +39,14 @@ class _Transform(GeneralizedRCNNTransform):
             image: torch.Tensor,
             target: dict[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
-        """Resize an image; for inference, so that `target` is None."""
+        """Resize an image for inference; `target` is None."""
         if torch.jit.is_scripting():
             height, width = image.shape[-2:]
             scale = min(self.min_size[-1] / min(height, width), self.max_size / max(height, width))
             size = [int(height * scale), int(width * scale)]
         else:  # traced
             sides = torch._shape_as_tensor(image)[-2:].double()
-            # one-dimensional, because ONNX gets numbers as float32
+            # one-dimensional, because scalars are exported to ONNX as float32
             least, most = (torch.full((1,), size, dtype=torch.float64) for size in (self.min_size[-1], self.max_size))
             scale = torch.minimum(least / sides.min()[None], most / sides.max()[None])
             size = list((sides * scale).floor().long().unbind())
@@ -55,7 +55,7 @@ class _Transform(GeneralizedRCNNTransform):
 
 
 class _OfOneImage(nn.Module):
-    """A detector as a function of one image, which is what a file can hold."""
+    """Wrap a detector as a function of a single image, which can be exported."""
 
     def __init__(self, detector: nn.Module):
         super().__init__()
@@ -63,14 +63,14 @@ class _OfOneImage(nn.Module):
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if torch.jit.is_scripting():
-            found = self.detector([image])[1][0]  # after the losses, of which there are none
+            found = self.detector([image])[1][0]  # a scripted detector returns losses and detections
         else:
             found = self.detector([image])[0]
         return found['boxes'], found['labels'], found['scores']
 
 
 def _prepared(detector: nn.Module) -> tuple[_OfOneImage, str]:
-    """A copy on the CPU to be exported, and what its file says of it, as JSON."""
+    """Return a copy of the detector on the CPU for export, and its metadata as JSON."""
     detector = copy.deepcopy(detector).cpu().float().requires_grad_(False)
     own = detector.transform
     detector.transform = _Transform(own.min_size, own.max_size, own.image_mean, own.image_std, own.size_divisible)
@@ -80,16 +80,18 @@ def _prepared(detector: nn.Module) -> tuple[_OfOneImage, str]:
 
 
 def detector_to_onnx(detector: nn.Module, path: str | Path) -> None:
-    """Write an ONNX file with input `image` (3, height, width), RGB, float32, 0 to 1, of any size, and outputs `boxes`
-    (n, 4), `labels` (n,) and `scores` (n,): what the detector returns for this image.
+    """Write a detector as an ONNX file.
 
-    Class names (label 1 is the first), the detector's threshold, the lowest score of what is returned and the image
-    size are JSON in the file's metadata, under `config`. The lowest score is the initializer whose name ends in
-    `score_thresh`, where it can be changed.
+    The input `image` (3, height, width) is RGB, float32, 0 to 1, of any size. The outputs `boxes` (n, 4), `labels` (n,)
+    and `scores` (n,) are what the detector returns for this image.
+
+    The file's metadata holds JSON under `config`: class names (label 1 is the first), the detector's threshold, the
+    lowest score that is returned, and the image size. To change the lowest score, edit the initializer whose name ends
+    in `score_thresh`.
 
     Args:
-        detector: From `open_detector`.
-        path: File.
+        detector: Detector from `open_detector`.
+        path: File to write.
 
     Raises:
         ImportError: The extra `export` is not installed.
@@ -98,10 +100,10 @@ def detector_to_onnx(detector: nn.Module, path: str | Path) -> None:
     last = postprocessor(network.detector)
     lowest = torch.tensor(last.score_thresh)
     del last.score_thresh
-    last.register_buffer('score_thresh', lowest)  # a number would be written into the middle of the graph
+    last.register_buffer('score_thresh', lowest)  # a Python number would become a constant within the graph
 
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # this exporter is old, but torch.export cannot trace detectors
+        warnings.simplefilter('ignore')  # this exporter is deprecated, but torch.export cannot trace detectors
         write_onnx(
             network, torch.rand(_TRACED), Path(path), config, dynamo=False, input_names=['image'],
             output_names=list(_OUTPUTS),
@@ -109,17 +111,19 @@ def detector_to_onnx(detector: nn.Module, path: str | Path) -> None:
 
 
 def detector_to_torchscript(detector: nn.Module, path: str | Path) -> None:
-    """Write a TorchScript file, run by `torch.jit.load(path)` without this package (`import torchvision` adds the
-    operators it needs). It takes an image and returns boxes, labels and scores as the file of `detector_to_onnx` does.
+    """Write a detector as a TorchScript file.
 
-    Class names, lowest score and image size are JSON in the file's extra `config.json`.
+    `torch.jit.load(path)` runs it without this package; `import torchvision` adds the operators it needs. Like the file
+    of `detector_to_onnx`, it takes an image and returns boxes, labels and scores.
+
+    Class names, threshold, lowest score and image size are JSON in the extra file `config.json` within the file.
 
     Args:
-        detector: From `open_detector`.
-        path: File.
+        detector: Detector from `open_detector`.
+        path: File to write.
     """
     network, config = _prepared(detector)
-    network.detector._has_warned = True  # of what a scripted detector returns
+    network.detector._has_warned = True  # avoids a warning about the outputs of a scripted detector
     script = torch.jit.script(network)
     atomic_write(Path(path), lambda p: torch.jit.save(script, p, _extra_files={'config.json': config}))
 
@@ -157,17 +161,17 @@ def _opened_script(file: Path, threshold: float | None) -> tuple[_Run, str]:
 
 
 class ExportedDetector(nn.Module):
-    """A file of `detector_to_onnx` (run by onnxruntime on the CPU) or `detector_to_torchscript`, called as a detector.
+    """An exported ONNX file (run by onnxruntime on the CPU) or TorchScript file, called like the detector.
 
     Args:
-        file: `.onnx` or `.ts`.
+        file: File with the suffix `.onnx` or `.ts`.
         threshold: Lowest score of an object; None for that of the file.
 
     Attributes:
-        classes: Names; label 1 is the first.
+        classes: Class names; label 1 is the first.
 
     Raises:
-        ImportError: onnxruntime is not installed, or, with a `threshold`, onnx.
+        ImportError: onnxruntime, or onnx if a `threshold` is given, is not installed.
         ValueError: The file has another suffix.
     """
 
@@ -181,22 +185,22 @@ class ExportedDetector(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """Float32 images (3, H, W), 0 to 1, to `boxes` (N, 4), `labels` (N,) and `scores` (N,) of each."""
+        """Return `boxes` (N, 4), `labels` (N,) and `scores` (N,) of each float32 image (3, H, W), 0 to 1."""
         return [dict(zip(_OUTPUTS, self._run(image), strict=True)) for image in images]
 
 
 @torch.no_grad()
 def in_common(file: str | Path, detector: nn.Module, images: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """How many objects an exported file and the detector both find on images, and how many they find in all.
+    """Count the objects that an exported file and the detector both find, and all that they find.
 
-    The lowest score is 0 for that, so that there are objects on every image. An object is found by both if the labels
-    are the same, the scores differ by at most `TOLERANCE`, and the sides of the boxes by that times the longer side of
-    the image.
+    The lowest score is set to 0, so that there are objects in every image. Two objects are the same if the labels are
+    equal, the scores differ by at most `TOLERANCE`, and the box coordinates by at most `TOLERANCE` times the longer
+    side of the image.
 
     Args:
-        file: Of `detector_to_onnx` or `detector_to_torchscript`.
-        detector: On the CPU.
-        images: (3, H, W), 0 to 1.
+        file: File of `detector_to_onnx` or `detector_to_torchscript`.
+        detector: Detector on the CPU.
+        images: Images (3, H, W), 0 to 1.
     """
     detector = copy.deepcopy(detector)
     postprocessor(detector).score_thresh = 0.

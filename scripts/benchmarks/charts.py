@@ -1,4 +1,4 @@
-"""The charts of the READMEs."""
+"""Charts for the READMEs."""
 from __future__ import annotations
 
 import json
@@ -16,7 +16,7 @@ COLORS = ('#9aa7b5', '#4c8dff', '#f0803c', '#2da44e', '#a475f9', '#d4a72c')
 
 
 def draw_minutes(axes: Axes, data: dict[str, list[Any]]) -> None:
-    """Test accuracy against training time, one point per weights and one colour per data set."""
+    """Plot test accuracy against training time, with one point per set of weights and one colour per data set."""
     sets = sorted({dataset for *_, dataset in data.values()})
     for name, (minutes, accuracy, dataset) in data.items():
         axes.plot(minutes, accuracy, 'o', markersize=9, color=COLORS[1 + sets.index(dataset)])
@@ -27,7 +27,7 @@ def draw_minutes(axes: Axes, data: dict[str, list[Any]]) -> None:
 
 
 def draw_transfer(axes: Axes, data: dict[str, dict[str, list[float | None]]]) -> None:
-    """One group of bars per method, one colour per weights; the whiskers are standard deviations over the seeds."""
+    """Draw a group of bars per method, with one colour per set of weights and standard deviations as whiskers."""
     methods = list(dict.fromkeys(m for scores in data.values() for m in scores))
     width = 0.84 / len(data)
     for i, (name, scores) in enumerate(data.items()):
@@ -42,7 +42,7 @@ def draw_transfer(axes: Axes, data: dict[str, dict[str, list[float | None]]]) ->
 
 
 def chart_is_current(path: Path, data: Any) -> bool:
-    """Whether a chart shows this data, which is kept in the file; its pixels depend on fonts and versions."""
+    """Whether a chart shows this data. The file stores its data, because pixels depend on fonts and versions."""
     if not path.is_file():
         return False
     with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""Speed of fine-tuning: the classifier alone, and all layers with their loader."""
+"""Speed of fine-tuning: the classifier alone, and all layers with the data loader."""
 from __future__ import annotations
 
 import dataclasses
@@ -23,7 +23,7 @@ from .measuring import Case, Command, summarise, without
 
 
 def head(command: Command) -> Iterator[Case]:
-    """Seconds to train the classifier alone, by epochs of the whole network or fitted to features; no augmentation."""
+    """Seconds to train only the classifier without augmentation: backbone run every epoch, or features cached."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, cache in (('backbone every epoch', False), ('features cached', True)):
@@ -38,9 +38,10 @@ def head(command: Command) -> Iterator[Case]:
 
 
 def finetune(command: Command) -> Iterator[Case]:
-    """Images/s of fine-tuning: its loader, its steps on images made ready, and both as they run after the first epoch.
+    """Images/s of fine-tuning: loader alone, steps alone on loaded images, and both as they run after the first epoch.
 
-    `share_of_slower` is what both reach of the slower of the two, `share_of_serial` of one after the other.
+    `share_of_slower` is the speed of both relative to the slower of the two, `share_of_serial` relative to running them
+    one after the other.
     """
     config = dataclasses.replace(command.config, holdout=0., epochs=1)
     accelerator = make_accelerator(config, command.device)

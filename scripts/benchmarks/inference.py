@@ -1,4 +1,4 @@
-"""Speed of inference: in batches, one image at a time, by batch and image size, in eight bits, and until it starts."""
+"""Speed of inference: in batches, for one image, by batch and image size, in 8 bits, and time to start."""
 from __future__ import annotations
 
 import copy
@@ -43,7 +43,7 @@ LIBRARIES = ('pytorchcv', 'torchvision', 'timm')
 
 
 def their_model(library: str, name: str) -> nn.Module | str:
-    """The library's own network of this shape, with fresh weights, or why there is none."""
+    """Create the library's own network of this architecture with random weights, or say why there is none."""
     wide = re.fullmatch(r'wrn(50|101)_2', name)
     if library == 'torchvision' and wide:
         return torchvision.models.get_model(f'wide_resnet{wide[1]}_2')
@@ -62,19 +62,19 @@ def their_model(library: str, name: str) -> nn.Module | str:
 
 
 def peers(name: str) -> tuple[nn.Module, dict[str, nn.Module | str]]:
-    """Our network, and those of other libraries with the same weights, for inference."""
+    """Return our network and those of other libraries with the same weights, in evaluation mode."""
     torch.manual_seed(0)
     ours, others = timm.create_model(name), {library: their_model(library, name) for library in LIBRARIES}
-    if isinstance(others['pytorchcv'], nn.Module):  # whose layout we read
+    if isinstance(others['pytorchcv'], nn.Module):  # its weights can be converted to our layout
         ours.load_state_dict(fit_to_model(convert_state_dict(others['pytorchcv'].state_dict()), ours))
-    for library in ('torchvision', 'timm'):  # whose layout is ours
+    for library in ('torchvision', 'timm'):  # they have the same layout as ours
         if isinstance(others[library], nn.Module):
             others[library].load_state_dict(ours.state_dict())
     return ours.eval(), {n: m.eval() if isinstance(m, nn.Module) else m for n, m in others.items()}
 
 
 def through_onnx(model: nn.Module, device: str) -> Callable[[torch.Tensor], torch.Tensor] | str:
-    """The exported file run by onnxruntime, or why it cannot be."""
+    """Export a network and run it with onnxruntime, or say why that is not possible."""
     if device != 'cpu':
         return 'measured on a CPU only'
     try:
@@ -91,12 +91,12 @@ def networks(
         compile: bool,
         dtypes: tuple[str, ...],
 ) -> dict[str, Callable[[torch.Tensor], Any] | str]:
-    """The contestants of inference by name, the plain eager network first; all give the same logits.
+    """Return the inference contestants by name, plain eager first, after checking that they give the same logits.
 
     Raises:
-        ValueError: They do not.
+        ValueError: The logits differ.
     """
-    torch.compiler.reset()  # torch compiles a class eight times at most, whatever its instances
+    torch.compiler.reset()  # torch compiles a class at most eight times, over all instances
     device = images.device.type
     ours, others = peers(name)
     ours.to(device)
@@ -114,7 +114,7 @@ def networks(
             continue
         try:
             differ = difference(network(images), expected)
-        except RuntimeError as e:  # some take one image size alone
+        except RuntimeError as e:  # some accept only one image size
             found[other] = f'it fails: {str(e).splitlines()[0]}'
         else:
             if differ > (0.1 if 'bfloat16' in other else 0.01):
@@ -124,12 +124,12 @@ def networks(
 
 @torch.no_grad()
 def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, as a share of the largest logit."""
+    """Largest difference, relative to the largest logit."""
     return ((logits - expected).abs().max() / expected.abs().max()).item()
 
 
 def inference(command: Command, name: str, size: int, batch: int, rounds: int) -> list[Row]:
-    """Rows of all contestants of inference."""
+    """Measure all inference contestants, one row each."""
     torch.manual_seed(0)
     images = torch.randn(batch, 3, size, size, device=command.device)
     found = networks(name, images, command.compile, command.dtypes)
@@ -161,7 +161,7 @@ def evaluate(command: Command) -> Iterator[Case]:
 
 
 def latency(command: Command) -> Iterator[Case]:
-    """Milliseconds of one image, median and 95th percentile."""
+    """Milliseconds for one image: median and 95th percentile."""
     for name in command.models:
         size = image_size(command, name)
         rows = inference(command, name, size, 1, 8 * command.rounds)
@@ -169,7 +169,7 @@ def latency(command: Command) -> Iterator[Case]:
 
 
 def int8(command: Command) -> Iterator[Case]:
-    """Speed and accuracy of 8-bit weights and activations by onnxruntime, calibrated on 512 training images."""
+    """Speed and accuracy with 8-bit weights and activations in onnxruntime, calibrated on 512 training images."""
     name = 'wrn16_1.cifar10'
     if not command.data.startswith('cifar10:'):
         yield Case(name, [{'name': 'onnxruntime int8', 'absent': 'it needs --data cifar10:DIR'}])
@@ -216,7 +216,7 @@ def int8(command: Command) -> Iterator[Case]:
 
 
 def growth(command: Command) -> Iterator[Case]:
-    """Images/s by batch, and by image size: `linear` is 1 where an image takes time as its area."""
+    """Images/s by batch size and by image size. `linear` is 1 if the time per image is proportional to its area."""
     for name in command.models:
         model = timm.create_model(name).to(command.device).eval()
         network = OptimizedModel(model.to(memory_format=torch.channels_last), torch.float32, torch.channels_last)
@@ -244,7 +244,7 @@ def growth(command: Command) -> Iterator[Case]:
 
 
 def start(command: Command) -> Iterator[Case]:
-    """Seconds to import, and to have a network with its weights; the floor is the first line of each."""
+    """Milliseconds to import, and to create a network with its weights. The first line of each is the lower bound."""
     code = ('import time; a = time.perf_counter(); import timm; b = time.perf_counter(); import wrn_timm; '
             'print(b - a, time.perf_counter() - a)')
     runs = [subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout.split()

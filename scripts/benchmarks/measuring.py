@@ -1,4 +1,4 @@
-"""Timing contestants in turns, and what is known of a network's work: for all sections."""
+"""Time contestants in turn, and count the operations of a network. Used by all sections."""
 from __future__ import annotations
 
 import dataclasses
@@ -27,50 +27,51 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command(OnDevice):
-    """What is measured, and how."""
+    """Options of the measurements."""
     models: tuple[str, ...] = ('wrn16_4', 'wrn28_10', 'wrn50_2')
-    """Networks that evaluate, train, latency, growth and start measure."""
+    """Networks to measure in evaluate, train, latency, growth, scale and start."""
     batch: int = 0
-    """Images a call of evaluate, train and augment; 0 takes as many as some seconds allow, up to 128."""
+    """Images per call, except in latency, head and finetune; 0 takes as many as about two seconds allow, at most 128
+    (1024 on a GPU)."""
     size: int = 0
-    """Side of the images in pixels; 0 takes the network's own."""
+    """Side of the images in pixels; 0 takes the network's default."""
     rounds: int = 7
-    """Times each contestant is measured (latency: eight times as often)."""
+    """Number of measurements per contestant (latency: eight times as many)."""
     data: str = ''
     """cifar10:DIR for int8; for head and finetune as in finetune.py, by default the bundled sample."""
     workers: int = 0
-    """Processes that read photographs."""
+    """Number of processes that load photographs."""
     image_memory: float = 1.
-    """GB of decoded photographs that head and finetune keep."""
+    """Memory in GB for decoded photographs in head and finetune."""
     compile: bool = True
-    """Measure compiled forms too."""
+    """Also measure compiled networks."""
     dtypes: tuple[Literal['float32', 'bfloat16'], ...] = ('float32', 'bfloat16') if BFLOAT16 else ('float32',)
-    """Types of inference; by default bfloat16 too, save on CPUs without AVX-512, where it takes minutes."""
+    """Data types of inference; by default also bfloat16, except on CPUs without AVX-512, where it takes minutes."""
     memory: bool = True
-    """Measure the peak memory of training, each in a process of its own."""
+    """Measure the peak memory of training, in a separate process for each contestant."""
     json: bool = False
-    """Print JSON in place of tables."""
+    """Print JSON instead of tables."""
     config: FinetuneConfig = FinetuneConfig()  # of head and finetune
 
     @property
     def photographs(self) -> str:
-        """What head and finetune train on."""
+        """Source of the photographs for head and finetune."""
         return self.data or str(sample())
 
 
 @dataclasses.dataclass
 class Case:
-    """Contestants that did the same work; the first is what the others' ratio is over."""
+    """Contestants that did the same work. Ratios are relative to the first."""
     name: str
     rows: list[Row]
 
 
 def summarise(seconds: dict[str, list[float]], items: int | Mapping[str, int] = 1) -> list[Row]:
-    """A row a contestant: the median ratio over the first in the same round with its quartiles, and images/s.
+    """Return a row per contestant: images/s, and median and quartiles of the speed relative to the first one.
 
     Args:
-        seconds: Of each contestant's calls, a round each.
-        items: Images a call.
+        seconds: Seconds of each contestant's calls, one per round.
+        items: Images per call.
     """
     rows = []
     for name, own in seconds.items():
@@ -90,7 +91,9 @@ def measure(
         device: str,
         items: int | Mapping[str, int] = 1,
 ) -> tuple[list[Row], dict[str, list[float]]]:
-    """Time contestants in turns; one that is a text is absent, and the text says why. Rows, and seconds of each round.
+    """Time contestants in turn. Returns a row for each, and the seconds of each round.
+
+    A contestant that is a string is absent; the string says why.
     """
     seconds = alternate({n: c for n, c in contestants.items() if callable(c)}, rounds, device)
     rows = {row['name']: row for row in summarise(seconds, items)}
@@ -101,7 +104,7 @@ def without(column: str, rows: list[Row]) -> list[Row]:
     return [{k: v for k, v in row.items() if k != column} for row in rows]
 
 
-COLUMNS = {  # how a figure is printed; those not here are for JSON alone
+COLUMNS = {  # formats of the printed columns; others appear only in the JSON output
     'ratio': '{:.2f}', 'images_per_second': '{:,.1f}', 'ms': '{:,.1f}', 'p95_ms': '{:,.1f}', 'matmul': '{:.0%}',
     'logits_differ': '{:.0e}', 'peak_mb': '{:,.0f}', 'memory': '{:.2f}', 'first_step_s': '{:.1f}', 'linear': '{:.2f}',
     'ms_over': '{:,.1f}', 'accuracy': '{:.2f}', 'points': '{:+.2f}', 'seconds': '{:.1f}', 'share_of_slower': '{:.0%}',
@@ -130,7 +133,7 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
 
 @functools.cache
 def flops(name: str, size: int) -> int:
-    """Operations of a forward pass an image, two for each multiply-add of a convolution or matrix product."""
+    """FLOP of a forward pass per image, two for each multiply-add of a convolution or matrix product."""
     model = timm.create_model(name, device='meta').eval()
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, size, size, device='meta'))
@@ -142,6 +145,6 @@ def image_size(command: Command, name: str) -> int:
 
 
 def batch_size(command: Command, cost: float) -> int:
-    """A power of two for images of `cost` FLOP that keeps a call at about two seconds of two CPU cores."""
+    """Choose a power of two so that a call takes about two seconds on two CPU cores, at `cost` FLOP per image."""
     work, most = (2e11, 128) if command.device == 'cpu' else (2e14, 1024)
     return command.batch or min(most, 2 ** int(math.log2(max(1, work / cost))))

@@ -1,12 +1,12 @@
-"""Fine-tune the same weights on the same split by other libraries' trainers, and measure all of them in one way.
+"""Fine-tune the same weights on the same split with several libraries' trainers, and evaluate all of them alike.
 
     pip install fastai ultralytics
     python scripts/benchmark.py trainers --data caltech101:DIR --split random30 --input-size 32 --epochs 10 --seeds 3
 
 Contestants are `wrn-timm finetune`, timm's own `train.py` (a checkout of timm in $TIMM_SOURCE), fastai's `fine_tune`
 and ultralytics' classification trainer. Each gets the same folders `train/`, `val/` and `test/`, weights, input size,
-epochs and batch size; all else is its default, and which epoch to keep by `val/` too. `test/` is measured once, through
-the contestant's own preprocessing.
+epochs and batch size. All other settings are the trainer's defaults, including how the epoch is chosen by `val/`.
+`test/` is evaluated once, with the contestant's own preprocessing.
 """
 from __future__ import annotations
 
@@ -51,37 +51,37 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command(Options):
-    """What is compared."""
+    """Options of the comparison."""
     trainers: tuple[str, ...] = option((), 'TRAINER', positional=True)
     """wrn_timm, timm, fastai, ultralytics; by default all."""
     data: str = str(sample())
     """Folder of class folders, FILE.csv or caltech101:DIR, as for finetune; the default is the bundled sample."""
     split: str = '70-30'
-    """As for finetune."""
+    """Split protocol, as for finetune."""
     model: str = 'wrn16_1.cifar10'
-    """timm name with tag."""
+    """timm name of the model, with tag."""
     input_size: int = 64
     """Side of the square input, in pixels."""
     epochs: int = 30
     """Passes over the training files."""
     batch_size: int = 16
-    """Files a step."""
+    """Files per step."""
     seeds: int = 1
-    """Splits and runs."""
+    """Number of seeds, each with its own split and run."""
     out: str = ''
     """JSON file to write the figures to."""
 
     def __post_init__(self):
         super().__post_init__()
         if unknown := set(self.trainers) - set(TRAINERS):
-            raise ValueError(f'trainer {sorted(unknown)[0]} is unknown; choose of {", ".join(TRAINERS)}')
+            raise ValueError(f'trainer {sorted(unknown)[0]} is unknown; choose from {", ".join(TRAINERS)}')
 
 
 Predict = Callable[[ImageFiles], torch.Tensor]  # logits (N, classes) of photographs
 
 
 def reading(model: nn.Module, transform: Any) -> Predict:
-    """What a network says of photographs prepared by `transform`."""
+    """Return a function from photographs to logits, with `transform` as preprocessing."""
     return lambda files: predict_logits(model, functools.partial(DataLoader, files.as_dataset(transform)))[0]
 
 
@@ -134,7 +134,7 @@ def with_ultralytics(command: Command, data: Path, out: Path, seed: int) -> Pred
     from ultralytics.nn.tasks import ClassificationModel
 
     class Model(ClassificationModel):
-        """A timm network as one of ultralytics', whose input is not normalised."""
+        """Wrap a timm network as an ultralytics model, whose input is not normalised."""
 
         def __init__(self, classes: int):
             nn.Module.__init__(self)
@@ -172,7 +172,7 @@ TRAINERS: dict[str, Callable[[Command, Path, Path, int], Predict]] = {
 
 @contextlib.contextmanager
 def folders(command: Command, seed: int) -> Iterator[Path]:
-    """The split as `train/`, `val/` and `test/` with links to the files."""
+    """Write the split as temporary folders `train/`, `val/` and `test/` with links to the files."""
     split = make_split(examine(list_source(command.data)), command.split, 0.1, seed)
     with tempfile.TemporaryDirectory() as root:
         for part, files in (('train', split.train), ('val', split.holdout), ('test', split.test)):
@@ -184,7 +184,7 @@ def folders(command: Command, seed: int) -> Iterator[Path]:
 
 
 def compare(command: Command) -> dict[str, Any]:
-    """Train with each, and return the figures of each."""
+    """Train with each contestant, and return the metrics of all."""
     rows = []
     for name in command.trainers or TRAINERS:
         runs, seconds = [], []
@@ -209,11 +209,11 @@ def compare(command: Command) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> int:
     command, _ = parse(argv, ('benchmark', __doc__), Command)
     logging.basicConfig(level=logging.ERROR)
-    names = command.trainers or TRAINERS  # whether they are there, before minutes are spent
+    names = command.trainers or TRAINERS  # check for them before minutes are spent
     if absent := [n for n in ('fastai', 'ultralytics') if n in names and not find_spec(n)]:
-        raise ValueError(f'not installed: {", ".join(absent)}; pip install {" ".join(absent)}, or name trainers')
+        raise ValueError(f'not installed: {", ".join(absent)}; pip install {" ".join(absent)}, or name other trainers')
     if 'timm' in names and not Path(os.environ.get('TIMM_SOURCE', ''), 'train.py').is_file():
-        raise ValueError('set TIMM_SOURCE to a checkout of timm, whose package lacks train.py, or name trainers')
+        raise ValueError('set TIMM_SOURCE to a checkout of timm, whose package lacks train.py, or name other trainers')
     result = compare(command)
     if command.out:
         write_json(Path(command.out), result)

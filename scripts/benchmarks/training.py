@@ -1,4 +1,4 @@
-"""Speed and memory of training from scratch: its steps, several processes, and augmentation."""
+"""Speed and memory of training from scratch: training steps, several processes, and augmentation."""
 from __future__ import annotations
 
 import csv
@@ -38,7 +38,7 @@ def repeated(call: Call, times: int) -> None:
 
 
 def plain_step(model: nn.Module, device: str, images: torch.Tensor, labels: torch.Tensor) -> Call:
-    """The step of a tutorial's loop: NCHW, nothing compiled or fused; bfloat16 on CUDA, as the trainer's."""
+    """Create a step as in tutorials: NCHW, nothing compiled or fused, in bfloat16 on CUDA like the trainer's."""
     model = model.to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9, nesterov=True, weight_decay=5e-4, foreach=False)
 
@@ -53,7 +53,7 @@ def plain_step(model: nn.Module, device: str, images: torch.Tensor, labels: torc
 
 
 def trainer_step(name: str, device: str, loader: DeviceLoader, checkpointing: bool = False, **kwargs: Any) -> Call:
-    """The trainer's own step: a new batch augmented on the device, then what `train` does with it."""
+    """Create the trainer's own step: augment a new batch on the device, then train on it as `train` does."""
     recipe = Recipe('synthetic', name, epochs=1, batch_size=loader.batch_size, lr=0.01, ema_decay=0.999)
     model = create_model(recipe, CLASSES).to(device, memory_format=torch.channels_last).train()
     if checkpointing:
@@ -64,7 +64,7 @@ def trainer_step(name: str, device: str, loader: DeviceLoader, checkpointing: bo
 
 
 def training_steps(name: str, size: int, batch: int, device: str) -> dict[str, Callable[[], Call | str]]:
-    """What makes each contestant's step, or says why there is none."""
+    """Return functions that create each contestant's step, or say why there is none."""
     torch.compiler.reset()
     torch.manual_seed(0)
     data = ImageArrays(torch.randint(256, (4 * batch, 3, size, size), dtype=torch.uint8),
@@ -96,11 +96,11 @@ def _peak_in_this_process(contestant: str, name: str, size: int, batch: int, dev
     make = training_steps(name, size, batch, device)[contestant]
     before = 0 if device == 'cuda' else _peak_rss()
     step = make()
-    for _ in range(2):  # the optimiser's memory comes with the first
+    for _ in range(2):  # the first allocates the optimiser state
         step()
     if device == 'cuda':
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()  # compiling, and choosing algorithms, took their own
+        torch.cuda.reset_peak_memory_stats()  # without the memory for compiling and choosing algorithms
         step()
     return (torch.cuda.max_memory_allocated() if device == 'cuda' else _peak_rss() - before) / 1e6
 
@@ -110,15 +110,15 @@ def _peak_rss() -> int:
 
 
 def peak_memory(contestant: str, name: str, size: int, batch: int, device: str) -> float | None:
-    """MB that two training steps need at most, in a process of their own: resident on a CPU, allocated on CUDA.
+    """Peak memory of training steps in MB, measured in a separate process: resident on a CPU, allocated on CUDA.
 
-    None where there is not so much beside this process.
+    None if CUDA runs out of memory.
     """
     if device == 'cuda':
         torch.cuda.empty_cache()
-    # forked by a server, which is small: a process that this one starts takes over its peak
+    # forked by a small server, because a direct child would inherit the peak of this process
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload([])  # by default newer Pythons import this script there
+    context.set_forkserver_preload([])  # newer Pythons import this script there by default
     with ProcessPoolExecutor(1, context) as pool:
         try:
             return pool.submit(_peak_in_this_process, contestant, name, size, batch, device).result()
@@ -127,12 +127,12 @@ def peak_memory(contestant: str, name: str, size: int, batch: int, device: str) 
 
 
 def _tried(step: Callable[[], Any] | str, device: str) -> tuple[Callable[[], Any] | str, float]:
-    """A step, or why there is none, and the seconds of the first one."""
+    """Run a step once. Returns the step, or why there is none, and the seconds."""
     began = time.perf_counter()
     if callable(step):
         try:
             step()
-        except RuntimeError as e:  # some take one image size alone
+        except RuntimeError as e:  # some accept only one image size
             step = f'it fails: {str(e).splitlines()[0]}'
         if device == 'cuda':
             torch.cuda.synchronize()
@@ -140,14 +140,14 @@ def _tried(step: Callable[[], Any] | str, device: str) -> tuple[Callable[[], Any
 
 
 def train(command: Command) -> Iterator[Case]:
-    """Images/s and peak memory of training steps. A step counts three forward passes: its own, and two backward."""
+    """Images/s and peak memory of training steps. A step counts as three forward passes, two of them for backward."""
     for name in command.models:
         size = image_size(command, name)
         settings = name, size, batch_size(command, 3 * flops(name, size)), command.device
         steps, first = {}, {}
         for contestant, make in training_steps(*settings).items():
             steps[contestant], first[contestant] = _tried(make(), command.device)
-        repeat = 10 if command.device == 'cuda' else 1  # a step's launches run while the one before computes
+        repeat = 10 if command.device == 'cuda' else 1  # a step is launched while the previous one computes
         calls = {n: functools.partial(repeated, step, repeat) if callable(step) else step for n, step in steps.items()}
         rows, _ = measure(calls, command.rounds, command.device, repeat * settings[2])
         for row in (row for row in rows if 'absent' not in row):
@@ -161,8 +161,8 @@ def train(command: Command) -> Iterator[Case]:
         yield Case(f'{name}, {size} px, batch {settings[2]}', rows)
 
 
-# Runs a command, and prints the peak resident memory of its processes as `_peak_rss` has it. A process that is itself
-# small has to start them: they take over the peak of the one that does.
+# Runs a command and prints the peak resident memory of its processes in bytes, like `_peak_rss`. A small process has to
+# start them, since they inherit the peak of their parent.
 _PEAK_OF = """
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[1:])
@@ -172,7 +172,7 @@ sys.exit(code)
 
 
 def _train_in_processes(count: int, device: str, *args: str) -> tuple[list[float], float]:
-    """Images/s of each epoch but the first, and the peak resident MB of one of `count` processes that train."""
+    """Train in `count` processes. Returns images/s of each epoch but the first, and peak resident MB of one process."""
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, '-c', _PEAK_OF, sys.executable, '-m', 'torch.distributed.run', '--standalone',
@@ -187,7 +187,7 @@ def _train_in_processes(count: int, device: str, *args: str) -> tuple[list[float
 
 
 def scale(command: Command) -> Iterator[Case]:
-    """Images/s of `train` by the number of processes that share a batch, a core or a GPU each, and memory of one."""
+    """Images/s of `train` by number of processes that share a batch, with a core or GPU each, and memory of one."""
     cuda = command.device == 'cuda'
     most = torch.cuda.device_count() if cuda else os.cpu_count() or 1
     for name in command.models:
@@ -204,7 +204,7 @@ def scale(command: Command) -> Iterator[Case]:
 
 
 def augment(command: Command) -> Iterator[Case]:
-    """Images/s through the loader on its device, and through torchvision's transforms image by image in one process."""
+    """Images/s of the loader on its device, and of torchvision's transforms image by image in one process."""
     batch = command.batch or 128
     images = torch.randint(256, (4 * batch, 3, 32, 32), dtype=torch.uint8)
     data = ImageArrays(images, torch.zeros(len(images), dtype=torch.int64), ('a',), (0.5,) * 3, (0.25,) * 3)

@@ -1,7 +1,7 @@
-"""Augmentation of a batch on its device: TrivialAugment, RandAugment and AutoAugment, and mixing of images.
+"""Batch augmentation on the device: TrivialAugment, RandAugment, AutoAugment, mixup and CutMix.
 
-Operations, ranges and policies are torchvision's. Every operation is computed for every image and one is selected: at
-32x32 pixels that costs less than the host round trips of gathering the images of each operation.
+Operations, ranges and policies are those of torchvision. Every operation is computed for every image, and one result is
+selected per image. At 32x32 pixels this is cheaper than the host round trips of gathering the images of each operation.
 """
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ OPERATIONS = (
 _SIGNED = OPERATIONS[1:10]
 
 Draw = Callable[[int], torch.Tensor]
-"""`draw(high)` gives an int64 below `high` for each image of the batch."""
+"""`draw(high)` returns a random int64 below `high` for each image of the batch."""
 
 
 def apply_operations(images: torch.Tensor, operation: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Apply `OPERATIONS[operation]` to each image.
 
     Args:
-        images: (B, 3, H, W), values 0..255, integer or float; the same type comes back.
-        operation: int64 (B,), below 15.
-        value: float (B,), in the operation's own unit: tangent of a shear, pixels of a translation, degrees of a
-            rotation, what is added to a factor of 1 for brightness, colour, contrast and sharpness, bits that
-            posterize keeps, the threshold of solarize.
+        images: Images (B, 3, H, W), integer or float, with values 0..255. The result has the same dtype.
+        operation: Indices into `OPERATIONS`, int64 (B,).
+        value: Strengths, float (B,), in the unit of the operation: tangent for shears, pixels for translations, degrees
+            for rotations, offset from a factor of 1 for brightness, colour, contrast and sharpness, number of bits kept
+            for posterize, threshold for solarize.
     """
     x, v = images.float(), value[:, None, None, None]
     factor = 1 + v
@@ -56,7 +56,7 @@ def apply_operations(images: torch.Tensor, operation: torch.Tensor, value: torch
 
 
 class _Policy(torch.nn.Module):
-    """Values of each operation at `bins` strengths, as buffers, so that they move to the device of the images."""
+    """Base of the policies: values of each operation at `bins` strengths, in buffers that move with the module."""
 
     def __init__(self, bins: int, shear: float, translate: float, rotate: float, factor: float, bits: int):
         super().__init__()
@@ -77,7 +77,7 @@ class _Policy(torch.nn.Module):
             level: torch.Tensor,
             up: torch.Tensor,
     ) -> torch.Tensor:
-        """Apply each image's operation at its level; those with two directions go up or down."""
+        """Apply each image's operation at its level. Signed operations are negated where `up` is 0."""
         value = self.values[operation, level]
         return apply_operations(images, operation, torch.where(self.signed[operation] & (up == 0), -value, value))
 
@@ -102,9 +102,9 @@ class RandAugment(_StandardPolicy):
     """A few random operations per image, all at the same strength (arXiv:1909.13719).
 
     Args:
-        operations: How many, one after the other.
-        magnitude: Strength, 0 to 30.
-        size: Side of the images in pixels, to which translations are relative.
+        operations: Number of operations applied in sequence.
+        magnitude: Strength of the operations, 0 to 30.
+        size: Side of the images in pixels. Translations are relative to it.
     """
 
     def __init__(self, operations: int = 2, magnitude: int = 9, size: int = 32):
@@ -120,11 +120,11 @@ class RandAugment(_StandardPolicy):
 
 
 class AutoAugment(_StandardPolicy):
-    """One of the learned pairs of operations per image, each with its probability (arXiv:1805.09501).
+    """One of the learned operation pairs per image, each operation with its own probability (arXiv:1805.09501).
 
     Args:
-        policy: 'cifar10' (for CIFAR-100 too, as in the paper), 'svhn' or 'imagenet'.
-        size: Side of the images in pixels, to which translations are relative.
+        policy: Name of the policy: 'cifar10' (also for CIFAR-100, as in the paper), 'svhn' or 'imagenet'.
+        size: Side of the images in pixels. Translations are relative to it.
     """
 
     def __init__(self, policy: str = 'cifar10', size: int = 32):
@@ -133,7 +133,7 @@ class AutoAugment(_StandardPolicy):
         pairs = [
             [(names[operation.lower()], round(10 * probability), level or 0) for operation, probability, level in pair]
             for pair in TorchvisionAutoAugment(AutoAugmentPolicy(policy)).policies]
-        self.register_buffer('pairs', torch.tensor(pairs))  # (pairs, 2, [operation, tenths of probability, level])
+        self.register_buffer('pairs', torch.tensor(pairs))  # (pairs, 2, [operation, probability in tenths, level])
 
     def forward(self, images: torch.Tensor, draw: Draw) -> torch.Tensor:
         """Augment images (B, 3, H, W) with values 0..255, with random numbers from `draw`."""
@@ -144,14 +144,14 @@ class AutoAugment(_StandardPolicy):
 
 
 def _moved(x: torch.Tensor, operation: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Shears, translations and rotations as one nearest-pixel affine map per image; the outside is black."""
+    """Apply shears, translations and rotations as one nearest-neighbour affine map per image, filled with black."""
     h, w = x.shape[2:]
 
     def of(name: str) -> torch.Tensor:
         return torch.where(operation == OPERATIONS.index(name), value, 0.)
 
     angle = of('rotate') * (math.pi / 180)
-    # Output to input, in pixels about the centre; torchvision's shears are about the top left corner.
+    # Maps output to input, in pixels from the centre. torchvision shears about the top left corner.
     shear_x, shear_y = of('shear_x'), of('shear_y')
     move_x, move_y = of('translate_x').trunc(), of('translate_y').trunc()
     rows, cols = torch.meshgrid(
@@ -197,11 +197,11 @@ Mix = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def mixer(mixup: float, cutmix: float, classes: int) -> Mix | None:
-    """A transform of torchvision that mixes images (B, 3, H, W) and labels (B,) into images and targets (B, classes).
+    """Create a torchvision transform that mixes images (B, 3, H, W) and labels (B,), giving targets (B, classes).
 
     Args:
-        mixup: Alpha of mixup (arXiv:1710.09412); 0 for none.
-        cutmix: Alpha of CutMix (arXiv:1905.04899); with mixup too, each batch takes one of both.
+        mixup: Alpha of mixup (arXiv:1710.09412); 0 disables it.
+        cutmix: Alpha of CutMix (arXiv:1905.04899); 0 disables it. With both, one is chosen at random for each batch.
         classes: Number of classes.
     """
     alphas = (v2.MixUp, mixup), (v2.CutMix, cutmix)

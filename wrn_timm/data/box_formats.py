@@ -1,4 +1,4 @@
-"""Annotations with boxes as people have them: Pascal VOC, COCO and YOLO, read to one form and not yet examined."""
+"""Readers for box annotations in Pascal VOC, COCO and YOLO format. The boxes are returned as written, unchecked."""
 from __future__ import annotations
 
 import dataclasses
@@ -14,8 +14,8 @@ from .images import looks_like_image
 
 __all__ = ['ALL', 'FORMATS', 'Annotated', 'Box', 'corners', 'recognised']
 
-FORMATS = ('voc', 'coco', 'yolo', 'bccd')  # 'bccd' is VOC by the name of a data set
-ALL = 'all'  # the only part of a data set that is not divided
+FORMATS = ('voc', 'coco', 'yolo', 'bccd')  # 'bccd' is a data set in VOC format
+ALL = 'all'  # the only part of a data set that is not split
 _IMAGES = ('JPEGImages', 'images', 'Images', 'imgs', '')
 _ANNOTATIONS = ('Annotations', 'annotations', 'xmls', 'labels', '')
 _PARTS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test', 'trainval': 'trainval'}
@@ -24,15 +24,15 @@ Box = tuple[float, float, float, float]
 
 @dataclasses.dataclass
 class Annotated:
-    """An image as its annotations tell of it: boxes in pixels, or, with `fractions`, in fractions of its sides.
+    """An image with its annotations as written.
 
     Attributes:
-        image: The file.
-        objects: What to call each in a message, its class, and its box; None where that cannot be read.
-        size: Width and height as the annotations have them.
-        fractions: Boxes are centre, width and height.
-        fault: Why it cannot be used at all; '' if it can.
-        file: Where the annotations are; None where the image has none.
+        image: Image file.
+        objects: Description for messages, class, and box of each object. The box is None if it cannot be read.
+        size: Width and height according to the annotations; None if not given.
+        fractions: Whether boxes are centre, width and height in fractions of the image, instead of corners in pixels.
+        fault: Why the image cannot be used; '' if it can.
+        file: Annotation file; None if the image has none.
     """
     image: Path
     objects: list[tuple[str, str, Box | None]] = dataclasses.field(default_factory=list)
@@ -46,20 +46,23 @@ Parts = dict[str, list[Annotated]]
 
 
 def corners(box: Box) -> Box:
-    """xmin, ymin, xmax, ymax of centre, width and height."""
+    """Convert a box from centre, width and height to xmin, ymin, xmax, ymax."""
     x, y, w, h = box
     return x - w / 2, y - h / 2, x + w / 2, y + h / 2
 
 
 def recognised(root: Path, kind: str) -> tuple[str, Parts, Sequence[str]]:
-    """The format's name, the images of each part, and the names of the classes in their order, where that is given.
+    """Detect the format of a data set and read its annotations.
 
     Args:
         root: Folder or file.
-        kind: One of `FORMATS`; '' recognises it.
+        kind: One of `FORMATS`; '' detects the format.
+
+    Returns:
+        The name of the format, the images of each part, and the class names in order (empty for Pascal VOC).
 
     Raises:
-        ValueError: No format is recognised, or the annotations are damaged as a whole.
+        ValueError: The format is not recognised, or an annotation file is invalid.
     """
     if kind == 'coco' or not kind and (root.suffix == '.json' or _coco_files(root)):
         return 'COCO', *_read_coco(root)
@@ -75,7 +78,7 @@ def recognised(root: Path, kind: str) -> tuple[str, Parts, Sequence[str]]:
 # Pascal VOC
 
 class _ByStem(dict[Path, dict[str, Path]]):
-    """The images of a folder by their stem; each folder is listed once."""
+    """Images of a folder by stem. Each folder is listed only once."""
 
     def __missing__(self, folder: Path) -> dict[str, Path]:
         there = sorted(folder.iterdir()) if folder.is_dir() else ()
@@ -84,7 +87,7 @@ class _ByStem(dict[Path, dict[str, Path]]):
 
 def _read_voc(root: Path) -> Parts:
     split = {_PARTS[f.name]: f for f in sorted(root.iterdir()) if f.is_dir() and f.name in _PARTS and any(
-        f.glob('*.xml'))}  # as Roboflow exports it
+        f.glob('*.xml'))}  # Roboflow's layout
     if split:
         return {name: _voc_images(folder.glob('*.xml'), folder, folder) for name, folder in split.items()}
     annotations = _folder(root, _ANNOTATIONS, lambda f: any(f.rglob('*.xml')))
@@ -100,13 +103,13 @@ def _read_voc(root: Path) -> Parts:
 
 
 def _folder(root: Path, names: Sequence[str], holds: Callable[[Path], bool]) -> Path:
-    """The first of the sub-folders that is there and holds such files; '' stands for the folder itself."""
+    """Return the first existing subfolder that satisfies `holds`, else the first one; '' stands for `root` itself."""
     there = [root / name for name in names if (root / name).is_dir()]
     return next(filter(holds, there), there[0])
 
 
 def _voc_images(files: Iterable[Path], annotations: Path, images: Path) -> list[Annotated]:
-    """The images that `files` tell of, and those of the same folders that have no file."""
+    """Read the images annotated by `files`, and add the images without annotations in the same folders."""
     by_stem = _ByStem()
     found = [_read_xml(file, annotations, images, by_stem) for file in sorted(files)]
     annotated = {a.image for a in found}
@@ -116,7 +119,7 @@ def _voc_images(files: Iterable[Path], annotations: Path, images: Path) -> list[
 
 
 def _listed(file: Path, annotations: Path) -> list[str] | None:
-    """The images of a list, each once; None where it is of one class, whose lines have a flag that is not always 1."""
+    """Read an image list without duplicates; None if it is a per-class list, which flags other images by -1."""
     entries, flags = [], set()
     for line in file.read_text(encoding='utf-8', errors='surrogateescape').splitlines():
         entry = line.strip()
@@ -124,13 +127,13 @@ def _listed(file: Path, annotations: Path) -> list[str] | None:
         if flagged and not (annotations / f'{entry}.xml').is_file():
             entry, flag = flagged.groups()
             flags.add(flag)
-        if entry := entry.strip('"'):  # in which some write names with spaces
+        if entry := entry.strip('"'):  # some programs quote names with spaces
             entries.append(entry)
     return None if '-1' in flags else list(dict.fromkeys(entries))
 
 
 def _read_xml(file: Path, annotations: Path, images: Path, by_stem: _ByStem) -> Annotated:
-    """What a file in `annotations` or a sub-folder tells of an image in `images` or a sub-folder of the same name."""
+    """Read an XML file below `annotations`. Its image is in `images`, or in the subfolder of the same name there."""
     folders = list(dict.fromkeys([images / file.relative_to(annotations).parent, images]))
     stemmed = next((by_stem[f][file.stem] for f in folders if file.stem in by_stem[f]), None)
     missing = folders[0] / f'{file.stem}.jpg'
@@ -138,11 +141,11 @@ def _read_xml(file: Path, annotations: Path, images: Path, by_stem: _ByStem) -> 
         tree = ET.parse(file).getroot()
     except FileNotFoundError:
         return Annotated(stemmed or missing, fault=f'{file} does not exist', file=file)
-    except (LookupError, ValueError, OSError, ET.ParseError) as e:  # the first of an encoding that Python has not
+    except (LookupError, ValueError, OSError, ET.ParseError) as e:  # LookupError: unknown encoding
         return Annotated(stemmed or missing, fault=f'{file}: {e}', file=file)
     name = Path((tree.findtext('filename') or '').strip().replace('\\', '/')).name
     named = next((f / name for f in folders if (f / name).is_file()), None)
-    if stemmed and not (named and named.stem == file.stem):  # files that were renamed name others
+    if stemmed and not (named and named.stem == file.stem):  # renamed XML files still contain the old name
         named = stemmed
     objects = []
     for i, element in enumerate(tree.findall('object'), start=1):
@@ -159,7 +162,7 @@ def _read_xml(file: Path, annotations: Path, images: Path, by_stem: _ByStem) -> 
 # COCO
 
 def _coco_files(root: Path) -> dict[str, Path]:
-    """Annotation files by part, of Roboflow's folders, of COCO's own names, or of one file that is called so."""
+    """Find the annotation files by part: in Roboflow's folders, by COCO's own names, or a single file."""
     if not root.is_dir():
         return {}
     parts = {_PARTS[f.name]: f / '_annotations.coco.json' for f in sorted(root.iterdir()) if f.name in _PARTS}
@@ -180,7 +183,7 @@ def _read_coco(root: Path) -> tuple[Parts, list[str]]:
         except (ValueError, RecursionError, OSError) as e:
             raise ValueError(f'{file} is not a COCO annotation file: {e}') from e
         except (AttributeError, KeyError, TypeError) as e:
-            raise ValueError(f'{file} is not a COCO annotation file: a field is missing or of another kind '
+            raise ValueError(f'{file} is not a COCO annotation file: a field is missing or has the wrong type '
                              f'({type(e).__name__}: {e})') from e
         classes = list(dict.fromkeys([*classes, *named]))
     return parts, classes
@@ -195,12 +198,12 @@ def _coco_images(found: dict[str, Any], file: Path) -> tuple[list[Annotated], li
         size = row.get('width'), row.get('height')
         images[row['id']] = Annotated(_coco_image(file, row['file_name']), size=size if all(size) else None, file=file)
     for row in found['annotations']:
-        if row.get('iscrowd'):  # a region with many, which is no box to learn from
+        if row.get('iscrowd'):  # a crowd region is not a box to train on
             continue
         if row['image_id'] not in images:
-            raise ValueError(f"annotation {row.get('id')} is of image {row['image_id']}, which is not in its images")
+            raise ValueError(f"annotation {row.get('id')} refers to image {row['image_id']}, which is not listed")
         if row['category_id'] not in categories:
-            raise ValueError(f"annotation {row.get('id')} is of category {row['category_id']}; its categories are "
+            raise ValueError(f"annotation {row.get('id')} refers to category {row['category_id']}; the categories are "
                              f"{some([str(i) for i in categories])}")
         try:
             x, y, w, h = map(float, row['bbox'])
@@ -210,7 +213,7 @@ def _coco_images(found: dict[str, Any], file: Path) -> tuple[list[Annotated], li
         label = categories[row['category_id']]
         images[row['image_id']].objects.append((f"{file}, annotation {row.get('id')} ({label})", label, box))
     merged: dict[Path, Annotated] = {}
-    for image in images.values():  # files that were joined list some images twice
+    for image in images.values():  # merged annotation files list some images twice
         merged.setdefault(image.image, dataclasses.replace(image, objects=[])).objects.extend(image.objects)
     return list(merged.values()), [categories[i] for i in sorted(categories)]
 
@@ -248,8 +251,8 @@ def _read_yolo(root: Path) -> tuple[Parts, list[str]]:
 
 
 def _of_yaml(file: Path) -> tuple[dict[str, list[Path]], list[str], bool]:
-    """The images by part that a `data.yaml` names, its classes, and whether keypoints follow its boxes."""
-    import yaml  # of huggingface_hub
+    """Read a `data.yaml`: the images of each part, the classes, and whether keypoints follow the boxes."""
+    import yaml  # a dependency of huggingface_hub
     try:
         settings = yaml.safe_load(file.read_text(encoding='utf-8'))
         names = settings['names']
@@ -266,11 +269,11 @@ def _of_yaml(file: Path) -> tuple[dict[str, list[Path]], list[str], bool]:
             if place:
                 parts.setdefault(key, []).extend(
                     _images_under(place) if place.is_dir() else _images_listed(place, root))
-            elif key != 'test':  # which Roboflow names where none was exported
+            elif key != 'test':  # Roboflow names a test folder even if none was exported
                 raise ValueError(f'{file} names {entry} under "{key}", which is neither a folder nor a list of images '
                                  f'in {root}; correct it, or leave "{key}" out')
     if 'train' not in parts:
-        raise ValueError(f'{file} names no images to train on, under "train"')
+        raise ValueError(f'{file} names no training images under "train"')
     return parts, _yolo_names(names, file), bool(settings.get('kpt_shape'))
 
 
@@ -284,12 +287,12 @@ def _yolo_names(names: Any, file: Path) -> list[str]:
 
 
 def _places(root: Path, entry: str) -> list[Path]:
-    """Where what `data.yaml` names may be; Roboflow writes `../train/images` for `train/images`."""
+    """Candidate paths of an entry in `data.yaml`. Roboflow writes `../train/images` for `train/images`."""
     return [root / entry, root / entry.removeprefix('../'), Path(entry)]
 
 
 def _yolo_place(root: Path, entry: str) -> Path | None:
-    """A folder of images, or a text file that lists images."""
+    """Find the folder of images, or the text file that lists images, of an entry; None if there is neither."""
     found = next((p for p in _places(root, entry) if p.is_dir() or p.is_file() and p.suffix == '.txt'), None)
     return found / 'images' if found and (found / 'images').is_dir() else found
 
@@ -299,7 +302,7 @@ def _images_under(folder: Path) -> list[Path]:
 
 
 def _images_listed(file: Path, root: Path) -> Iterator[Path]:
-    """The images of a list, whose lines are relative to its folder or to the data set's."""
+    """Yield the images in a list. Its lines are relative to the folder of the list or to that of the data set."""
     for line in file.read_text(encoding='utf-8', errors='surrogateescape').splitlines():
         if entry := line.strip():
             places = [file.parent / entry, *_places(root, entry)]
@@ -307,7 +310,7 @@ def _images_listed(file: Path, root: Path) -> Iterator[Path]:
 
 
 def _labels_of(image: Path) -> Path:
-    """The file of an image's boxes: beside it, or in the folder `labels` beside its folder `images`."""
+    """Label file of an image: in the same folder, or under `labels` instead of `images`."""
     parts = list(image.parent.parts)
     if 'images' in parts:
         parts[len(parts) - 1 - parts[::-1].index('images')] = 'labels'
@@ -332,7 +335,7 @@ def _read_yolo_labels(image: Path, classes: Sequence[str], pose: bool) -> Annota
 
 
 def _whole(text: str) -> int:
-    """A class's number, which some programs write as 0.000000; -1 where it is none."""
+    """Parse a class number, which some programs write as 0.000000; -1 if it is not a whole number."""
     try:
         return int(number) if (number := float(text)).is_integer() else -1
     except ValueError:
@@ -340,7 +343,7 @@ def _whole(text: str) -> int:
 
 
 def _yolo_box(cells: Sequence[str], pose: bool) -> Box | None:
-    """The box of a line: as written, before keypoints, or around an outline."""
+    """Parse the box of a line. With `pose`, keypoints after it are ignored. An outline gives its bounding box."""
     try:
         box = tuple(map(float, cells[:4] if pose else cells))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Photographs with boxes: every file examined before training, and divided into those to train and to test on."""
+"""Photographs with boxes: check every file before training, and split them into training and test images."""
 from __future__ import annotations
 
 import csv
@@ -25,19 +25,19 @@ from .images import read_rgb
 __all__ = ['BoxScan', 'BoxedImages', 'data_folder', 'divide', 'read_boxes', 'read_box_split', 'read_reduced',
            'write_box_split']
 
-_ROUNDING = 0.5  # pixels by which a box may overhang its image, at which it is cut
-_LARGE = 2000  # pixels of a side; only larger photographs are reduced: the published figures are of smaller ones
+_ROUNDING = 0.5  # pixels by which a box may extend beyond its image; it is clipped
+_LARGE = 2000  # pixels of the longer side; only larger photographs are reduced. Published results used smaller ones
 
 
 @dataclasses.dataclass(frozen=True)
 class BoxedImages:
-    """Image files and the objects on them.
+    """Image files and their ground-truth boxes.
 
     Attributes:
-        paths: Files.
-        boxes: Per file float32 (objects, 4): xmin, ymin, xmax, ymax in pixels.
-        labels: Per file int64 (objects,): 1 + the index into `classes`, 0 being a detector's background.
-        classes: Names.
+        paths: Image files.
+        boxes: Boxes of each file, float32 (objects, 4): xmin, ymin, xmax, ymax in pixels.
+        labels: Labels of each file, int64 (objects,): 1 + the index into `classes`. 0 is the background.
+        classes: Class names.
     """
     paths: tuple[str, ...]
     boxes: tuple[torch.Tensor, ...]
@@ -48,19 +48,19 @@ class BoxedImages:
         return len(self.paths)
 
     def subset(self, index: Sequence[int]) -> BoxedImages:
-        """The images of `index`, in its order."""
+        """Return the images at `index`, in that order."""
         paths, boxes, labels = (tuple(column[i] for i in index) for column in (self.paths, self.boxes, self.labels))
         return dataclasses.replace(self, paths=paths, boxes=boxes, labels=labels)
 
     def as_dataset(self, transform: Any, side: int) -> Dataset:
-        """A data set of `transform(RGB image, target)`.
+        """Return a data set of `transform(RGB image, target)`.
 
-        Large photographs are reduced by `read_reduced`. A target has `labels`; `boxes`, in pixels of the image, which
-        know its size; and `scale`, float32 (4,), which times the boxes gives pixels of the whole photograph.
+        Large photographs are reduced by `read_reduced`. A target has `labels`, `boxes` (a `tv_tensors.BoundingBoxes` in
+        pixels of the reduced image) and `scale`, float32 (4,). The boxes times `scale` are in pixels of the original.
 
         Args:
-            transform: Applied to each image when it is requested. It must not zoom in.
-            side: Longer side at which the detector works.
+            transform: Transform applied to each image when it is requested. It must not zoom in.
+            side: Longer side of the detector's input in pixels.
         """
         return _BoxDataset(self, transform, side)
 
@@ -80,13 +80,13 @@ class _BoxDataset(Dataset):
 
 
 def read_reduced(path: str | Path, side: int) -> tuple[Image.Image, tuple[float, float]]:
-    """Read a photograph by `read_rgb`, and reduce it if it is much larger than a detector needs.
+    """Read a photograph with `read_rgb`, and reduce it if it is much larger than a detector needs.
 
-    A photograph with a side of more than 2000 pixels is reduced by a whole number, so that its longer side keeps
-    `side` pixels or more. Others are returned as they are.
+    A photograph with a side of more than 2000 pixels is reduced by an integer factor that leaves at least `side` pixels
+    on the longer side. Others keep their size.
 
     Returns:
-        The image, and by how much the whole photograph is wider and higher: 1 where it is not reduced.
+        The image, and the factors by which the original is wider and higher (1 if it is not reduced).
 
     Raises:
         ValueError: As for `read_rgb`.
@@ -97,30 +97,30 @@ def read_reduced(path: str | Path, side: int) -> tuple[Image.Image, tuple[float,
     image = read_rgb(path, side)
     if (by := max(image.size) // side) > 1:
         image = image.reduce(by)
-    if (image.width < image.height) != (size[0] < size[1]):  # its EXIF data rotate it
+    if (image.width < image.height) != (size[0] < size[1]):  # rotated by its EXIF data
         size = size[::-1]
     return image, (size[0] / image.width, size[1] / image.height)
 
 
 def _stored_size(path: str | Path) -> tuple[int, int]:
-    """Width and height before any rotation; (0, 0) of a file that `read_rgb` refuses."""
+    """Width and height before EXIF rotation; (0, 0) if the file cannot be opened."""
     try:
         with Image.open(path) as image:
             return image.size
-    except Exception:  # as in `read_rgb`, which says what is wrong
+    except Exception:  # `read_rgb` reports what is wrong
         return 0, 0
 
 
 @dataclasses.dataclass(frozen=True)
 class BoxScan:
-    """What a data set holds, bad things left out.
+    """Contents of a data set, without bad files and boxes.
 
     Attributes:
         format: 'Pascal VOC', 'COCO' or 'YOLO'.
-        parts: Images by the part they are given in ('train', 'val', 'test', or the name of a VOC list), or as 'all'.
-        bad: Why boxes and files were left out.
-        sizes: Width and height of the images, counted.
-        twins: Files with the same content.
+        parts: Images by part: 'train', 'val', 'test' or the name of a VOC list; 'all' if the data is not split.
+        bad: Reasons why boxes and files were left out.
+        sizes: Number of images by width and height.
+        twins: Groups of files with the same content.
     """
     format: str
     parts: dict[str, BoxedImages]
@@ -129,7 +129,7 @@ class BoxScan:
     twins: tuple[tuple[str, ...], ...]
 
     def summary(self) -> list[str]:
-        """What was found, in lines."""
+        """Describe the data set, one fact per line."""
         images = {path: labels for part in self.parts.values() for path, labels in zip(
             part.paths, part.labels, strict=True)}
         classes = next(iter(self.parts.values())).classes
@@ -146,18 +146,19 @@ class BoxScan:
 
 
 def read_boxes(source: str | Path, on_bad: str = 'skip') -> BoxScan:
-    """Recognise a data set with boxes, read it and examine every file.
+    """Read a data set with boxes in any known format, and check every file.
 
     - Pascal VOC: XML files in `Annotations` (or `annotations`, or beside the images), images in `JPEGImages` (or
-      `images`) and, for files in sub-folders, in sub-folders of the same name, and lists in `ImageSets/Main`, or none.
+      `images`), and optionally lists in `ImageSets/Main`. Annotations in a subfolder belong to images in the subfolder
+      of the same name.
     - COCO: a JSON file beside its images (`coco:FILE.json`), or Roboflow's `train/_annotations.coco.json`.
-    - YOLO: `data.yaml`, which names folders or lists of images, or `images/` and `labels/`. Outlines are boxed;
-      keypoints are ignored if `data.yaml` has their `kpt_shape`.
+    - YOLO: `data.yaml`, which names folders or lists of images, or `images/` and `labels/`. Outlines are converted to
+      boxes; keypoints are ignored if `data.yaml` has a `kpt_shape`.
 
-    A prefix (`voc:DIR`, `coco:FILE`, `yolo:DIR`) names the format where several would do.
+    A prefix (`voc:DIR`, `coco:FILE`, `yolo:DIR`) selects the format if several match.
 
-    Boxes are taken as they are written; they must lie in the image's own size. VOC objects marked difficult count as
-    others do. COCO's crowd regions are left out: they are not trained on, and what is found in them counts as false.
+    Boxes are taken as written and must lie within the image. VOC objects marked difficult are treated like all others.
+    COCO's crowd regions are left out: they are not trained on, and detections in them count as false positives.
 
     Args:
         source: Folder or file.
@@ -165,9 +166,9 @@ def read_boxes(source: str | Path, on_bad: str = 'skip') -> BoxScan:
             cannot be read: 'skip' leaves it out, 'fail' raises.
 
     Raises:
-        FileNotFoundError: There is nothing of that name.
-        ValueError: No format is recognised, annotations are damaged as a whole, no box is left, or, with 'fail',
-            something is bad; each is named.
+        FileNotFoundError: `source` does not exist.
+        ValueError: The format is not recognised, an annotation file is invalid, no box is left, or, with 'fail', boxes
+            or files are bad. The message names them.
     """
     if on_bad not in ('skip', 'fail'):
         raise ValueError(f"on_bad is {on_bad!r}; choose 'skip' or 'fail'")
@@ -195,16 +196,16 @@ def read_boxes(source: str | Path, on_bad: str = 'skip') -> BoxScan:
 
 
 def _parsed(source: str | Path) -> tuple[str, Path]:
-    """The format that a source names ('' for none), and where it is."""
+    """Split a source into its format ('' if it names none) and its path."""
     kind, _, rest = str(source).partition(':')
     return (kind, Path(rest)) if kind in FORMATS else ('', Path(source))
 
 
 def data_folder(source: str | Path) -> Path:
-    """The folder of what `read_boxes` reads."""
+    """Return the folder of a source of `read_boxes`."""
     _, root = _parsed(source)
     folder = root.parent if root.is_file() else root
-    return folder.parent if folder.name == 'annotations' and root.is_file() else folder  # images are beside it
+    return folder.parent if folder.name == 'annotations' and root.is_file() else folder  # its parent has the images
 
 
 def _images(found: Sequence[tuple[Path, list[tuple[str, Box]]]], classes: tuple[str, ...]) -> BoxedImages:
@@ -218,7 +219,7 @@ def _images(found: Sequence[tuple[Path, list[tuple[str, Box]]]], classes: tuple[
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    size: tuple[int, int] | None  # None where it is left out
+    size: tuple[int, int] | None  # None if the image is left out
     digest: str = ''
     objects: list[tuple[str, Box]] = dataclasses.field(default_factory=list)
     bad: list[str] = dataclasses.field(default_factory=list)
@@ -240,7 +241,7 @@ def _boxes_of(annotated: Annotated) -> list[str]:
 
 
 def _examined(annotated: Annotated) -> _Found:
-    """What of an image is good: whole, of the size that its annotation says, with boxes within it."""
+    """Check an image: it must be readable and of the annotated size. Keep the boxes that lie within it."""
     try:
         size = read_rgb(annotated.image).size
     except ValueError as e:
@@ -248,9 +249,9 @@ def _examined(annotated: Annotated) -> _Found:
     if annotated.fault:
         return _Found(None, bad=[annotated.fault])
     if annotated.size and annotated.size != size:
-        rotated = ' (its EXIF data rotate it)' * (annotated.size == size[::-1])
+        rotated = ' (rotated by its EXIF data)' * (annotated.size == size[::-1])
         return _Found(None, bad=[f'{annotated.image} is {size[0]} x {size[1]} pixels{rotated}, but its annotation says '
-                                 f'{annotated.size[0]} x {annotated.size[1]}: its boxes are of another image'])
+                                 f'{annotated.size[0]} x {annotated.size[1]}: the boxes belong to another image'])
     objects, bad = [], []
     for what, label, box in annotated.objects:
         if fault := _fault(label, box, size, annotated.fractions):
@@ -263,7 +264,7 @@ def _examined(annotated: Annotated) -> _Found:
 
 
 def _fault(label: str, box: Box | None, size: tuple[int, int], fractions: bool) -> str:
-    """What is wrong with a box; '' if nothing is."""
+    """Describe what is wrong with a box; '' if nothing is."""
     if not label or box is None:
         return 'the name or a coordinate is missing'
     written = ', '.join(f'{v:g}' for v in box)
@@ -291,26 +292,30 @@ def divide(
         test: str = '',
         seed: int = 0,
 ) -> tuple[BoxedImages, BoxedImages, str]:
-    """The images to train on and to test on, and how they were told apart.
+    """Split a data set into training and test images.
 
-    Parts that the data gives are taken: 'test' (or 'val') to test on, and the others to train on. Where there is only
-    one, a fifth of its images is for testing, drawn by `seed` so that each class has its share. No image is on both
-    sides, nor are copies of it.
+    If the data has several parts, 'test' (or 'val') is for testing, and 'trainval' or the remaining 'train' and 'val'
+    are for training. An image listed in both is used only for testing. If there is only one part, a fifth of its images
+    is drawn for testing by `seed`, stratified by class, and copies of an image stay on the same side.
 
     Args:
-        scan: From `read_boxes`.
-        train: Name of the part to train on; '' finds it.
-        test: Name of the part to test on; '' finds it.
-        seed: Of the split, where there is none.
+        scan: Scan from `read_boxes`.
+        train: Name of the training part; '' chooses it automatically.
+        test: Name of the test part; '' chooses it automatically.
+        seed: Seed of the split, if the data has none.
+
+    Returns:
+        The training images, the test images, and a description of the split.
 
     Raises:
         FileNotFoundError: There is no such part.
-        ValueError: A part has no images, or a class is on the test images alone.
+        ValueError: The parts cannot be chosen automatically, a part has no images, or a class occurs only in the test
+            images.
     """
     parts = scan.parts
     for name in filter(None, (train, test)):
         if name not in parts:
-            raise FileNotFoundError(f'there is no part {name}; there are {", ".join(parts)}')
+            raise FileNotFoundError(f'the data has no part {name}; its parts are {", ".join(parts)}')
     if len(parts) == 1 and not (train and test):
         only, = parts.values()
         chosen, how = tuple(map(only.subset, _drawn(only, seed, scan.twins))), f'80-20 by seed {seed}'
@@ -318,7 +323,7 @@ def divide(
         test = test or next((name for name in ('test', 'val') if name in parts and name != train), '')
         trained_on = [train] if train else [name for name in _to_train_on(parts) if name != test]
         if not (trained_on and test):
-            raise ValueError(f'there are only {", ".join(parts)}; name the parts to train on and to test on')
+            raise ValueError(f'the parts are {", ".join(parts)}; name the ones to train on and to test on')
         tested = set(parts[test].paths)
         joined = _joined([parts[name] for name in trained_on])
         joined = joined.subset([i for i, path in enumerate(joined.paths) if path not in tested])
@@ -351,8 +356,7 @@ def _drawn(
         seed: int,
         twins: Iterable[Sequence[str]],
 ) -> tuple[list[int], list[int]]:
-    """Indices to train on and to test on; each image is drawn among those that share its rarest class, and its copies
-    with it."""
+    """Draw the training and test indices, stratified by each image's rarest class. Copies stay on the same side."""
     place = {path: i for i, path in enumerate(images.paths)}
     copies = {same[0]: same for same in (sorted(place[p] for p in group if p in place) for group in twins) if same}
     drawn_with_another = {i for first, same in copies.items() for i in same if i != first}
@@ -372,7 +376,7 @@ def _drawn(
 
 
 def write_box_split(train: BoxedImages, test: BoxedImages, root: Path) -> str:
-    """A CSV of part and path, relative to `root`."""
+    """Return a split as CSV text: part of each image, and its path relative to `root`."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(['part', 'path'])
@@ -386,10 +390,10 @@ def _from(root: Path, path: str) -> str:
 
 
 def read_box_split(file: Path, scan: BoxScan, root: Path) -> tuple[BoxedImages, BoxedImages]:
-    """The images that `write_box_split` wrote down, with what the scan says of them.
+    """Read a split written by `write_box_split`, with the boxes of the scan.
 
     Raises:
-        ValueError: The file is damaged, or an image of it is not among those of the scan any more.
+        ValueError: The file is damaged, or one of its images is no longer in the scan.
     """
     whole = _joined(list(scan.parts.values()))
     place = {_from(root, path): i for i, path in enumerate(whole.paths)}

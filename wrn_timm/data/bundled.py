@@ -1,5 +1,7 @@
-"""Photographs of Caltech 101 (CC BY 4.0) that come with the package: in a checkout a sample of eight classes, in the
-wheel the first of each class."""
+"""Photographs of Caltech 101 (CC BY 4.0) bundled with the package.
+
+A checkout has a sample of eight classes, a wheel only the first photograph of each.
+"""
 from __future__ import annotations
 
 from pathlib import Path
@@ -12,10 +14,13 @@ _IN_WHEEL = _PACKAGE / '_photographs'
 
 
 def sample() -> Path | None:
-    """The class folders of the sample (240 photographs) to try things out on; None where there is no checkout."""
+    """Folder of the sample: 240 photographs in class folders, for trying things out; None outside a checkout."""
     return _SAMPLE if _SAMPLE.is_dir() else None
 
 
 def golden_photographs() -> Path:
-    """Class folders whose first photographs are the inputs of the golden logits, the same in a checkout and a wheel."""
+    """Folder of the class folders whose first photographs are the inputs of the golden logits.
+
+    These photographs are the same in a checkout and a wheel.
+    """
     return sample() or _IN_WHEEL

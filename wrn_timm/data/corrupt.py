@@ -1,6 +1,6 @@
-"""A few common corruptions of small images, to measure the robustness of a network.
+"""Common corruptions of small images, for measuring the robustness of a network.
 
-They are this package's own and not comparable with CIFAR-10-C, whose operations and strengths differ.
+Results are not comparable with CIFAR-10-C, whose operations and strengths differ.
 """
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torchvision.transforms.v2.functional import gaussian_blur, pil_to_tensor, t
 __all__ = ['CORRUPTIONS', 'corrupt']
 
 CORRUPTIONS = {'noise': (8, 16, 32), 'blur': (0.5, 1., 1.5), 'jpeg': (75, 50, 25)}
-"""Standard deviation of Gaussian noise in grey levels and of Gaussian blur in pixels, and quality of a JPEG file."""
+"""Strengths by kind: standard deviation of noise in grey levels, standard deviation of blur in pixels, JPEG quality."""
 
 
 def corrupt(images: torch.Tensor, kind: str, strength: float, seed: int = 0) -> torch.Tensor:
-    """Corrupted copies of uint8 images (N, 3, H, W).
+    """Return corrupted copies of uint8 images (N, 3, H, W).
 
     Args:
-        images: The images.
+        images: Images to corrupt.
         kind: One of `CORRUPTIONS`.
-        strength: In the unit of the kind.
+        strength: Strength, in the unit of the kind.
         seed: Seed of the noise.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Photographs in files: list them from folders or a CSV, and examine them before training."""
+"""List image files from folders or a CSV file, and check them before training."""
 from __future__ import annotations
 
 import contextlib
@@ -22,24 +22,24 @@ __all__ = ['EXAMINED_AT_MOST', 'FolderScan', 'examine', 'found_in', 'list_csv', 
 _PARTS = {'train': ('train', 'training'), 'test': ('test', 'testing'), 'val': ('val', 'valid', 'validation')}
 _PART_WORDS = {*itertools.chain(*_PARTS.values()), 'eval', 'evaluation'}
 
-# Decoding a photograph takes about a millisecond per core, so more files than this are not examined beforehand.
+# Decoding a photograph takes about a millisecond per core, so larger data sets are not examined before training.
 EXAMINED_AT_MOST = 50_000
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderScan:
-    """What a folder or a CSV contains.
+    """Contents of a folder or CSV file.
 
     Attributes:
         train: All files, or those of the training part if the data is already split.
-        test: Those of `test/`, or of `val/` if there is no `test/`; None if the data is not split.
-        val: Those of `val/` if there is also a `test/`, else None.
-        bad: Why each unreadable file or looping link was left out.
+        test: Files of `test/`, or of `val/` if there is no `test/`; None if the data is not split.
+        val: Files of `val/` if there is also a `test/`, else None.
+        bad: Reasons why unreadable files and looping links were left out.
         twins: Groups of files with the same content.
         sizes: Number of files by width and height in pixels.
         examined: Whether the files were read, not only listed.
-        notes: What else was left out, and why.
-        tested: Name of the test part in the data if it is not `test`: `val/`.
+        notes: Notes on what else was left out, and why.
+        tested: Name of the test part in the data if it is not `test`, such as `val/`.
     """
     train: ImageFiles
     test: ImageFiles | None = None
@@ -52,11 +52,11 @@ class FolderScan:
     tested: str = ''
 
     def parts(self) -> dict[str, ImageFiles]:
-        """The existing parts by name."""
+        """Return the existing parts by name."""
         return {n: p for n in ('train', 'val', 'test') if (p := getattr(self, n)) is not None}
 
     def summary(self) -> list[str]:
-        """What is worth knowing before training, one fact per line."""
+        """Describe the files, one fact per line."""
         lines = list(self.notes)
         for name, part in self.parts().items():
             counts = Counter(part.labels)
@@ -85,12 +85,12 @@ class FolderScan:
 
 
 def list_folder(root: str | Path, nested: bool = False) -> FolderScan:
-    """List `root/<class>/**`, or `root/train/<class>/**` and `root/test/<class>/**` (and `val/`), reading no file.
+    """List `root/<class>/**` or `root/{train,test,val}/<class>/**`, without reading any file.
 
     Args:
         root: Folder of class folders. Hidden files and folders are ignored. Folders without images beside `train/` are
             ignored with a note. Links are followed unless they loop.
-        nested: Every folder that holds files is a class, named by its path ('animals/cat').
+        nested: Whether every folder that holds files is a class, named by its path ('animals/cat').
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -124,7 +124,7 @@ def list_folder(root: str | Path, nested: bool = False) -> FolderScan:
 
 
 def _check_classes(children: dict[str, Path]) -> None:
-    """Refuse the parts of a split, by other names than ours, that would be taken for classes."""
+    """Reject class folders that look like the parts of a split under other names."""
     parts = [p for name, p in children.items() if _PART_WORDS & set(re.split(r'[\W_]+', name))]
     for a, b in itertools.combinations(parts, 2):
         if shared := sorted({p.name for p in _folders(a)} & {p.name for p in _folders(b)}):
@@ -137,7 +137,7 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _same_classes(parts: dict[str, ImageFiles], where: str) -> dict[str, ImageFiles]:
-    """The parts, with labels numbered as in the training part."""
+    """Renumber the labels of all parts as in the training part."""
     classes = parts['train'].classes
     number = {c: i for i, c in enumerate(classes)}
     out = {}
@@ -154,7 +154,7 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _walk(top: str, bad: list[str], above: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
-    """(folder, path) of every file below, in the order of names; links to a folder above are reported and skipped."""
+    """Yield (folder, path) of every file below `top`, in order of names, skipping and reporting links that loop."""
     stack = [(top, above)]
     while stack:
         folder, ancestors = stack.pop()
@@ -174,7 +174,7 @@ def _walk(top: str, bad: list[str], above: frozenset[str] = frozenset()) -> Iter
 
 
 def walk_files(folder: str | Path) -> Iterator[str]:
-    """Every file in a folder and below, in the order of names, without hidden ones and links that loop."""
+    """Iterate over the files in a folder and below, in order of names, without hidden files and looping links."""
     return (path for _, path in _walk(str(folder), []))
 
 
@@ -198,7 +198,7 @@ def _list_part(root: Path, nested: bool, bad: list[str]) -> ImageFiles:
                     yield path
         else:
             for folder in _folders(root):
-                if os.path.realpath(folder) not in above:  # the walk names it
+                if os.path.realpath(folder) not in above:  # else `_walk` reports it
                     number[folder.name] = len(number)
                 for _, path in _walk(str(folder), bad, above):
                     labels.append(number[folder.name])
@@ -211,7 +211,7 @@ def _list_part(root: Path, nested: bool, bad: list[str]) -> ImageFiles:
 
 
 def _checked(files: ImageFiles, where: str | Path, bad: Sequence[str] = ()) -> ImageFiles:
-    """The files, if there are at least two classes and each has a file."""
+    """Return the files after checking that there are at least two classes and that each has files."""
     if not files.classes:
         raise ValueError(f'{where} holds no class folders; put the images of each class into a folder of its own, or '
                          f'list them in a CSV file with the columns path and label')
@@ -226,16 +226,16 @@ def _checked(files: ImageFiles, where: str | Path, bad: Sequence[str] = ()) -> I
 
 
 def found_in(row: dict[str | None, Any]) -> str:
-    """A row of a CSV file in words; values beyond its columns have no name."""
+    """Describe a row of a CSV file. Values beyond its columns have no name."""
     return ', '.join(f'{k}={v!r}' if k else f'and {v!r}' for k, v in row.items())
 
 
 @contextlib.contextmanager
 def open_csv(file: str | Path) -> Iterator[csv.DictReader]:
-    """Rows of a UTF-8 CSV file by the names in its first line; bytes that are not UTF-8 are kept.
+    """Open a UTF-8 CSV file with a header for reading. Bytes that are not UTF-8 are kept.
 
     Raises:
-        ValueError: The file is not valid CSV; the line is named.
+        ValueError: The file is not valid CSV. The message names the line.
     """
     with open(file, newline='', encoding='utf-8-sig', errors='surrogateescape') as f:
         reader = csv.DictReader(f)
@@ -247,15 +247,15 @@ def open_csv(file: str | Path) -> Iterator[csv.DictReader]:
 
 
 def list_csv(file: str | Path) -> FolderScan:
-    """List the files that a CSV names.
+    """List the files named in a CSV file.
 
     Args:
-        file: UTF-8, with the columns `path` and `label`, and `split` ('train', 'val', 'test') if it is
-            already split. Paths are relative to the CSV's folder.
+        file: CSV file in UTF-8 with the columns `path` and `label`, and `split` ('train', 'val' or 'test') if the data
+            is already split. Paths are relative to its folder.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A column or a value is missing, or a file has two labels (the line is named), or as for
+        ValueError: A column or a value is missing, or a file has two labels (the message names the line), or as for
             `list_folder`.
     """
     file = Path(file)
@@ -287,7 +287,7 @@ def list_csv(file: str | Path) -> FolderScan:
     again = sum(map(len, rows.values())) - sum(map(len, once.values()))
     listed = {part: ImageFiles.of(pairs) for part, pairs in once.items()}
     _checked(listed['train'], file)
-    notes = (f'{again} lines name a photograph again: left out',) if again else ()
+    notes = (f'{again} lines repeat a photograph: left out',) if again else ()
     return FolderScan(**_same_classes(listed, str(file)), notes=notes, tested=tested)
 
 
@@ -300,10 +300,10 @@ def examine(
     """Read every listed file once, to find unreadable files and files with the same content.
 
     Args:
-        scan: From `list_folder` or `list_csv`.
-        on_bad: 'skip' leaves unreadable files out, 'fail' raises.
-        at_most: With more files than this, none is read.
-        only: The only part to read; '' reads all.
+        scan: Scan from `list_folder` or `list_csv`.
+        on_bad: What to do with unreadable files: 'skip' leaves them out, 'fail' raises.
+        at_most: Number of files above which none is read; None for no limit.
+        only: Name of the only part to read; '' reads all parts.
 
     Raises:
         ValueError: A class has no readable images, or, with 'fail', files are unreadable. The message names them.
@@ -337,7 +337,7 @@ def examine(
 
 
 def _images_only(scan: FolderScan) -> FolderScan:
-    """The scan without the files whose suffix is not that of an image, which nobody has read."""
+    """Leave out files without the suffix of an image from a scan whose files were not read."""
     parts = {name: files.subset([i for i, path in enumerate(files.paths) if looks_like_image(path)])
              for name, files in scan.parts().items()}
     other = sum(map(len, scan.parts().values())) - sum(map(len, parts.values()))

@@ -1,4 +1,4 @@
-"""Photographs in files: read them as RGB, one by one or as a data set, and keep those decoded that fit into memory."""
+"""Read image files as RGB, one by one or as a data set that keeps decoded images in memory."""
 from __future__ import annotations
 
 import contextlib
@@ -21,16 +21,16 @@ from torch.utils.data import Dataset, default_collate
 __all__ = ['FORMATS', 'Examined', 'ImageFiles', 'PathTable', 'ReadableOnly', 'check_shape', 'collate_readable',
            'examine_file', 'looks_like_image', 'read_rgb']
 
-# Formats of photographs, by Pillow's names. Its other decoders are rarely used, and that of EPS runs Ghostscript.
+# Image formats by Pillow's names. Its other decoders are rarely used, and the one for EPS runs Ghostscript.
 FORMATS = ('AVIF', 'BMP', 'GIF', 'HEIF', 'JPEG', 'JPEG2000', 'MPO', 'PNG', 'PPM', 'TIFF', 'WEBP')
 _HEIF = ('.heic', '.heif')
-_MOST_OBLONG = 100  # longer side over shorter: a very thin image, resized by its shorter side, takes gigabytes
-_BLOCK = 2 ** 25  # bytes of decoded images per tensor: processes share each tensor through one file
+_MOST_OBLONG = 100  # longer side over shorter; resizing a very thin image by its shorter side would take gigabytes
+_BLOCK = 2 ** 25  # bytes of decoded images per tensor; workers share each tensor through one file
 
 
 @functools.cache
 def _decoders() -> tuple[str, ...]:
-    """Those of `FORMATS` that the installed Pillow reads, HEIF with its plugin."""
+    """Those of `FORMATS` that the installed Pillow can read. HEIF needs a plugin."""
     with contextlib.suppress(ImportError):
         from pillow_heif import register_heif_opener
         register_heif_opener()
@@ -39,7 +39,7 @@ def _decoders() -> tuple[str, ...]:
 
 
 def looks_like_image(path: str | Path) -> bool:
-    """Whether the suffix of a file is one of `FORMATS`, or of HEIF, which may not be readable."""
+    """Whether a file has the suffix of one of `FORMATS`. HEIF counts even if it cannot be read."""
     suffix = Path(path).suffix.lower()
     return suffix in _HEIF or Image.registered_extensions().get(suffix) in FORMATS
 
@@ -56,14 +56,14 @@ def check_shape(size: tuple[int, int]) -> None:
 
 
 def read_rgb(path: str | Path | io.BytesIO, least: int = 0, name: str = '') -> Image.Image:
-    """Read an image file in one of `FORMATS` as RGB, rotated as its EXIF says.
+    """Read an image file in one of `FORMATS` as RGB, rotated according to its EXIF data.
 
-    Grey (8 and 16 bits), palette and CMYK images are converted; transparency is put on white.
+    Grey (8 and 16 bits), palette and CMYK images are converted. Transparent images are composited onto white.
 
     Args:
-        path: The file, or its content.
-        least: A larger JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is faster, as long as both sides keep
-            this many pixels; 0 decodes it at full size.
+        path: Image file, or its content.
+        least: Number of pixels that both sides keep if a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which
+            is faster; 0 decodes it at full size.
         name: Name of the file in errors; '' for the path.
 
     Raises:
@@ -104,7 +104,7 @@ def _reason(name: str, error: Exception) -> str:
 
 
 def _from_deep_grey(pixels: np.ndarray) -> Image.Image:
-    """16-bit grey levels as RGB."""
+    """Convert 16-bit grey levels to RGB."""
     if pixels.dtype.kind == 'f' or pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError('its grey levels are not 16-bit; save it with 8 or 16 bits')
     return Image.fromarray((pixels.astype(np.int64) // 257).astype(np.uint8)).convert('RGB')
@@ -112,12 +112,12 @@ def _from_deep_grey(pixels: np.ndarray) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class Examined:
-    """What reading a whole file shows.
+    """Result of reading a whole file.
 
     Attributes:
-        reason: Why it cannot be read; None if it can.
-        digest: Of its content.
-        size: Width and height in pixels, before any rotation.
+        reason: Why the file cannot be read; None if it can.
+        digest: Digest of the content.
+        size: Width and height in pixels, before EXIF rotation.
     """
     reason: str | None = None
     digest: bytes = b''
@@ -130,7 +130,7 @@ def examine_file(path: str) -> Examined:
         content = Path(path).read_bytes()
         with Image.open(io.BytesIO(content), formats=_decoders()) as image:
             check_shape(size := image.size)
-            image.draft(None, (1, 1))  # truncated and damaged files are found at an eighth of the size too
+            image.draft(None, (1, 1))  # an eighth of the size is enough to find truncated and damaged files
             _as_rgb(image)
     except Exception as e:  # as in `read_rgb`
         return Examined(_reason(path, e))
@@ -138,7 +138,7 @@ def examine_file(path: str) -> Examined:
 
 
 class PathTable(Sequence):
-    """Paths end to end in one array: a third of the memory of strings, and shared between the reading processes."""
+    """Paths concatenated in one array, which takes a third of the memory of strings and is shared by the workers."""
 
     def __init__(self, paths: Iterable[str]):
         text, ends = bytearray(), [0]
@@ -168,7 +168,7 @@ class ImageFiles:
     """Image files and their labels.
 
     Attributes:
-        paths: Files; any sequence, kept in one array.
+        paths: Image files; any sequence, stored as a `PathTable`.
         labels: Index into `classes`, one per file.
         classes: Names of the classes, sorted.
     """
@@ -184,7 +184,7 @@ class ImageFiles:
 
     @classmethod
     def of(cls, named: Sequence[tuple[str, str]], classes: Sequence[str] | None = None) -> ImageFiles:
-        """From pairs of path and class name; `classes` defaults to the sorted names."""
+        """Create from pairs of path and class name. `classes` defaults to the sorted names."""
         classes = tuple(classes or sorted({name for _, name in named}))
         number = {name: i for i, name in enumerate(classes)}
         return cls((path for path, _ in named), [number[name] for _, name in named], classes)
@@ -193,7 +193,7 @@ class ImageFiles:
         return len(self.paths)
 
     def subset(self, index: Sequence[int]) -> ImageFiles:
-        """The files of `index`, in its order."""
+        """Return the files at `index`, in that order."""
         return ImageFiles((self.paths[i] for i in index), [self.labels[i] for i in index], self.classes)
 
     def name(self, i: int) -> str:
@@ -201,16 +201,16 @@ class ImageFiles:
         return self.paths[i]
 
     def read(self, i: int) -> Image.Image:
-        """An image, read by `read_rgb`."""
+        """Read an image with `read_rgb`."""
         return read_rgb(self.paths[i])
 
     def as_dataset(self, transform: Any, least: int = 0, memory: float = 0) -> Dataset:
-        """A data set of (transform(RGB image), label).
+        """Return a data set of (transform(RGB image), label).
 
         Args:
-            transform: Applied to each image when it is requested.
+            transform: Transform applied to each image when it is requested.
             least: As in `read_rgb`.
-            memory: Bytes for images that are decoded now and kept; the others are decoded at each request.
+            memory: Memory in bytes for images that are decoded now and kept. The others are decoded at each request.
         """
         return _FileDataset(self, transform, least, memory)
 
@@ -231,7 +231,7 @@ class _FileDataset(Dataset):
 
 
 class _Decoded:
-    """The first images of a list that fit into `memory` bytes, in a few tensors shared by the reading processes."""
+    """Cache of the first images that fit into `memory` bytes, decoded into a few tensors shared by the workers."""
 
     def __init__(self, paths: Sequence[str], least: int, memory: float):
         self._blocks: list[torch.Tensor] = []
@@ -253,10 +253,10 @@ class _Decoded:
                     close_block()
                     filled = 0
         close_block()
-        self._places = np.array(places, np.int64).reshape(-1, 4)  # block, start in it, height, width
+        self._places = np.array(places, np.int64).reshape(-1, 4)  # block, offset in the block, height, width
 
     def get(self, i: int) -> Image.Image | None:
-        """An image; None if it did not fit or could not be read."""
+        """Return an image; None if it did not fit or could not be read."""
         if i >= len(self._places):
             return None
         block, start, height, width = self._places[i].tolist()
@@ -276,18 +276,18 @@ def _in_turn(pool: ThreadPoolExecutor, function: Callable[[str], Any], items: Se
 
 
 def _pixels(path: str, least: int) -> np.ndarray:
-    """uint8 (height, width, 3); empty if the file cannot be read."""
+    """Decode a file to uint8 (height, width, 3); empty if it cannot be read."""
     try:
         return np.asarray(read_rgb(path, least))
-    except ValueError:  # reported when it is requested
+    except ValueError:  # reported when the image is requested
         return np.empty((0, 0, 3), np.uint8)
 
 
 class ReadableOnly(Dataset):
-    """A data set that returns the error of an unreadable image instead of raising it; use it with `collate_readable`.
+    """Data set that returns the error of an unreadable image instead of raising it, for use with `collate_readable`.
 
     Args:
-        dataset: A data set that raises ValueError for unreadable images.
+        dataset: Data set that raises ValueError for unreadable images.
     """
 
     def __init__(self, dataset: Dataset):
@@ -304,7 +304,7 @@ class ReadableOnly(Dataset):
 
 
 def collate_readable(batch: list[tuple[torch.Tensor, int, int] | str]) -> tuple:
-    """Images, labels and indices of the readable images (each None if there are none), and the errors of the others."""
+    """Collate images, labels and indices of readable images (None if there are none), and the errors of the others."""
     readable = [item for item in batch if not isinstance(item, str)]
     reasons = [item for item in batch if isinstance(item, str)]
     return *(default_collate(readable) if readable else (None, None, None)), reasons

@@ -1,4 +1,4 @@
-"""A data set of small images, kept on the training device as uint8 and augmented there one batch at a time."""
+"""Loader of small images, which are kept on the training device as uint8 and augmented there in batches."""
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -12,31 +12,31 @@ __all__ = ['DeviceLoader']
 
 
 def _reflected(index: torch.Tensor, size: int) -> torch.Tensor:
-    """Indices of a reflected border (the edge pixel not repeated) as indices into the image."""
+    """Map indices that reach into a reflected border (without repeating the edge pixel) to indices into the image."""
     return (size - 1) - ((size - 1) - index.abs()).abs()
 
 
 class DeviceLoader:
-    """Shuffled, augmented, normalised batches without a host round trip.
+    """Loader of shuffled, augmented and normalised batches, without host round trips.
 
     Random numbers depend only on (seed, epoch, step), so that a run resumed at any step sees the same batches.
 
     Args:
         data: The training images.
-        batch_size: Images per batch; the last, smaller batch of an epoch is dropped.
-        device: Where the images are kept and augmented.
-        pad: Reflected border in pixels, from which a random window is cropped (paper, section 3); 0 for none.
+        batch_size: Images per batch. An incomplete last batch is dropped.
+        device: Device on which the images are kept and augmented.
+        pad: Width in pixels of the reflected border for random cropping (section 3 of the paper); 0 for none.
         flip: Mirror each image with probability 1/2.
-        alternate_flip: Mirror each image in every second epoch instead, a random half of them in the first
-            (arXiv:2404.00498).
-        cutout: Side, in pixels, of the square set to the mean (arXiv:1708.04552); 0 for none.
+        alternate_flip: Instead mirror each image in every second epoch, starting with a random half of them in the
+            first (arXiv:2404.00498).
+        cutout: Side in pixels of the square set to the mean (arXiv:1708.04552); 0 for none.
         augment: Policy of `data.augment`, applied after crop and flip; None for none.
         seed: Seed of the run.
-        rank: This process; it takes every `world_size`-th image of each batch.
-        world_size: Processes that share a batch. The batches do not depend on it.
+        rank: Rank of this process, which takes every `world_size`-th image of each batch.
+        world_size: Number of processes that share a batch. The batches do not depend on it.
 
     Raises:
-        ValueError: The set is smaller than one batch, or a batch cannot be divided among the processes.
+        ValueError: The data set is smaller than one batch, or a batch cannot be divided among the processes.
     """
 
     def __init__(
@@ -77,12 +77,12 @@ class DeviceLoader:
     def epoch(
             self, epoch: int, first_step: int = 0, size: int | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches of an epoch.
+        """Iterate over the batches of an epoch.
 
         Args:
             epoch: Number of the epoch, from 0.
             first_step: Step to begin with.
-            size: Side of the images, in pixels, to which they are scaled after augmentation; None for their own.
+            size: Side in pixels to which images are resized after augmentation; None keeps their size.
 
         Yields:
             Float images (B, 3, size, size) in channels_last, and int64 labels (B,).
@@ -103,7 +103,7 @@ class DeviceLoader:
         h, w = self.size
 
         def draw(high: int) -> torch.Tensor:
-            """One number per image; drawn for the whole batch, so that it is the same for any number of processes."""
+            """Draw one number per image of the whole batch, so that it does not depend on the number of processes."""
             return torch.randint(high, (self.batch_size, 1), generator=g, device=self.device)[mine]
 
         mine = slice(self.rank, None, self.world_size)
@@ -118,7 +118,7 @@ class DeviceLoader:
         if self.pad:
             rows = _reflected(rows + draw(2 * self.pad + 1) - self.pad, h)
             cols = _reflected(cols + draw(2 * self.pad + 1) - self.pad, w)
-        # One gather crops and flips; it comes out as NHWC, which permuted is channels_last.
+        # One gather crops and flips. Its NHWC result is channels_last once permuted.
         x = self.images[index[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
         if self.augment:
             x = self.augment(x, lambda high: draw(high)[:, 0])

@@ -1,4 +1,4 @@
-"""Named data sets: read through torchvision, as arrays for the trainer or as a torch data set for the validator."""
+"""Small named data sets, read through torchvision as arrays for training or as a torch data set for validation."""
 from __future__ import annotations
 
 import dataclasses
@@ -17,7 +17,7 @@ from ..wrn import CIFAR10_LABELS, CIFAR100_LABELS, TAGS
 __all__ = ['NAMES', 'ImageArrays', 'load', 'normalise', 'parse_spec']
 
 NAMES = ('cifar10', 'cifar100', 'svhn', 'synthetic')
-_SVHN_STATS = ((0., 0., 0.), (1., 1., 1.))  # the paper scales to 0..1 and no more (section 3)
+_SVHN_STATS = ((0., 0., 0.), (1., 1., 1.))  # the paper only scales to 0..1 (section 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,10 @@ class ImageArrays:
     """A split of a data set of small images, in memory.
 
     Attributes:
-        images: uint8, (N, 3, H, W).
-        labels: int64, (N,).
+        images: Images, uint8 (N, 3, H, W).
+        labels: Labels, int64 (N,).
         classes: Class names, in the order of the labels.
-        mean: Channel means of the training split, of images scaled to 0..1.
+        mean: Channel means of the training split, for images scaled to 0..1.
         std: Channel standard deviations, likewise.
     """
     images: torch.Tensor
@@ -41,11 +41,11 @@ class ImageArrays:
         return len(self.images)
 
     def subset(self, index: torch.Tensor) -> ImageArrays:
-        """The images of `index`, in its order."""
+        """Return the images at `index`, in that order."""
         return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
 
     def as_dataset(self, transform: Any) -> Dataset:
-        """A data set of (transform(PIL image), label)."""
+        """Return a data set of (transform(PIL image), label)."""
         return _ArrayDataset(self, transform)
 
 
@@ -62,7 +62,7 @@ class _ArrayDataset(Dataset):
 
 
 def parse_spec(spec: str) -> tuple[str, str]:
-    """Split `NAME:DIR`.
+    """Split `NAME:DIR` into name and folder.
 
     Raises:
         ValueError: The name is unknown, or no folder is given.
@@ -78,9 +78,9 @@ def load(name: str, root: str | Path, train: bool, download: bool = False) -> Im
 
     Args:
         name: 'cifar10', 'cifar100', 'svhn' or 'synthetic' (random images for tests; `root` is ignored).
-        root: Folder that holds the official files (or that receives them).
-        train: The training split, else the test split.
-        download: Fetch missing files by torchvision's downloader.
+        root: Folder of the official files; missing files are downloaded to it.
+        train: Read the training split instead of the test split.
+        download: Download missing files with torchvision.
 
     Raises:
         ValueError: The name is unknown.
@@ -111,7 +111,7 @@ def load(name: str, root: str | Path, train: bool, download: bool = False) -> Im
 
 
 def _synthetic(train: bool) -> ImageArrays:
-    """Ten classes of different colours with noise, which a network learns in one epoch."""
+    """Generate ten classes of noisy colours, which a network learns in one epoch."""
     g = torch.Generator().manual_seed(0 if train else 1)
     n = 512 if train else 256
     labels = torch.arange(n) % 10
@@ -122,5 +122,5 @@ def _synthetic(train: bool) -> ImageArrays:
 
 
 def normalise(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """uint8 images (..., 3, H, W) as networks take them: float32, scaled to 0..1, less `mean`, over `std`."""
+    """Convert uint8 images (..., 3, H, W) to float32, scale them to 0..1, and normalise them by `mean` and `std`."""
     return F.normalize(F.to_dtype(images, torch.float32, scale=True), list(mean), list(std))

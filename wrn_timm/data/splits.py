@@ -1,4 +1,4 @@
-"""Sources of photographs, and how they are split into training, held-out and test files."""
+"""Sources of photographs, and their split into training, held-out and test files."""
 from __future__ import annotations
 
 import csv
@@ -19,7 +19,7 @@ from .images import ImageFiles
 __all__ = ['ENOUGH_TO_CHOOSE', 'Split', 'check_protocol', 'data_name', 'list_source', 'make_split', 'read_split',
            'source_root', 'split_files', 'write_split']
 
-ENOUGH_TO_CHOOSE = 100  # held-out files, to choose the epoch by; with fewer a file is more than epochs differ
+ENOUGH_TO_CHOOSE = 100  # held-out files needed to choose the epoch; with fewer, epochs differ by less than one file
 CALTECH101 = 'caltech101:'
 CALTECH101_BACKGROUND = 'BACKGROUND_Google'  # usually left out: 101 classes, 8,677 files
 _CALTECH101_ARCHIVE = 'https://data.caltech.edu/records/mzrjq-6wc02/files/caltech-101.zip'
@@ -64,16 +64,16 @@ def source_root(source: str, download: bool = False) -> Path:
 
 
 def list_source(source: str, nested: bool = False, download: bool = False) -> FolderScan:
-    """List `caltech101:DIR`, a CSV file or a folder, reading no image.
+    """List `caltech101:DIR`, a CSV file or a folder, without reading any image.
 
     Args:
         source: `caltech101:DIR` (101 classes: the background class is left out), `FILE.csv` (`list_csv`), or a folder
             (`list_folder`).
         nested: As in `list_folder`.
-        download: Fetch Caltech 101 through torchvision if it is missing.
+        download: Download Caltech 101 with torchvision if it is missing.
 
     Raises:
-        What `source_root`, `list_csv` and `list_folder` raise.
+        Any error of `source_root`, `list_csv` and `list_folder`.
     """
     if not source.startswith(CALTECH101):
         return list_csv(source) if Path(source).suffix.lower() == '.csv' else list_folder(source, nested)
@@ -106,7 +106,7 @@ class Split:
     test: ImageFiles
 
     def leaks(self, twins: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
-        """Pairs of files with the same content, one in the training or held-out part and one in the test part."""
+        """Return pairs of files with the same content, one in the training or held-out part, one in the test part."""
         test = set(self.test.paths) if twins else set()
         known = {*self.train.paths, *(self.holdout.paths if self.holdout else ())} if twins else set()
         return [(next(p for p in group if p in known), path)
@@ -114,7 +114,7 @@ class Split:
 
 
 def check_protocol(protocol: str) -> None:
-    """Refuse a protocol that `make_split` does not know.
+    """Check that `make_split` knows a protocol.
 
     Raises:
         ValueError: The protocol is unknown.
@@ -122,8 +122,8 @@ def check_protocol(protocol: str) -> None:
     found = _PROTOCOL.fullmatch(protocol)
     shares = [int(found[part]) for part in ('train', 'test')] if found and found['train'] else [1, 99]
     if not found or min(shares) < 1 or sum(shares) != 100:
-        raise ValueError(f'split {protocol!r} is unknown; choose first30 or random30 (30, or another number, training '
-                         f'files per class and the rest for testing), 80-20 (per cent of each class), or the '
+        raise ValueError(f'split {protocol!r} is unknown; choose first30 or random30 (30 training files per class, or '
+                         f'another number; the rest for testing), 80-20 (per cent of each class), or the '
                          f'split.csv of another run')
 
 
@@ -138,13 +138,13 @@ def make_split(
     Args:
         scan: The files. `protocol` is ignored if they have a test part, and `holdout` if they have a validation part.
         protocol: `first30`: the first 30 files of each class by name for training, the rest for testing; `random30`:
-            30 random files of each class; `80-20`: random files, in per cent of each class.
+            30 random files of each class; `80-20`: 80 % of the files of each class, at random.
         holdout: Share of the training files of each class to hold out; 'auto' is a tenth if that is at least 100 files,
-            else none. A class with one or two files keeps them.
+            else none. Nothing is held out of classes with one or two files.
         seed: Seed of the random protocols.
 
     Raises:
-        ValueError: The protocol is unknown, or classes have too few files for it; these are named.
+        ValueError: The protocol is unknown, or classes have too few files for it. The message names them.
     """
     train, test = scan.train, scan.test
     if not test:
@@ -157,16 +157,16 @@ def make_split(
     chosen_by = scan.val
     if holdout and not chosen_by:
         share, least = (0.1, ENOUGH_TO_CHOOSE) if holdout == 'auto' else (holdout, 0)
-        # another seed than the split's, which would draw the same places again
+        # not the seed of the split, which would draw the same positions again
         chosen = {i for index in _members(train).values() if len(index) > 2
                   for i in random.Random(f'{seed} {index[0]}').sample(index, max(1, round(len(index) * share)))}
-        if chosen and min(len(chosen), share * len(train)) >= least:  # of small classes more than a share is drawn
+        if chosen and min(len(chosen), share * len(train)) >= least:  # small classes give more than their share
             train, chosen_by = _divided(train, chosen)
     return Split(train, chosen_by, test)
 
 
 def _members(files: ImageFiles) -> dict[int, list[int]]:
-    """Indices of the files of each label."""
+    """Indices of the files by label."""
     members = defaultdict(list)
     for i, label in enumerate(files.labels):
         members[label].append(i)
@@ -192,7 +192,7 @@ def split_files(files: ImageFiles, test_fraction: float, seed: int) -> tuple[Ima
     """Split at random within each class, with at least one image of each class on either side.
 
     Raises:
-        ValueError: A class has only one image; it is named.
+        ValueError: A class has only one image. The message names it.
     """
     members = _members(files)
     if lonely := [files.classes[label] for label, index in members.items() if len(index) < 2]:
@@ -206,7 +206,7 @@ def split_files(files: ImageFiles, test_fraction: float, seed: int) -> tuple[Ima
 
 
 def write_split(split: Split, root: Path) -> str:
-    """The text of a `split.csv`: part, label and path of every file, relative to `root` if it is below it."""
+    """Return the text of a `split.csv`: part, label and path of each file. Paths below `root` are relative to it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(_COLUMNS)
@@ -220,11 +220,12 @@ def write_split(split: Split, root: Path) -> str:
 
 
 def read_split(file: str | Path, root: Path) -> Split:
-    """The split in a `split.csv`, of the files below `root`.
+    """Read the split in a `split.csv`, whose relative paths are below `root`.
 
     Raises:
-        FileNotFoundError: The first of its files does not exist.
-        ValueError: It is not a `split.csv`, or a line is incomplete or has an unknown part; the line is named.
+        FileNotFoundError: Its first training file does not exist.
+        ValueError: The file is not a `split.csv`, training or test files are missing, a class has no training files, or
+            a line is incomplete or has an unknown part. The message names the line.
     """
     rows, parts = defaultdict(list), [field.name for field in dataclasses.fields(Split)]
     with open_csv(file) as reader:

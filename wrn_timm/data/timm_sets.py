@@ -27,17 +27,17 @@ def is_named(source: str) -> bool:
 
 
 class NamedImages:
-    """A split of a data set of timm, used in place of `ImageFiles`; its images have no paths.
+    """A split of one of timm's data sets, used in place of `ImageFiles`. Its images have no paths.
 
     Args:
-        source: timm's name, with `:DIR` if the data set needs a folder: `hfds/user/name`, `wds/name:DIR`.
-        split: The data set's own name of the split.
+        source: timm's name of the data set, with `:DIR` if it needs a folder: `hfds/user/name`, `wds/name:DIR`.
+        split: Name of the split in the data set.
         training: Shuffle the data set if it is streamed.
-        download: Download it if it is missing and the data set supports that.
-        classes: Names of the classes; None asks the data set.
+        download: Download the data set if it is missing and supports downloading.
+        classes: Class names; None takes those of the data set.
 
     Raises:
-        ValueError: The classes are unknown, or there is no such split.
+        ValueError: timm cannot open the split, the classes are unknown, or the labels of the split are hidden.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class NamedImages:
             self._check_first_label()
 
     def _check_first_label(self) -> None:
-        """Refuse a test split whose labels are kept secret, as many are, before anything is trained."""
+        """Reject a split with hidden labels, as many test splits have, before training."""
         try:
             label = _read(self, 0)[1]
         except ValueError:  # the image is left out later
@@ -86,17 +86,17 @@ class NamedImages:
         return f'{self.source} {self.split} {i}'
 
     def read(self, i: int) -> Image.Image:
-        """An image, RGB.
+        """Read an image as RGB.
 
         Raises:
-            ValueError: It cannot be read, or the data set is a stream.
+            ValueError: The image cannot be read, or the data set is a stream.
         """
         if self.streamed:
             raise ValueError(f'{self.source} is a stream; its images cannot be read individually')
         return _read(self, i)[0]
 
     def as_dataset(self, transform: Any) -> Dataset:
-        """A data set of (transform(RGB image), label), and also the index if it is a stream."""
+        """Return a data set of (transform(RGB image), label), with the index as well if it is a stream."""
         return _Stream(self, transform) if self.streamed else _Indexed(self, transform)
 
 
@@ -106,7 +106,7 @@ def _read(images: NamedImages, i: int) -> tuple[Image.Image, int]:
         if not isinstance(image, bytes):
             check_shape(image.size)
             return image.convert('RGB'), int(label)
-    except Exception as e:  # its reader can raise anything
+    except Exception as e:  # timm's readers can raise anything
         raise ValueError(f'{images.name(i)} cannot be read: {e}') from e
     return read_rgb(io.BytesIO(image), name=images.name(i)), int(label)
 
@@ -131,7 +131,7 @@ class _Stream(IterableDataset):
         return len(self.images)
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle again."""
+        """Set the epoch that determines the order."""
         self.images.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:

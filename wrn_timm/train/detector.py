@@ -1,4 +1,4 @@
-"""Training a detector on photographs with boxes: from a folder to weights, figures and a report."""
+"""Train detectors on photographs with boxes, from a folder to weights, metrics and a report."""
 from __future__ import annotations
 
 import dataclasses
@@ -47,8 +47,8 @@ _logger = logging.getLogger(__name__)
 
 _IMAGENET = ('wrn18_1', 'wrn50_2')
 _CIFAR = 'wrn16_2.cifar100'
-_ASKED = 'settings.json'  # of several seeds
-_SHOWN = 6000  # photographs that a detector sees, with repetitions, where the number of epochs is left open
+_ASKED = 'settings.json'  # written if there are several seeds
+_SHOWN = 6000  # training photographs over all epochs, from which the default number of epochs follows
 
 
 @kept_random_state()
@@ -59,17 +59,17 @@ def train_detector(
         machine: Machine = Machine(),  # noqa: B008  (it is frozen)
         on_epoch: OnEpoch | None = None,
 ) -> dict[str, Any] | None:
-    """Train on `data` and leave a run directory with weights, metrics and a report.
+    """Train a detector and write a run directory with weights, metrics and a report.
 
-    On a CPU, a resumed run gives bit-for-bit the result of an uninterrupted one, even from the middle of an epoch. With
-    `workers`, however, the rest of that epoch is augmented differently.
+    On a CPU, a resumed run reproduces the result of an uninterrupted one bit for bit, even from the middle of an epoch.
+    With `workers`, however, the rest of that epoch is augmented differently.
 
     Args:
-        config: Settings of the training.
-        data: Folder or file as `read_boxes` reads it.
+        config: Training settings.
+        data: Folder or file for `read_boxes`.
         out: Run directory.
         machine: Device, workers, time budget...
-        on_epoch: Called with each epoch's line of the history.
+        on_epoch: Callback that receives each epoch's row of the history.
 
     Returns:
         The metrics on the test split, as written to `metrics.json`, or None if the run was stopped (by the budget,
@@ -78,7 +78,7 @@ def train_detector(
     Raises:
         FloatingPointError: The loss is no longer finite.
         RuntimeError: A step does not fit into memory.
-        What `read_boxes`, `divide`, `fpn_backbone` and `RunDir` raise.
+        Any error of `read_boxes`, `divide`, `fpn_backbone` and `RunDir`.
     """
     started, deadline, out = time.monotonic(), machine.deadline(), Path(out)
     if machine.resume:
@@ -109,15 +109,15 @@ def train_detector(
 
 @dataclasses.dataclass(frozen=True)
 class _Data:
-    """What a detector is trained and tested on.
+    """Training and test data of a run.
 
     Attributes:
-        source: As it was named.
-        scan: What is there.
-        train: Images to train on.
-        test: Images to test on.
-        split: How they were told apart.
-        leaks: Files to train on and files to test on that have the same content.
+        source: Folder or file as given by the user.
+        scan: Scan of the source.
+        train: Training images.
+        test: Test images.
+        split: Description of the split.
+        leaks: Pairs of a training and a test file with the same content.
     """
     source: str
     scan: BoxScan
@@ -132,7 +132,7 @@ class _Data:
 
 
 def _read(config: DetectConfig, data: str | Path, out: Path, machine: Machine) -> _Data:
-    """Read the data and divide it, as a run that is resumed did."""
+    """Read and split the data. A resumed run keeps its split."""
     scan = read_boxes(data, machine.on_bad)
     for line in scan.summary():
         _logger.info('%s', line)
@@ -141,13 +141,13 @@ def _read(config: DetectConfig, data: str | Path, out: Path, machine: Machine) -
         train, test = read_box_split(out / 'split.csv', scan, data_folder(data))
     for part, what in ((train, 'train'), (test, 'test')):
         if not any(map(len, part.labels)):
-            raise ValueError(f'there is no box on the {len(part)} images to {what} on (split: {split}); name other '
-                             f'parts by --train-split and --test-split')
+            raise ValueError(f'none of the {len(part)} images to {what} on has a box (split: {split}); choose other '
+                             f'parts with --train-split and --test-split')
     return _Data(str(data), scan, train, test, split, _leaks(scan, train, test))
 
 
 def _test(loop: DetectorLoop, data: _Data, started: float) -> dict[str, Any]:
-    """Measure the exported detector on the test images, and write all that tells of it."""
+    """Evaluate the exported detector on the test images, and write metrics, report and card."""
     folder, machine, config = loop.control.run.path, loop.machine, loop.config
     detector = open_detector(folder, machine.device)
     in_order = list(BatchSampler(range(len(data.test)), config.batch_size, drop_last=False))
@@ -168,7 +168,7 @@ def _test(loop: DetectorLoop, data: _Data, started: float) -> dict[str, Any]:
     for file in ('history.csv', 'curves.png'):
         atomic_write(folder / 'weights' / file, functools.partial(shutil.copyfile, folder / file))
     finish_detector_folder(folder / 'weights', metrics)
-    write_json(folder / 'metrics.json', metrics)  # last, because it tells that the run is finished
+    write_json(folder / 'metrics.json', metrics)  # last, because it marks the run as finished
     return metrics
 
 
@@ -182,18 +182,18 @@ def train_detectors(
 ) -> dict[str, Any] | None:
     """Train one detector for each of `seeds` seeds, starting with `config.seed`.
 
-    A single run is written to `out`, several to `out/seed-N`. Several runs also write `out/metrics.json`, which has all
+    A single run is written to `out`, several to `out/seed-N`. With several runs, `out/metrics.json` holds everything
     that is returned except `runs`.
 
     Returns:
-        `dataset`, `seeds`, `seconds` of all, `runs` (their metrics), and of `map`, `map_50` and `map_75` the `mean`,
-        the sample standard deviation `std` and the `values`. None if a run was stopped.
+        A dict with `dataset`, `seeds`, `seconds` (the total), `runs` (the metrics of each), and for `map`, `map_50` and
+        `map_75` the `mean`, the sample standard deviation `std` and the `values`. None if a run was stopped.
 
     Raises:
-        What `train_detector` raises; finished runs are kept. With `resume`, they are skipped.
+        Any error of `train_detector`. Finished runs are kept; with `resume`, they are skipped.
     """
     planned = planned_runs(config, out, seeds, machine.resume)
-    for _, folder, resume in planned if seeds > 1 else ():  # of all, before what was asked for is written anew
+    for _, folder, resume in planned if seeds > 1 else ():  # check all before the settings are overwritten
         if not resume:
             RunDir.check(folder, {})
     if seeds > 1 and not machine.resume:
@@ -210,17 +210,17 @@ def train_detectors(
 
 
 def asked_before(out: Path) -> DetectConfig:
-    """The settings that a run was started with, or, as they were asked for, those of runs of several seeds.
+    """Return the settings that a run was started with. For several seeds, these are the settings as requested.
 
     Raises:
-        What `begun_with` raises.
+        Any error of `begun_with`.
     """
     asked = out / _ASKED
     return config_of(asked, 'detect', DetectConfig) if asked.is_file() else begun_with(out, 'detect', DetectConfig)
 
 
 def _leaks(scan: BoxScan, train: BoxedImages, test: BoxedImages) -> list[tuple[str, str]]:
-    """Files to train on and files to test on that have the same content."""
+    """Return the pairs of a training and a test file with the same content, and warn about them."""
     sides = {path: side for side, part in enumerate((train, test)) for path in part.paths}
     leaks = [(a, b) for twins in scan.twins for a in twins for b in twins if (sides.get(a), sides.get(b)) == (0, 1)]
     if leaks:
@@ -230,7 +230,7 @@ def _leaks(scan: BoxScan, train: BoxedImages, test: BoxedImages) -> list[tuple[s
 
 
 def _kept(config: DetectConfig, out: Path, machine: Machine) -> DetectConfig:
-    """The settings, with what a run that is resumed found for those that were left open."""
+    """Fill in settings that are not given with the values that the run to be resumed chose for them."""
     if not (machine.resume and (out / 'recipe.json').is_file()):
         return config
     found = config_of(out / 'recipe.json', 'detect', DetectConfig)
@@ -242,16 +242,16 @@ def _kept(config: DetectConfig, out: Path, machine: Machine) -> DetectConfig:
 
 
 def _prepared(config: DetectConfig, data: _Data, out: Path, machine: Machine) -> tuple[nn.Module, DetectConfig]:
-    """The detector before training, and the settings with what was left open chosen."""
+    """Build the detector, and choose the settings that are not given."""
     device, any_batch = torch.device(machine.device), not config.batch_size
-    resumed = machine.resume and holds_checkpoint(out)  # which has all weights
+    resumed = machine.resume and holds_checkpoint(out)  # the checkpoint has all weights
     if config.model == 'auto':
         config = dataclasses.replace(config, model=_found_model(config, device))
     config = _resolved(config, data.scan, data.train)
     torch.manual_seed(config.seed)
     try:
         detector = build_detector(config, data.train.classes, config.pretrained and not resumed)
-    except RuntimeError as e:  # the weights are not there, or are damaged
+    except RuntimeError as e:  # missing or damaged weights
         raise RuntimeError(f'{e} --no-pretrained starts from random weights.' if config.pretrained else str(e)) from e
     detector.to(device, memory_format=torch.channels_last)
     if any_batch and device.type == 'cuda':
@@ -261,7 +261,7 @@ def _prepared(config: DetectConfig, data: _Data, out: Path, machine: Machine) ->
 
 
 def _found_model(config: DetectConfig, device: torch.device) -> str:
-    """The backbone where none is named: one with ImageNet weights if they can be had, else one with CIFAR weights."""
+    """Choose the backbone: one with ImageNet weights if they are available, else one with CIFAR weights."""
     if not config.pretrained:
         return _CIFAR.partition('.')[0]
     names = _IMAGENET if device.type == 'cpu' else _IMAGENET[::-1]
@@ -281,7 +281,7 @@ def _found_model(config: DetectConfig, device: torch.device) -> str:
 
 
 def _resolved(config: DetectConfig, scan: BoxScan, train: BoxedImages) -> DetectConfig:
-    """The settings with what fits the data where they were left open."""
+    """Choose the settings that are not given to suit the data."""
     longest = statistics.median(max(size) for size in scan.sizes.elements())
     if config.model == TORCHVISION_DETECTOR:
         config = dataclasses.replace(config, pretrained=False, out_channels=256)
@@ -295,13 +295,13 @@ def _resolved(config: DetectConfig, scan: BoxScan, train: BoxedImages) -> Detect
         return config
     boxes = torch.cat(train.boxes)
     sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt() * config.image_size / longest
-    # the first level's anchors are as large as the smaller boxes, and the last one's 16 times that
+    # the first level's anchors are as large as the smaller boxes; the last level's are 16 times as large
     scale = float(sides.quantile(0.1)) / (4 if config.detector == 'faster_rcnn' else 8) if len(sides) else 8.
     return dataclasses.replace(config, anchor_scale=round(min(8., max(2., scale)), 1))
 
 
 def _fitting_channels(model: str) -> int:
-    """Channels of the pyramid for a backbone; a name that is not known is refused where the detector is made."""
+    """Number of pyramid channels for a backbone. Unknown names are rejected later, when the detector is built."""
     if not timm.is_model(model):
         return 256
     with torch.device('meta'):

@@ -1,4 +1,4 @@
-"""The epochs of a detector's training, which can stop after any step."""
+"""Training loop of a detector, which can stop after any step."""
 from __future__ import annotations
 
 import contextlib
@@ -29,21 +29,21 @@ OnEpoch = Callable[[dict[str, float]], None]
 
 
 def make_box_loader(dataset: Dataset, batches: Sequence[list[int]], machine: Machine, seed: int) -> DataLoader:
-    """Batches of images (3, H, W) of any size, and their targets.
+    """Create a loader for batches of images (3, H, W) of any size, with their targets.
 
     Args:
-        dataset: Of (image, target), as `BoxedImages.as_dataset` makes it.
+        dataset: Data set of (image, target) from `BoxedImages.as_dataset`.
         batches: Indices of the images of each batch.
-        machine: Workers and device.
-        seed: Of the workers' random numbers.
+        machine: Number of workers, and device.
+        seed: Seed of the workers' random numbers.
     """
-    return DataLoader(  # without a generator of its own it would draw from the one whose state a checkpoint keeps
+    return DataLoader(  # its own generator, so that it leaves alone the random state kept in checkpoints
         dataset, batch_sampler=batches, num_workers=machine.workers, collate_fn=_columns, worker_init_fn=begin_worker,
         pin_memory=torch.device(machine.device).type == 'cuda', generator=torch.Generator().manual_seed(seed))
 
 
 def _drawn_batches(n: int, batch_size: int, seed: int) -> list[list[int]]:
-    """The images of each step of an epoch; a last step that is not full is left out if others are."""
+    """Draw the batches of an epoch. An incomplete last batch is dropped unless it is the only one."""
     order = RandomSampler(range(n), generator=torch.Generator().manual_seed(seed))
     return list(BatchSampler(order, batch_size, drop_last=n >= batch_size))
 
@@ -55,24 +55,24 @@ def _columns(rows: list[tuple[torch.Tensor, Target]]) -> tuple[list[torch.Tensor
 
 @dataclasses.dataclass
 class _Progress:
-    """How far a run is, and what its records say."""
+    """Progress and history of a run."""
     epoch: int = 0
     step: int = 0  # within the epoch
-    total: float = 0.  # this epoch's loss
+    total: float = 0.  # sum of this epoch's losses
     seconds: float = 0.
     history: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
 
 class DetectorLoop:
-    """The epochs of a run, which can stop after any step.
+    """Training loop of a run, which can stop after any step.
 
     Args:
-        detector: On the machine's device; it is trained where it is.
-        train: Images to train on.
-        config: Settings, with a value for each that can be left open.
-        control: When to save and to stop, and where.
+        detector: Detector on the device of `machine`; trained in place.
+        train: Training images.
+        config: Fully resolved settings.
+        control: Control of saving and stopping, with the run directory.
         machine: Device, workers, progress.
-        on_epoch: Called with each epoch's line of the history.
+        on_epoch: Callback that receives each epoch's row of the history.
     """
 
     def __init__(
@@ -95,14 +95,14 @@ class DetectorLoop:
         self.progress = _Progress()
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state of a checkpoint."""
         self.detector.load_state_dict(saved['model'])
         self.optimizer.load_state_dict(saved['optimizer'])
         torch.set_rng_state(saved['rng'])
         self.progress = _Progress(**{f.name: saved[f.name] for f in dataclasses.fields(_Progress)})
 
     def run(self) -> bool:
-        """Train to the end; False if the run stopped before it."""
+        """Train to the end. Returns False if the run was stopped early."""
         progress, epochs = self.progress, self.config.epochs
         done = progress.epoch * self.steps + progress.step
         with contextlib.ExitStack() as stack:
@@ -124,7 +124,7 @@ class DetectorLoop:
         return True
 
     def _epoch(self, bar: tqdm) -> str:
-        """Train to the end of the epoch, or until the run has to stop; returns why."""
+        """Train to the end of the epoch, or until the run has to stop. Returns the reason to stop, or ''."""
         progress, config = self.progress, self.config
         seed, began, reason = config.seed * 100_003 + progress.epoch, time.monotonic(), ''
         batches = _drawn_batches(len(self.train), config.batch_size, seed)[progress.step:]
@@ -145,7 +145,7 @@ class DetectorLoop:
         return reason
 
     def _loss(self, images: list[torch.Tensor], targets: list[Target]) -> float:
-        """The loss of a batch, after the step against it; memory that is short is an error that says what to do."""
+        """Run a training step and return its loss. An out-of-memory error says what to change."""
         try:
             return _step(self.detector, self.optimizer, images, targets, self.device)
         except RuntimeError as e:
@@ -160,7 +160,7 @@ class DetectorLoop:
         loss = progress.total / self.steps
         progress.epoch, progress.step, progress.total = progress.epoch + 1, 0, 0.
         before = progress.history[-1]['seconds'] if progress.history else 0.
-        rate = self.steps * self.config.batch_size / max(progress.seconds - before, 1e-9)
+        rate = self.steps * min(self.config.batch_size, len(self.train)) / max(progress.seconds - before, 1e-9)
         progress.history.append({
             'epoch': progress.epoch, 'lr': self.optimizer.param_groups[0]['lr'], 'train_loss': loss,
             'seconds': round(progress.seconds, 1), 'images_per_second': round(rate, 2)})
@@ -176,14 +176,14 @@ def _optimizer(detector: nn.Module, config: DetectConfig) -> torch.optim.Optimiz
 
 
 def _precision(detector: nn.Module, config: DetectConfig, device: torch.device) -> contextlib.AbstractContextManager:
-    """A context in which the detector is trained in the precision of the settings."""
+    """Return a context in which the detector is trained in the precision of the settings."""
     in_bfloat16 = resolve_precision(config.precision, device) == 'bf16'
     return _backbone_in_bfloat16(detector, device) if in_bfloat16 else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def _backbone_in_bfloat16(detector: nn.Module, device: torch.device) -> Iterator[None]:
-    """The features alone in bfloat16: in it, the corners of boxes would be whole pixels off."""
+    """Run only the backbone in bfloat16. Box coordinates in bfloat16 would be off by whole pixels."""
     backbone = detector.backbone
     forward = torch.autocast(device.type, torch.bfloat16)(backbone.forward)
     backbone.forward = lambda images: {name: f.float() for name, f in forward(images).items()}
@@ -200,7 +200,7 @@ def _step(
         targets: list[Target],
         device: torch.device,
 ) -> float:
-    """The loss of a batch, after the step against it."""
+    """Run a training step on a batch and return its loss."""
     losses = detector([image.to(device, non_blocking=True) for image in images],
                       [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in targets])
     loss = sum(losses.values())
@@ -212,12 +212,12 @@ def _step(
 
 
 def fitting_batch(detector: nn.Module, config: DetectConfig, device: torch.device) -> int:
-    """The batch size, halved until a step fits the device's memory.
+    """Return the batch size, halved until a training step fits into the device's memory.
 
     Raises:
         RuntimeError: Not even one image fits.
     """
-    # on the CPU, so that the copy takes no memory from the trial
+    # on the CPU, so that the copy takes no device memory
     before = {k: v.to('cpu', copy=True) for k, v in detector.state_dict().items()}
     optimizer, side = _optimizer(detector, config), config.image_size
     corners = torch.rand(20, 2, device=device) * side / 2
@@ -225,7 +225,7 @@ def fitting_batch(detector: nn.Module, config: DetectConfig, device: torch.devic
               'labels': torch.ones(20, dtype=torch.int64, device=device)}
 
     def step(n: int) -> None:
-        for _ in range(2):  # the second holds the optimizer's state, which the first makes, beside the activations
+        for _ in range(2):  # the first creates the optimizer state, so only the second needs the full memory
             _step(detector.train(), optimizer, list(torch.rand(n, 3, side, side)), [target] * n, device)
 
     with _precision(detector, config, device):

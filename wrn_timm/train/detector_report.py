@@ -1,4 +1,4 @@
-"""What a detector does, to be looked at: pictures and one HTML file that needs nothing beside it."""
+"""Report on a trained detector: pictures and a self-contained HTML file."""
 from __future__ import annotations
 
 import dataclasses
@@ -30,18 +30,18 @@ __all__ = ['MatchedBoxes', 'draw_curves', 'draw_photographs', 'match_boxes', 'wr
 _MOST_COLOURS = 10  # classes with a colour of their own
 _MOST_ROWS, _MOST_NOTES = 20, 50
 _FALSE, _MISSED, _RIGHT, _TRUE = '#e3242b', '#ff8c00', '#1769e0', '#16c43a'
-_SIDE = 800  # pixels to which a photograph is reduced before it is drawn
+_SIDE = 800  # pixels of the longer side to which photographs are reduced for drawing
 
 
 @dataclasses.dataclass(frozen=True)
 class MatchedBoxes:
-    """The boxes predicted on an image with a score of at least a threshold, and those that are there.
+    """Predicted boxes above a score threshold in an image, matched with the ground-truth boxes.
 
     Attributes:
-        index: Of the image.
-        found: `boxes` (N, 4), `scores` (N,) and `labels` (N,) of the predicted boxes, falling scores.
-        right: bool (N,), whether a predicted box is that of an object.
-        missed: bool (M,), whether a true box is found by none.
+        index: Index of the image.
+        found: `boxes` (N, 4), `scores` (N,) and `labels` (N,) of the predicted boxes, by descending score.
+        right: Whether each predicted box is a true positive, bool (N,).
+        missed: Whether each ground-truth box is missed, bool (M,).
     """
     index: int
     found: Target
@@ -50,18 +50,18 @@ class MatchedBoxes:
 
     @property
     def false(self) -> int:
-        """Number of predicted boxes that are of no object."""
+        """Number of false positives."""
         return int((~self.right).sum())
 
     @property
     def f1(self) -> float:
-        """Harmonic mean of precision and recall, 0 to 1; 1 where there is nothing and nothing is found."""
+        """F1 score, 0 to 1; 1 if there is no object and none is predicted."""
         boxes = len(self.right) + len(self.missed)
         return 2 * int(self.right.sum()) / boxes if boxes else 1.
 
     @property
     def rank(self) -> tuple[float, float, int]:
-        """Higher for a better image: by F1, then by how certain right boxes are and false ones are not."""
+        """Sort key, higher for better images: F1, then how much higher true positives score than false ones."""
         scores = self.found['scores']
         right, false = (float(scores[of].mean()) if of.any() else 0. for of in (self.right, ~self.right))
         return self.f1, right - false, -int(self.missed.sum())
@@ -76,14 +76,16 @@ class MatchedBoxes:
 
 
 def match_boxes(index: int, found: Target, boxes: torch.Tensor, labels: torch.Tensor, threshold: float) -> MatchedBoxes:
-    """Match the boxes of an image as COCO does: each predicted box, the highest score first, takes the true box of its
-    class that it overlaps most, of those not taken yet, if the overlap (IoU) is at least 0.5.
+    """Match predicted boxes with ground-truth boxes as COCO does.
+
+    By descending score, each predicted box takes the unmatched ground-truth box of its class with the highest IoU, if
+    that is at least 0.5.
 
     Args:
-        index: Of the image.
-        found: What is predicted: `boxes` (N, 4), `scores` (N,), `labels` (N,).
-        boxes: (M, 4), what is there.
-        labels: (M,), its classes.
+        index: Index of the image.
+        found: Predictions: `boxes` (N, 4), `scores` (N,), `labels` (N,).
+        boxes: Ground-truth boxes (M, 4).
+        labels: Ground-truth labels (M,).
         threshold: Lowest score of a predicted box that counts.
     """
     keep = found['scores'].double() >= threshold
@@ -99,11 +101,13 @@ def match_boxes(index: int, found: Target, boxes: torch.Tensor, labels: torch.Te
 
 
 def draw_curves(metrics: dict[str, Any], curves: dict[str, Curve], path: Path) -> None:
-    """Draw precision over recall and F1 over the threshold: up to 10 classes by colour, and the mean of several.
+    """Plot precision against recall and F1 against the score threshold, for each class and their mean.
+
+    Up to 10 classes have a colour each.
 
     Args:
-        metrics: From `detection_metrics`.
-        curves: From `detection_metrics`.
+        metrics: Metrics from `detection_metrics`.
+        curves: Curves from `detection_metrics`.
         path: Image file to write.
     """
     figure = Figure(figsize=(12, 4.6), layout='constrained')
@@ -137,7 +141,7 @@ def draw_curves(metrics: dict[str, Any], curves: dict[str, Curve], path: Path) -
     handles.append(Line2D([], [], color='0.3', **marks | dict(linestyle='--')))
     labels.append(f"threshold {metrics['threshold']:g}")
     left.set(xlabel='recall, %', ylabel='precision, %', title='precision and recall at IoU 0.5', xlim=(-1, 101))
-    right.set(xlabel='score from which a box counts', ylabel='F1, %', title='F1 at IoU 0.5', xlim=(0, 1))
+    right.set(xlabel='score threshold', ylabel='F1, %', title='F1 at IoU 0.5', xlim=(0, 1))
     for axes in (left, right):
         axes.set_ylim(-1, 101)
         axes.grid(alpha=0.3)
@@ -152,11 +156,11 @@ def _readable(
         test: BoxedImages,
         images: Sequence[MatchedBoxes],
 ) -> Iterator[tuple[MatchedBoxes, Image.Image, tuple[int, int]]]:
-    """Of the images whose files can be read, the boxes, the picture (reduced), and its width and height in full."""
+    """Yield the boxes, the reduced picture and its original size for each image that can be read."""
     for matched in images:
         try:
             picture = read_rgb(test.paths[matched.index])
-        except ValueError:  # it went away since it was measured
+        except ValueError:  # removed since it was measured
             continue
         size = picture.size
         picture.thumbnail((_SIDE, _SIDE))
@@ -164,15 +168,15 @@ def _readable(
 
 
 def draw_photographs(test: BoxedImages, images: Sequence[MatchedBoxes], path: Path, most: int = 6) -> None:
-    """Draw the first `most` of the images that can be read, with true and predicted boxes.
+    """Draw the first `most` readable images with their ground-truth and predicted boxes.
 
-    Where there is none, no file is left.
+    If there is none, an existing file is removed.
 
     Args:
-        test: The images and what is there.
-        images: What is predicted.
+        test: Test images with ground-truth boxes.
+        images: Images to draw, with matched predictions.
         path: Image file to write.
-        most: Number of images.
+        most: Maximum number of images.
     """
     shown = list(itertools.islice(_readable(test, images), most))
     if not shown:
@@ -203,7 +207,7 @@ def _draw_photograph(
         matched: MatchedBoxes,
         test: BoxedImages,
 ) -> None:
-    axis.imshow(picture, extent=(0, size[0], size[1], 0))  # boxes are in pixels of the full size
+    axis.imshow(picture, extent=(0, size[0], size[1], 0))  # boxes are in pixels of the original
     name = short_name(os.path.basename(test.paths[matched.index]), 40)
     set_title(axis, f'{name}\n{matched}', 'firebrick' if matched.f1 < 1 else 'green')
     boxes, labels, missed = test.boxes[matched.index], test.labels[matched.index], matched.missed
@@ -217,7 +221,7 @@ def _draw_photograph(
 
 
 def _draw_boxes(axis: Axes, boxes: torch.Tensor, colour: str, style: str, texts: Sequence[str] = ()) -> None:
-    """Draw boxes, each with its text over the corner from which it runs into the photograph."""
+    """Draw boxes, each with its text at the upper corner from which the text runs into the photograph."""
     _, width, height, _ = axis.get_images()[0].get_extent()
     for x0, y0, x1, y1 in boxes.tolist():
         axis.add_patch(Rectangle(
@@ -238,16 +242,16 @@ def write_detector_report(
 ) -> None:
     """Write `precision_recall.png`, `best.png`, `worst.png` and `report.html` into a run directory.
 
-    Photographs are ranked by F1 at an overlap (IoU) of 0.5, of the boxes with at least the best threshold. None is in
-    both pictures, and a photograph without a mistake is not among the worst.
+    Photographs are ranked by F1 at IoU 0.5 and the best threshold. No photograph is in both pictures, and none without
+    a mistake is among the worst.
 
     Args:
-        folder: Holds `curves.png` and `recipe.json`.
-        metrics: As in its `metrics.json`.
-        curves: Of each class that occurs, as `detection_metrics` returns them.
-        test: The test images.
-        predictions: What the detector says of them.
-        found: `data`, where they are, and `summary`, what their scan found.
+        folder: Run directory with `curves.png` and `recipe.json`.
+        metrics: Content of its `metrics.json`.
+        curves: Curves from `detection_metrics`, of each class that occurs.
+        test: Test images.
+        predictions: Predictions of the detector on them.
+        found: `data`, the source of the images, and `summary`, that of their scan.
     """
     draw_curves(metrics, curves, folder / 'precision_recall.png')
     ranked = sorted((match_boxes(i, *image, metrics['threshold']) for i, image in enumerate(zip(
@@ -274,13 +278,13 @@ def write_detector_report(
 
 
 def _whole_source(data: str) -> str:
-    """What `read_boxes` reads, from any folder: a path, or one with the format before it."""
+    """Make the path in a source of `read_boxes` absolute, keeping the format before it."""
     kind, colon, path = data.partition(':')
     return f'{kind}:{whole_path(path)}' if colon and not os.path.lexists(data) else whole_path(data)
 
 
 def _outcome(metrics: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What came out and what it took, with what to call it."""
+    """Return the results and costs of the run, each with its name."""
     return [
         ('mAP@0.5:0.95, %', metrics['map']), ('mAP@0.5, %', metrics['map_50']), ('mAP@0.75, %', metrics['map_75']),
         ('precision, %', metrics['precision']), ('recall, %', metrics['recall']),
@@ -291,9 +295,9 @@ def _outcome(metrics: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _notes(metrics: dict[str, Any], summary: Sequence[str]) -> list[str]:
-    """What the scan found, files on both sides, and what was left out, each named once."""
+    """Return the summary of the scan, duplicates across the split, and what was left out, without repetition."""
     left_out = [f'left out: {reason}' for reason in metrics['left_out']]
     notes = [*(line for line in summary if line not in set(left_out)),
              *(f'{b} has the same content as {a}, a training file' for a, b in metrics['leaks']), *left_out]
     more = len(notes) - _MOST_NOTES
-    return notes if more <= 0 else [*notes[:_MOST_NOTES], f'and {more:,} more, which metrics.json names']
+    return notes if more <= 0 else [*notes[:_MOST_NOTES], f'and {more:,} more, listed in metrics.json']

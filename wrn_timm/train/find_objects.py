@@ -1,4 +1,4 @@
-"""Objects on photographs, as a trained detector finds them: as data, as tables, and drawn."""
+"""Find objects in photographs with a trained detector, convert them to COCO's format, and draw them."""
 from __future__ import annotations
 
 import contextlib
@@ -29,18 +29,18 @@ __all__ = ['AS_TENSOR', 'FoundObject', 'ImageObjects', 'coco_image_id', 'coco_re
            'find_objects']
 
 AS_TENSOR = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
-_DRAWN_BY = 'wrn-timm detect'  # in the PNG file
+_DRAWN_BY = 'wrn-timm detect'  # mark in the PNG file
 _COLOURS = ('red', 'blue', 'green', 'purple', 'orange', 'teal', 'brown', 'magenta')
 
 
 @dataclasses.dataclass(frozen=True)
 class FoundObject:
-    """An object on a photograph.
+    """An object in a photograph.
 
     Attributes:
-        label: Name of its class.
-        score: 0 to 1.
-        box: xmin, ymin, xmax, ymax in pixels of the photograph (rotated as its EXIF says).
+        label: Class name.
+        score: Score, 0 to 1.
+        box: xmin, ymin, xmax, ymax in pixels of the photograph, after EXIF rotation.
     """
     label: str
     score: float
@@ -49,11 +49,11 @@ class FoundObject:
 
 @dataclasses.dataclass(frozen=True)
 class ImageObjects:
-    """The objects on one photograph.
+    """The objects in one photograph.
 
     Attributes:
         image: Path of the file.
-        objects: The most certain first; empty if there are none or the file could not be read.
+        objects: Objects by descending score; empty if there are none or the file could not be read.
         error: Why the file could not be read; '' if it could.
     """
     image: str
@@ -61,7 +61,7 @@ class ImageObjects:
     error: str = ''
 
     def as_json(self) -> dict[str, Any]:
-        """As `wrn-timm detect --json` prints it."""
+        """Return the dict that `wrn-timm detect --json` prints."""
         if self.error:
             return {'image': self.image, 'error': self.error}
         return {'image': self.image, 'objects': [
@@ -74,7 +74,7 @@ def find_objects(
         threshold: float | None = None,
         device: str | None = None,
 ) -> list[ImageObjects]:
-    """Find objects on photographs with a trained detector.
+    """Find objects in photographs with a trained detector.
 
         for photo in wrn_timm.find_objects('RUN', ['photo.jpg', 'FOLDER']):
             print(photo.image, [(o.label, o.score, o.box) for o in photo.objects])
@@ -82,15 +82,15 @@ def find_objects(
     Args:
         model: Run directory of `wrn-timm detect`, its weights folder, or `hf-hub:ACCOUNT/NAME`.
         images: One or more files and folders; folders are searched for images recursively.
-        threshold: Lowest score of an object, 0 to 1; None for the detector's own, at which F1 was highest on the test
-            photographs of its run.
-        device: Where the detector runs; None for a GPU if there is one.
+        threshold: Lowest score of an object, 0 to 1; None for the detector's own, which has the highest F1 on the
+            test photographs of its run.
+        device: Device of the detector; None for a GPU if there is one.
 
     Returns:
-        One per file, in the order of `images`. The `error` of a file that cannot be read says why.
+        One `ImageObjects` per file, in the order of `images`. The `error` of a file that cannot be read says why.
 
     Raises:
-        What `find_images` and `open_detector` raise.
+        Any error of `find_images` and `open_detector`.
     """
     names = [images] if isinstance(images, (str, os.PathLike)) else images
     detector = open_detector(os.fspath(model), device or Machine.device)
@@ -99,7 +99,7 @@ def find_objects(
 
 @contextlib.contextmanager
 def _finding_from(detector: nn.Module, score: float) -> Iterator[None]:
-    """Have a detector find objects with at least this score, though its own limit be higher."""
+    """Temporarily lower the score threshold of a detector to `score`, if it is higher."""
     own = postprocessor(detector)
     before = own.score_thresh
     own.score_thresh = min(before, score)
@@ -115,10 +115,10 @@ def find_in_files(
         paths: Iterable[str],
         threshold: float | None = None,
 ) -> Iterator[ImageObjects]:
-    """The objects on each file, in the order of the files; one photograph is in memory at a time.
+    """Yield the objects in each file, in order, with one photograph in memory at a time.
 
     Args:
-        detector: From `open_detector`.
+        detector: Detector from `open_detector`.
         paths: Image files.
         threshold: Lowest score of an object, 0 to 1; None for the detector's own.
     """
@@ -142,15 +142,15 @@ def find_in_files(
 
 
 def coco_image_id(path: str) -> int | str:
-    """The number that a file is named by, as in COCO, or its name without the suffix."""
+    """Return the name of a file without suffix, as an integer if it is a number (as in COCO)."""
     stem = Path(path).stem
     return int(stem) if stem.isdecimal() else stem
 
 
 def coco_results(found: ImageObjects, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects of a photograph in COCO's format of results: `bbox` has the corner, width and height.
+    """Convert the objects of a photograph to COCO's results format, where `bbox` is corner, width and height.
 
-    `image_id` is that of `coco_image_id`. `category_id` counts the detector's classes from 1, in their order.
+    `image_id` is that of `coco_image_id`. `category_id` is the position in `classes`, counted from 1.
     """
     number = {name: i for i, name in enumerate(classes, start=1)}
     return [{'image_id': coco_image_id(found.image), 'category_id': number[o.label],
@@ -159,19 +159,19 @@ def coco_results(found: ImageObjects, classes: Sequence[str]) -> list[dict[str, 
 
 
 def draw_objects(found: ImageObjects, classes: Sequence[str], folder: Path, taken: set[str]) -> Path:
-    """Write a photograph to `folder` as PNG with its objects drawn on it.
+    """Write a photograph with its objects drawn on it to `folder` as a PNG file.
 
-    Drawings of earlier calls are replaced, other files are not.
+    Drawings of earlier runs are replaced, other files are not.
 
     Args:
-        found: Of a file that can be read.
-        classes: Names, which decide on the colours.
-        folder: Made if it is not there.
-        taken: Names of the files already written there by this call's predecessors; the new one is added.
+        found: Objects in a readable file.
+        classes: Class names, which determine the colours.
+        folder: Output folder; created if missing.
+        taken: Names (without suffix) already used in this run; the new one is added.
 
     Returns:
-        The file written, named as the photograph, with a number if that name is taken, or a file of that name is there
-        that is no drawing.
+        The file written. It is named after the photograph, with a number if that name is taken or belongs to a file
+        that is not a drawing.
 
     Raises:
         ValueError: `folder` holds the photograph itself.
@@ -199,7 +199,7 @@ def draw_objects(found: ImageObjects, classes: Sequence[str], folder: Path, take
 
 
 def _is_free(file: Path) -> bool:
-    """Whether a drawing can be written there: there is no file, or one that `draw_objects` has written."""
+    """Whether a drawing can be written to a file: it does not exist, or `draw_objects` wrote it."""
     if not os.path.lexists(file):
         return True
     try:

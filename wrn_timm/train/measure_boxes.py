@@ -1,4 +1,4 @@
-"""What a detector finds on photographs with known boxes, and how good that is: COCO's metrics, by pycocotools."""
+"""Predict boxes on test images, and compute COCO's metrics with pycocotools."""
 from __future__ import annotations
 
 import contextlib
@@ -20,7 +20,7 @@ from .machine import hidden
 __all__ = ['THRESHOLDS', 'Curve', 'Target', 'curves', 'detection_metrics', 'predict_boxes']
 
 Target = dict[str, torch.Tensor]
-THRESHOLDS = np.arange(5, 100) / 100  # scores from which a box counts; torchvision's detectors leave out lower ones
+THRESHOLDS = np.arange(5, 100) / 100  # score thresholds; torchvision's detectors leave out lower scores
 
 
 @torch.inference_mode()
@@ -30,13 +30,13 @@ def predict_boxes(
         device: torch.device | str = 'cpu',
         progress: bool | None = False,
 ) -> tuple[list[Target], list[Target]]:
-    """What a detector finds on each image of a loader, and what is there, both on the CPU.
+    """Return the predictions for each image of a loader on the CPU, and the targets.
 
     Args:
-        detector: Put into evaluation mode.
+        detector: Detector, which is put into evaluation mode.
         loader: Batches of images (3, H, W) and their targets.
-        device: Where the detector is.
-        progress: As `Machine.progress`.
+        device: Device of the detector.
+        progress: As in `Machine.progress`.
     """
     detector.eval()
     found, there = [], []
@@ -48,13 +48,13 @@ def predict_boxes(
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Precision and recall of a class at an overlap (IoU) of 0.5, over falling scores.
+    """Precision and recall of a class at IoU 0.5, by descending score.
 
     Attributes:
-        objects: How many there are.
-        scores: (N,), falling.
-        precision: (N,), 0 to 1, of the boxes with at least this score.
-        recall: (N,), 0 to 1.
+        objects: Number of ground-truth objects.
+        scores: Scores (N,), descending.
+        precision: Precision (N,) of the boxes with at least each score, 0 to 1.
+        recall: Recall (N,), likewise.
     """
     objects: int
     scores: np.ndarray
@@ -62,18 +62,18 @@ class Curve:
     recall: np.ndarray
 
     def at(self, threshold: float) -> tuple[float, float]:
-        """Precision and recall of the boxes with at least this score; the precision of no box is NaN."""
+        """Return precision and recall of the boxes with at least this score. Without boxes, precision is NaN."""
         n = int((self.scores >= threshold).sum())
         return (float(self.precision[n - 1]), float(self.recall[n - 1])) if n else (math.nan, 0.)
 
     def f1(self) -> np.ndarray:
-        """Harmonic mean of precision and recall at each of `THRESHOLDS`; 0 where there is no box."""
+        """Return the F1 score at each of `THRESHOLDS`; 0 where there is no box."""
         precision, recall = np.array([self.at(t) for t in THRESHOLDS]).T
         return np.nan_to_num(2 * precision * recall / np.maximum(precision + recall, 1e-12))
 
 
 def _coco(images: Sequence[Target], classes: Sequence[str], scored: bool = False) -> COCO:
-    """Boxes as pycocotools takes them: corner and sides, numbered from 1."""
+    """Convert boxes for pycocotools: corner, width and height, with ids from 1."""
     annotations = []
     for number, image in enumerate(images):
         for i, (box, label) in enumerate(zip(image['boxes'].tolist(), image['labels'].tolist(), strict=True)):
@@ -91,7 +91,7 @@ def _coco(images: Sequence[Target], classes: Sequence[str], scored: bool = False
 
 
 def _evaluated(found: Sequence[Target], there: Sequence[Target], classes: Sequence[str]) -> COCOeval:
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         evaluation = COCOeval(_coco(there, classes), _coco(found, classes, scored=True), 'bbox')
         evaluation.evaluate()
         evaluation.accumulate()
@@ -99,11 +99,11 @@ def _evaluated(found: Sequence[Target], there: Sequence[Target], classes: Sequen
 
 
 def curves(evaluation: COCOeval) -> dict[int, Curve]:
-    """The curve of each class that has objects, by label."""
+    """Return the curve of each class that has objects, by label."""
     params, found = evaluation.params, {}
     per_class = len(params.areaRng) * len(params.imgIds)
     for k, label in enumerate(params.catIds):
-        # areas are the second dimension, and the first of them is all sizes
+        # evalImgs is ordered by class, area range and image; the first range is all sizes
         rows = [row for row in evaluation.evalImgs[k * per_class:k * per_class + len(params.imgIds)] if row]
         objects = sum(len(row['gtIds']) for row in rows)
         if not objects:
@@ -120,14 +120,16 @@ def _percent(value: float) -> float | None:
 
 
 def _average(precision: np.ndarray) -> float | None:
-    """Mean in %, without the places that pycocotools marks as empty by -1."""
+    """Return the mean in %, without the undefined values that pycocotools marks by -1."""
     known = precision[precision > -1]
     return _percent(known.mean()) if known.size else None
 
 
 def _middle_of_the_best(f1: np.ndarray) -> int:
-    """Index of the highest F1: of several in a row the middle one, which is farthest from false boxes and missed ones;
-    that of a half where nothing is found."""
+    """Return the index of the highest F1, or that of 0.5 if nothing is found.
+
+    Of several equal values in a row it is the middle one, farthest from both false positives and missed objects.
+    """
     if not f1.max() > 0:
         return int(np.searchsorted(THRESHOLDS, 0.5))
     first = int(f1.argmax())
@@ -140,27 +142,28 @@ def detection_metrics(
         there: Sequence[Target],
         classes: Sequence[str],
 ) -> tuple[dict[str, Any], dict[str, Curve]]:
-    """How good detections are, in %, and the precision-recall curve of each class that occurs, by name.
+    """Compute COCO's metrics in %, and the precision-recall curve of each class that occurs, by name.
 
     Args:
-        found: `boxes` (N, 4), `scores` (N,) and `labels` (N,) per image, as torchvision's detectors give them.
-        there: `boxes` and `labels` per image.
-        classes: Names; label 1 is the first.
+        found: Predictions per image as returned by torchvision's detectors: `boxes` (N, 4), `scores` (N,) and `labels`
+            (N,).
+        there: Ground truth per image: `boxes` and `labels`.
+        classes: Class names; label 1 is the first.
 
     Returns:
-        `images`, `map` (mean average precision over the overlaps 0.5 to 0.95 and the classes, as COCO defines it: the
-        100 best boxes of a class on an image count),
-        `map_50`, `map_75`; `threshold`, the score at which the mean F1 over the classes is highest at an overlap of
-        0.5 (0.5 where nothing is found), with `f1`, `precision` and `recall` there, means over the classes;
-        `per_class` by name with `objects`, `map`, `map_50`, `precision` and `recall`. What is not defined is None: all
-        figures of a class that does not occur, and the precision of one that is never predicted, which the mean leaves
-        out.
+        The metrics and the curves. The metrics are `images`; `map`, the mean average precision over IoU 0.5 to 0.95 and
+        the classes, as COCO defines it, with the 100 best boxes per class and image; `map_50`; `map_75`; `threshold`,
+        the score threshold with the highest mean F1 over the classes at IoU 0.5 (0.5 if nothing is found); `f1`,
+        `precision` and `recall` at this threshold, as means over the classes; and `per_class` by name, with `objects`,
+        `map`, `map_50`, `precision` and `recall`. Undefined values are None: all of a class that does not occur (except
+        `objects`, which is 0), and the precision of a class without predictions above the threshold, which the mean
+        leaves out.
 
     Raises:
-        ValueError: There is no object on any image.
+        ValueError: There is no object in any image.
     """
     if not any(len(target['labels']) for target in there):
-        raise ValueError('there is no object on the test images, so there is nothing to measure')
+        raise ValueError('there is no object in the test images, so there is nothing to measure')
     evaluation = _evaluated(found, there, classes)
     precision = evaluation.eval['precision'][:, :, :, 0, -1]  # overlaps, recalls, classes; all sizes, 100 boxes
     by_label = curves(evaluation)
