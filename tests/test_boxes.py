@@ -112,7 +112,7 @@ def test_each_form_is_read_to_the_same_boxes(tmp_path, make):
         expected = BOXES[path.rpartition('/')[2].partition('.')[0]]
         assert [part.classes[i - 1] for i in labels.tolist()] == [label for label, _ in expected]
         torch.testing.assert_close(boxes, torch.tensor([box for _, box in expected]).float().reshape(-1, 4))
-    assert any('1 photographs have no box' in line for line in scan.summary())
+    assert any('1 photograph without a box' in line for line in scan.summary())
     assert any('4 boxes: ' in line and 'cat 2' in line and 'dog 2' in line for line in scan.summary())
 
 

@@ -161,11 +161,11 @@ def test_another_architecture_is_refused_with_what_it_is(tmp_path, caplog):
     state_dict = {'conv1.weight': torch.zeros(16, 3, 3, 3), 'layer1.0.residual.0.weight': torch.zeros(16),
                   'layer1.0.skip.0.weight': torch.zeros(64, 16, 1, 1), 'layer1.0.skip.1.weight': torch.zeros(64)}
     torch.save(state_dict, tmp_path / 'tutorial.pt')
-    with pytest.raises(RuntimeError, match=r'BatchNorm in a shortcut fed by the raw input.*the model is a WRN-16-4'
+    with pytest.raises(RuntimeError, match=r'BatchNorm in the shortcuts.*take the raw input.*the model is a WRN-16-4'
                                            r'.*first: layer1\.0\.bn1\.weight is not in the checkpoint'):
         load('wrn16_4', tmp_path / 'tutorial.pt')
     torch.save({k.replace('layer1', 'layer2'): v for k, v in state_dict.items()}, tmp_path / 'width1.pt')
-    with pytest.raises(ValueError, match='width1.pt is a network with BatchNorm in a shortcut'):
+    with pytest.raises(ValueError, match='width1.pt is a network with BatchNorm in the shortcuts'):
         wrn_timm.convert_checkpoint(tmp_path / 'width1.pt')
     torch.save({'epoch': 3}, tmp_path / 'none.pt')
     with pytest.raises(ValueError, match='none.pt is in an unknown layout'):
@@ -185,7 +185,7 @@ def test_a_checkpoint_without_a_classifier(tmp_path, caplog):
     reference = timm.create_model('wrn16_1')
     torch.save({k: v for k, v in reference.state_dict().items() if not k.startswith('fc.')}, tmp_path / 'body.pt')
     model = load('wrn16_1', tmp_path / 'body.pt')
-    assert 'The checkpoint has no classifier; that of this model starts untrained.' in caplog.text
+    assert 'The checkpoint has no classifier; the classifier of this model starts untrained.' in caplog.text
     torch.testing.assert_close(model.layer3[1].conv2.weight, reference.layer3[1].conv2.weight, atol=0, rtol=0)
 
 

@@ -113,7 +113,7 @@ def test_a_wrong_option_names_the_nearest_and_how_it_was_called(capsys, monkeypa
             (['train', '--recipe', 'smoke', '--out', 'a', '--sizes', '16'], '16: give 2 numbers at a time'),
             (['train', '--recipe', 'smoke', '--out', 'a', '--epochs', '0'], 'epochs is 0; it must be at least 1'),
             (['finetune', '--batch-size', 'much'], "argument --batch-size: invalid int or auto value: 'much'"),
-            (['publish', '--namespace', 'a'], 'name folders, or --all'),
+            (['publish', '--namespace', 'a'], 'give folders, or --all'),
             (['finetune', '--epochsx', '0'], 'option --epochsx is unknown; nearest: --epochs'),
     ):
         with pytest.raises(SystemExit) as done:

@@ -635,7 +635,7 @@ def test_a_photograph_has_one_label(tmp_path):
     file, good = tmp_path / 'list.csv', ['a.jpg,x', 'b.jpg,x', 'c.jpg,y', 'd.jpg,y']
     file.write_text('\n'.join(['path,label', *good, 'a.jpg,x']))
     scan = list_source(str(file))
-    assert len(scan.train) == 4 and '1 lines repeat a photograph: left out' in scan.notes
+    assert len(scan.train) == 4 and '1 line with a photograph that is listed already: left out' in scan.notes
     file.write_text('\n'.join(['path,label', *good, 'b.jpg,y']))
     with pytest.raises(ValueError, match='list.csv, line 6: b.jpg is labelled y, but x further up'):
         list_source(str(file))

@@ -348,7 +348,7 @@ def test_torchvisions_own_detector_by_the_same_script(tmp_path, capsys):
                              (['--detector', 'retinanet'], 'detector is retinanet')):
         with pytest.raises(SystemExit):
             detect_script.main([*args, *option])
-        assert f'{expected}; of torchvision/resnet50_fpn it is' in ' '.join(capsys.readouterr().err.split())
+        assert f'{expected}; for torchvision/resnet50_fpn it must be' in ' '.join(capsys.readouterr().err.split())
 
 
 def test_a_damaged_detector_is_refused(run, tmp_path, capsys):

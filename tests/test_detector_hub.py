@@ -161,7 +161,7 @@ def spoil_json(file, change):
     (lambda f: spoil_json(f / 'detector.json', lambda d: d['detect'].update(out_channels=8)), 'size mismatch for'),
     (lambda f: spoil_json(f / 'metrics.json', lambda m: m.update(map_50=99.9)), 'lacks the accuracy 99.9'),
     (spoil_golden, r'the scores differ by 0.0099 from golden.npz; the limit is 0.001'),
-    (lambda f: spoil(f / 'README.md', '^## Limits', ''), 'README.md lacks ## Limits: wrn-timm detect --resume'),
+    (lambda f: spoil(f / 'README.md', '^## Limits', ''), 'lacks ## Limits: rewrite it with wrn-timm detect --res'),
     (lambda f: spoil(f / 'README.md', '^license: mit', 'license:'), 'README.md names no licence: write yours'),
     (lambda f: spoil(f / 'README.md', 'library_name: torchvision', 'library_name: timm'), 'lacks library_name: torch'),
 ])

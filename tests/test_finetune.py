@@ -206,7 +206,7 @@ def test_settings_that_are_none(setting, message):
 def test_what_weights_cannot_be_ranked_on(run, weights, photographs, tmp_path, capsys):
     args = ['--out', str(tmp_path / 'p'), '--device', 'cpu', '--probe', str(weights)]
     assert finetune_script.main([*args, '--data', str(photographs), '--split', str(run / 'split.csv')]) == 1
-    assert 'so give a protocol (random30, 80-20...) in place of' in capsys.readouterr().err
+    assert 'give a protocol (random30, 80-20...) in place of' in capsys.readouterr().err
     assert finetune_script.main([*args, '--data', 'hfds/a/b']) == 1
     assert 'hfds/a/b is a named data set' in capsys.readouterr().err
     with pytest.raises(SystemExit):

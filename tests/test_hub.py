@@ -117,7 +117,7 @@ def test_another_model_of_the_same_name_is_not_replaced(hub, folder):
     config['pretrained_cfg']['label_names'] = ['bee', *config['pretrained_cfg']['label_names'][1:]]
     (folder / 'config.json').write_text(json.dumps(config))
     before = dict(hub.repositories[f'acme/{NAME}'].commits)
-    with pytest.raises(ValueError, match=r'another model, which knows airplane, .* and this one knows bee, .*--tag'):
+    with pytest.raises(ValueError, match=r'another model, which predicts airplane, .*; this one predicts bee, .*--tag'):
         publish(folder, 'acme')
     assert hub.repositories[f'acme/{NAME}'].commits == before and first.rpartition('/')[2] in before
     assert publish_script.main([str(folder), '--namespace', 'acme', '--tag', 'bees']) == 0

@@ -48,7 +48,7 @@ def test_predict_prints_names_without_harm_and_tables_with_every_byte(odd, capfd
     monkeypatch.chdir(folder)
     assert predict_script.main(['--device', 'cpu', '.']) == 1
     out, err = capfdbinary.readouterr()
-    assert b'\x1b' not in out + err and b'./\\udce9.jpg\n' in out and b'1 files could not be read' in err
+    assert b'\x1b' not in out + err and b'./\\udce9.jpg\n' in out and b'1 file could not be read' in err
     listed = b''.join(name + b'\n' for name in names)
     monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(listed), encoding='utf-8'))
     assert predict_script.main(['--device', 'cpu', '--csv', '-']) == 1

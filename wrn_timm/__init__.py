@@ -3,9 +3,9 @@
     import timm, wrn_timm
     model = timm.create_model('wrn16_1.cifar10', pretrained=True)
 
-`wrn_timm.finetune`, `FinetuneConfig`, `Machine` and `predict` are loaded when they are first used: they need the
-extra `[train]`, and the models do not. So are `open_detector`, `find_objects`, `train_detector` and `DetectConfig`,
-with the extra `[detect]`.
+`wrn_timm.finetune`, `predict`, `FinetuneConfig` and `Machine` are imported on first use, because they need the extra
+`[train]`, which the models do not. The same holds for `open_detector`, `find_objects`, `train_detector` and
+`DetectConfig`, which need the extra `[detect]`.
 """
 import importlib
 import importlib.util
@@ -19,7 +19,7 @@ from .wrn import WideResNet, register_wrn
 __version__ = '0.1.0'
 __all__ = ['WideResNet', 'convert_checkpoint', 'list_weights', 'register_wrn']
 
-_TRAINING = {  # not in __all__: see above
+_TRAINING = {  # imported on first use, so not in __all__
     'FinetuneConfig': 'recipes', 'Machine': 'train.machine', 'finetune': 'train.finetune', 'predict': 'train.predict'}
 _DETECTION = {
     'DetectConfig': 'recipes', 'find_objects': 'train.find_objects', 'open_detector': 'detection',

@@ -1,4 +1,4 @@
-"""What completes a weights folder: its card (README.md), its metrics and its golden logits."""
+"""Complete a weights folder with its model card (README.md), metrics and golden logits."""
 from __future__ import annotations
 
 import csv
@@ -32,12 +32,12 @@ __all__ = [
     'finish_weights_folder', 'first_photographs', 'model_card', 'owners_licence', 'read_history', 'training_line']
 
 GOLDEN_FILE = 'golden.npz'  # inputs with their logits
-TRANSFER_FILE = 'transfer.json'  # what the weights are worth on other data sets
-_GOLDEN_PIXELS = 8 * 448 ** 2  # in all
-GOLDEN_TOLERANCE = 1e-3  # of a logit; another CPU or GPU adds in another order
+TRANSFER_FILE = 'transfer.json'  # results of the weights on other data sets
+_GOLDEN_PIXELS = 8 * 448 ** 2  # in total
+GOLDEN_TOLERANCE = 1e-3  # in logits; other CPUs and GPUs sum in another order
 
 
-# Test error in %: arXiv 1605.07146 v4, table 5 where it has the network (mean/std preprocessing), else table 4.
+# Test error in % (arXiv 1605.07146 v4): from table 5 (mean/std preprocessing) if it has the network, else table 4.
 PAPER_ERROR = {
     'wrn40_1.cifar10': 6.85, 'wrn40_1.cifar100': 30.89, 'wrn40_2.cifar10': 5.33, 'wrn40_2.cifar100': 26.04,
     'wrn40_4.cifar10': 4.53, 'wrn40_4.cifar100': 21.18, 'wrn16_8.cifar10': 4.27, 'wrn16_8.cifar100': 20.43,
@@ -77,13 +77,13 @@ def _command(run: dict[str, Any]) -> str:
 
 
 def _title(metrics: dict[str, Any], run: dict[str, Any]) -> str:
-    """What to call the data; a folder of the user's that is called as a known set is need not be it."""
+    """Title of the data; a user's folder keeps its name, even if a known data set has the same name."""
     dataset = metrics['dataset']
     return dataset if 'finetune' in run else _TITLES.get(dataset, dataset)
 
 
 def _part(metrics: dict[str, Any]) -> str:
-    """The part of the data that was measured."""
+    """Name of the part of the data that was measured."""
     return metrics.get('tested_on') or {'given': 'test'}.get(metrics['split'], metrics['split'])
 
 
@@ -101,13 +101,13 @@ def read_history(folder: Path) -> list[dict[str, str]]:
 
 
 def training_line(took: str, steps: str, seed: int | None, env: dict[str, str]) -> str:
-    """How long a run took and what it ran on.
+    """Describe how long a run took and what it ran on.
 
     Args:
-        took: Time and speed.
-        steps: How many epochs.
-        seed: Of the run.
-        env: As `recipe.json` has it.
+        took: Duration and speed.
+        steps: Number of epochs, in words.
+        seed: Seed of the run.
+        env: Environment, as in `recipe.json`.
     """
     machine = env['hardware'] + {'bf16': ' in bfloat16', 'no': ' in float32'}.get(env.get('precision'), '')
     return (f"{took} on {machine}, seed {seed}, {steps}; torch {env['torch']}, timm {env['timm']}, "
@@ -115,7 +115,7 @@ def training_line(took: str, steps: str, seed: int | None, env: dict[str, str]) 
 
 
 def _training(folder: Path, metrics: dict[str, Any], run: dict[str, Any]) -> str:
-    """How long a run took and how fast it was, with its seed and what it ran on."""
+    """Describe how long a run took, how fast it was, its seed and what it ran on."""
     history = read_history(folder)
     last, speed = history[-1], ''
     if 'finetune' in run:
@@ -133,7 +133,7 @@ def _training(folder: Path, metrics: dict[str, Any], run: dict[str, Any]) -> str
 
 
 def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
-    """Measured figures with their protocol and, for training on a data set of the paper, the paper's beside them."""
+    """Describe the measured accuracy and its protocol, with the paper's figures after training on CIFAR."""
     recipe = run.get('recipe', {})
     title = _title(metrics, run)
     top5 = f"; top-5 {metrics['top5']:.2f} %" if metrics.get('top5') is not None else ''
@@ -169,11 +169,11 @@ def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
 
 
 def check_run_records(folder: Path) -> dict[str, Any]:
-    """What `recipe.json` of a weights folder says of the run that made it, which its card tells.
+    """Read and check `recipe.json` of a weights folder, the record of the run that made it.
 
     Raises:
-        FileNotFoundError: It, or `history.csv`, is not there.
-        ValueError: It is damaged, or tells of no run.
+        FileNotFoundError: `recipe.json` or `history.csv` is missing.
+        ValueError: `recipe.json` is damaged or describes no run.
     """
     for name in ('recipe.json', 'history.csv'):
         if not (folder / name).is_file():
@@ -186,13 +186,13 @@ def check_run_records(folder: Path) -> dict[str, Any]:
 
 
 def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str:
-    """The card (README.md) of a weights folder, from its `config.json`, `metrics.json` and `recipe.json`.
+    """Text of the card (README.md) of a weights folder, from its `config.json`, `metrics.json` and `recipe.json`.
 
-    Fine-tuned weights have no licence until their owner writes one into the card's first lines, where it stays.
+    Fine-tuned weights have no licence until their owner writes one into the first lines of the card, where it is kept.
 
     Args:
-        folder: Weights folder, of a training or fine-tuning run.
-        metrics: In place of those in `metrics.json`.
+        folder: Weights folder of a training or fine-tuning run.
+        metrics: Metrics to use instead of those in `metrics.json`.
     """
     folder = Path(folder)
     config, run = json.loads((folder / 'config.json').read_text(encoding='utf-8')), check_run_records(folder)
@@ -220,7 +220,7 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
     if tuned:
         begun = 'fine-tuned from' if settings['pretrained'] else 'trained from random weights, with the settings of'
         trained, usage = Markup(f"{begun} `{settings['model']}`"), 'local-dir:RUN/best'  # code needs no escaping
-        title = run.get('data', title)  # what was measured may be other photographs
+        title = run.get('data', title)  # the training data; the measured photographs may be others
     return TEMPLATES.get_template('card.md').render(
         header=data.to_yaml(), licence=licence, name=name, network=network, trained=trained, title=title, usage=usage,
         accuracy=_accuracy(name, metrics, run), size=size, mean=tuple(cfg['mean']), std=tuple(cfg['std']),
@@ -229,34 +229,35 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
 
 
 def first_photographs() -> list[str]:
-    """The first bundled photograph of each class: the inputs of golden outputs."""
+    """First bundled photograph of each class; these are the inputs of the golden outputs."""
     return [next(walk_files(folder)) for folder in sorted(golden_photographs().iterdir()) if folder.is_dir()]
 
 
 def finish_weights_folder(folder: str | Path, metrics: dict[str, Any]) -> None:
-    """Write what a measured weights folder has beside its weights: metrics, golden logits and the card.
+    """Write the metrics, golden logits and card of a measured weights folder.
 
-    The golden logits are of photographs of Caltech 101, never of the user's own: they are published with the folder.
+    The golden logits are computed on photographs of Caltech 101, never on the user's own, because these photographs are
+    published with the folder.
 
     Args:
         folder: Weights folder.
-        metrics: From `validate` or `finetune`.
+        metrics: Metrics from `validate` or `finetune`.
     """
     folder = Path(folder)
-    there = folder / 'metrics.json'  # what another measurement does not know of the training
+    there = folder / 'metrics.json'  # may have fields about the training that `metrics` lacks
     before = json.loads(there.read_text(encoding='utf-8')) if there.is_file() else {}
     kept = ('chosen_by', 'penalty', 'holdout_files', 'used', 'train_seconds')
     metrics = {k: before[k] for k in kept if k in before} | metrics
-    metrics = {k: v for k, v in metrics.items() if k not in ('skipped', 'leaks')}  # paths of this machine
+    metrics = {k: v for k, v in metrics.items() if k not in ('skipped', 'leaks')}  # they hold paths of this machine
     model = open_model(str(folder))
     config = resolve_model_data_config(model)
     size = config['input_size'][-1]
-    few = max(1, _GOLDEN_PIXELS // size ** 2)  # so that the file of a large input can be published too
+    few = max(1, _GOLDEN_PIXELS // size ** 2)  # keeps the file below the size limit for publishing
     images = torch.stack([
         pil_to_tensor(center_crop(resize(read_rgb(p), size), [size, size])) for p in first_photographs()[:few]])
     with torch.inference_mode():
         inputs = normalise(images, config['mean'], config['std'])
-        logits = torch.cat([model(one) for one in inputs.split(1)])  # however little the memory
+        logits = torch.cat([model(one) for one in inputs.split(1)])  # one at a time, to save memory
     card = model_card(folder, metrics)
     atomic_write(
         folder / GOLDEN_FILE, lambda p: np.savez_compressed(p, images=images.numpy(), logits=logits.numpy()))
@@ -265,7 +266,7 @@ def finish_weights_folder(folder: str | Path, metrics: dict[str, Any]) -> None:
 
 
 def check_golden(folder: str | Path) -> float:
-    """Largest difference between the logits that a weights folder keeps and those that its model gives now."""
+    """Largest difference between the golden logits of a weights folder and the current logits of its model."""
     with np.load(Path(folder) / GOLDEN_FILE) as golden:
         images, logits = (torch.from_numpy(golden[k]) for k in ('images', 'logits'))
     model = open_model(str(folder))

@@ -1,7 +1,9 @@
-"""Convert checkpoints of other implementations: one pure function per layout, chosen by a key that only it has.
+"""Convert checkpoints of other implementations.
 
-Our layout for the 6N + 4 family: `conv1`, `layer{1,2,3}.{j}.{bn1,conv1,bn2,conv2,shortcut}`, `bn`, `fc`. For the
-ImageNet networks, that of ResNet in timm and torchvision: `conv1`, `bn1`, `layer{1..4}.{j}.{conv,bn}{1..3}`,
+There is one pure function per layout, chosen by a key that only this layout has.
+
+Our layout of the 6N + 4 family is `conv1`, `layer{1,2,3}.{j}.{bn1,conv1,bn2,conv2,shortcut}`, `bn`, `fc`. The ImageNet
+networks have the layout of ResNet in timm and torchvision: `conv1`, `bn1`, `layer{1..4}.{j}.{conv,bn}{1..3}`,
 `downsample.{0,1}`, `fc`.
 """
 from __future__ import annotations
@@ -24,7 +26,7 @@ StateDict = dict[str, torch.Tensor]
 
 
 def _renamed(state_dict: StateDict, rules: list[tuple[str, str]]) -> StateDict:
-    """Apply the first rule that matches each key; a key that matches none stays."""
+    """Rename each key by the first rule that matches it, and keep keys that match none."""
     out = {}
     for key, value in state_dict.items():
         for pattern, target in rules:
@@ -37,18 +39,18 @@ def _renamed(state_dict: StateDict, rules: list[tuple[str, str]]) -> StateDict:
 
 
 def _stages_from_1(state_dict: StateDict) -> StateDict:
-    """`layer0` to `layer1` and so on, for layouts that count stages from 0."""
+    """Rename `layer0` to `layer1` and so on, for layouts that count stages from 0."""
     return {re.sub(r'^layer(\d+)', lambda m: f'layer{int(m[1]) + 1}', k): v for k, v in state_dict.items()}
 
 
 def _units_from_0(state_dict: StateDict) -> StateDict:
-    """`layer1.1` to `layer1.0` and so on, for layouts that count blocks from 1."""
+    """Rename `layer1.1` to `layer1.0` and so on, for layouts that count blocks from 1."""
     return {
         re.sub(r'^(layer\d+)\.(\d+)', lambda m: f'{m[1]}.{int(m[2]) - 1}', k): v for k, v in state_dict.items()}
 
 
 def from_authors(state_dict: StateDict) -> StateDict:
-    """The authors' functional PyTorch code: bare tensors such as `group0.block0.conv0`."""
+    """Convert from the authors' functional PyTorch code: bare tensors such as `group0.block0.conv0`."""
     return _stages_from_1(_renamed(state_dict, [
         (r'^conv0$', 'conv1.weight'),
         (r'^group(\d+)\.block(\d+)\.conv0$', r'layer\1.\2.conv1.weight'),
@@ -60,7 +62,7 @@ def from_authors(state_dict: StateDict) -> StateDict:
 
 
 def from_xternalz(state_dict: StateDict) -> StateDict:
-    """xternalz/WideResNet-pytorch and its many copies: `block1.layer.0.convShortcut.weight`."""
+    """Convert from xternalz/WideResNet-pytorch and its many copies: `block1.layer.0.convShortcut.weight`."""
     return _renamed(state_dict, [
         (r'^block(\d+)\.layer\.(\d+)\.convShortcut\.', r'layer\1.\2.shortcut.'),
         (r'^block(\d+)\.layer\.(\d+)\.', r'layer\1.\2.'),
@@ -69,7 +71,10 @@ def from_xternalz(state_dict: StateDict) -> StateDict:
 
 
 def from_pytorchcv_cifar(state_dict: StateDict) -> StateDict:
-    """pytorchcv's CIFAR WRN: `features.stage1.unit1.body.conv1.conv.weight`, `features.post_activ.bn.weight`."""
+    """Convert from pytorchcv's CIFAR WRN.
+
+    Its keys are like `features.stage1.unit1.body.conv1.conv.weight` and `features.post_activ.bn.weight`.
+    """
     return _units_from_0(_renamed(state_dict, [
         (r'^features\.init_block\.', 'conv1.'),
         (r'^features\.stage(\d+)\.unit(\d+)\.body\.conv(\d+)\.(bn|conv)\.', r'layer\1.\2.\4\3.'),
@@ -80,10 +85,11 @@ def from_pytorchcv_cifar(state_dict: StateDict) -> StateDict:
 
 
 def from_biased_resnet(state_dict: StateDict) -> StateDict:
-    """The tutorial WRN-50-2 and pytorchcv's: `features.stage1.unit1.body.conv1.conv.weight`, convolutions with biases.
+    """Convert from the tutorial WRN-50-2 and pytorchcv's WRN-50-2, whose convolutions have biases.
 
-    The bias of the tutorial's is folded into the running mean of the BatchNorm after it: BN(y + b) with mean m is BN(y)
-    with mean m - b. pytorchcv's has no BatchNorm left, so one is inserted that only adds b.
+    Keys are like `features.stage1.unit1.body.conv1.conv.weight`. A bias b of the tutorial network is folded into the
+    running mean of the BatchNorm that follows: BN(y + b) with mean m equals BN(y) with mean m - b. pytorchcv's network
+    has no BatchNorm left, so one that only adds b is inserted.
     """
     out = dict(state_dict)
     for key in [k for k in state_dict if k.endswith('.conv.bias')]:
@@ -105,7 +111,7 @@ def from_biased_resnet(state_dict: StateDict) -> StateDict:
     ]))
 
 
-# By a key that only this layout has, its converter; native layouts need none.
+# Converters by a key that only their layout has; native layouts need none.
 LAYOUTS: dict[str, Callable[[StateDict], StateDict]] = {
     'group0.block0.conv0': from_authors,
     'block1.layer.0.conv1.weight': from_xternalz,
@@ -119,7 +125,7 @@ NATIVE = ('a WRN-', 'a ResNet of ')
 
 def _description(state_dict: StateDict) -> str:
     if any(re.match(r'^layer\d+\.0\.skip\.1\.', key) for key in state_dict):
-        return 'a network with BatchNorm in a shortcut fed by the raw input, which is not the paper\'s'
+        return 'a network with BatchNorm in the shortcuts, which take the raw input (unlike the paper)'
     first = state_dict.get('layer1.0.conv1.weight')
     if first is None or first.ndim != 4:
         return 'in an unknown layout'
@@ -129,15 +135,15 @@ def _description(state_dict: StateDict) -> str:
         return f'{NATIVE[0]}{6 * blocks + 4}-{width:g}'
     if 'layer4.0.conv1.weight' in state_dict and 'bn1.weight' in state_dict:
         blocks = [sum(bool(re.fullmatch(rf'layer{i}\.\d+\.conv1\.weight', k)) for k in state_dict) for i in range(1, 5)]
-        return f'{NATIVE[1]}{"-".join(map(str, blocks))} blocks, the first {first.shape[0]} channels wide inside'
+        return f'{NATIVE[1]}{"-".join(map(str, blocks))} blocks, the first with {first.shape[0]} inner channels'
     return 'in an unknown layout'
 
 
 def convert_state_dict(state_dict: StateDict) -> StateDict:
-    """Convert a state dict of any known layout to ours; one in our layout is returned unchanged.
+    """Convert a state dict of any known layout to ours; any other state dict keeps its keys.
 
-    Wrappers (`state_dict`, `params`, `model`...; averaged weights first, as in timm) are opened, and the prefixes of
-    DataParallel and `torch.compile` are removed.
+    Wrappers (`state_dict`, `params`, `model`...) are unpacked first, with a preference for EMA weights, as in timm. The
+    prefixes of DataParallel and `torch.compile` are removed.
     """
     for wrapper in ('state_dict_ema', 'model_ema', 'ema', 'state_dict', 'params', 'model', 'net'):
         if isinstance(state_dict.get(wrapper), dict):
@@ -157,7 +163,7 @@ def convert_checkpoint(path: str | Path) -> StateDict:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged or has no known layout. The message says what it is.
+        ValueError: The file is damaged or its layout is unknown. The message says which.
     """
     path = Path(path)
     if not path.is_file():
@@ -167,9 +173,9 @@ def convert_checkpoint(path: str | Path) -> StateDict:
         if path.suffix == '.safetensors':
             state_dict = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # in which timm's `train.py` keeps its options
+            with torch.serialization.safe_globals([argparse.Namespace]):  # timm's `train.py` saves its options as one
                 state_dict = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:  # what a refused pickle, a damaged zip and a damaged safetensors raise has no common base
+    except Exception as e:  # refused pickles, damaged zip files and damaged safetensors files raise unrelated errors
         what = 'it is damaged' if path.suffix == '.safetensors' else (
             'it is damaged, or holds more than tensors (save model.state_dict(), not the model)')
         said = f'{type(e).__name__}: {str(e).partition(". ")[0]}'.removesuffix(': ')
@@ -186,11 +192,12 @@ def convert_checkpoint(path: str | Path) -> StateDict:
 def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
     """Convert a state dict and check that it fits `model` (timm's `pretrained_filter_fn`).
 
-    The classifier may have another size and the stem another number of input channels, which timm adapts. A stem chosen
-    with `stem=` keeps its random weights if the checkpoint has the other stem, with a warning.
+    The classifier may have another size and the stem another number of input channels; timm adapts them. A stem chosen
+    with `stem=` keeps its random weights if the checkpoint has the other stem, and a warning is logged.
 
     Raises:
-        RuntimeError: The weights belong to another architecture, which is named with the first keys that do not fit.
+        RuntimeError: The weights belong to another architecture. The message names it and the first keys that do not
+            fit.
     """
     state_dict = convert_state_dict(state_dict)
     own = model.state_dict()
@@ -231,9 +238,9 @@ def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
                 'num_classes=%d to keep it.', classes, model.num_classes, classes)
         if classes != model.pretrained_cfg['num_classes']:
             model.pretrained_cfg.pop('label_names', None)
-        model.pretrained_cfg['num_classes'] = classes  # by which timm decides whether to keep the classifier
+        model.pretrained_cfg['num_classes'] = classes  # timm drops the classifier if this is not the model's
     elif model.num_classes and 'fc.weight' not in state_dict:
-        _logger.warning('The checkpoint has no classifier; that of this model starts untrained.')
+        _logger.warning('The checkpoint has no classifier; the classifier of this model starts untrained.')
         state_dict |= {k: v for k, v in own.items() if k.startswith('fc.')}
     return state_dict
 

@@ -19,20 +19,20 @@ from .files import atomic_write, digest
 
 __all__ = ['hub_fault', 'kept_at', 'snapshot', 'unpacked']
 
-LIMIT = 200_000_000  # bytes of an archive and of the file in it; the largest pinned one has 147 million
-_TIMEOUT = 30  # seconds without a byte
+LIMIT = 200_000_000  # in bytes, for an archive and for the file in it; the largest pinned one has 147 million
+_TIMEOUT = 30  # in seconds, without receiving a byte
 _PROXY = 'correct $HTTPS_PROXY and $HTTP_PROXY, or unset them'
 
 
 def snapshot(hub_id: str, files: tuple[str, ...], cache_dir: str | Path | None = None) -> Path:
-    """The folder in the Hub client's cache that holds `files` of one commit.
+    """Folder in the Hub client's cache that holds `files` of one commit.
 
     Cached files are used without a network request. Others are downloaded; an interrupted download is continued.
 
     Args:
         hub_id: `<account>/<name>`, or `<account>/<name>@<branch, tag or commit>`.
-        files: Names of files.
-        cache_dir: None for the client's own ($HF_HUB_CACHE, $HF_HOME).
+        files: Names of the files.
+        cache_dir: Cache folder; None for the client's own ($HF_HUB_CACHE, $HF_HOME).
 
     Raises:
         RuntimeError: The files cannot be downloaded. The message says why, and what to do.
@@ -55,14 +55,14 @@ def snapshot(hub_id: str, files: tuple[str, ...], cache_dir: str | Path | None =
 
 
 def hub_fault(error: BaseException, hub_id: str, endpoint: str | None = None) -> str:
-    """An error of the Hub's client in one sentence, and what to do about it in another.
+    """Describe an error of the Hub client in one sentence, and give advice in another.
 
     The classes change with the client's HTTP library (requests, httpx, httpx2), so an error is recognised by its HTTP
     status or, if the Hub has not answered, by the name of its class.
 
     Args:
-        error: The error.
-        hub_id: The requested repository.
+        error: Error of the client.
+        hub_id: Requested repository.
         endpoint: URL of the Hub; None for the client's own.
     """
     from huggingface_hub import constants
@@ -71,7 +71,7 @@ def hub_fault(error: BaseException, hub_id: str, endpoint: str | None = None) ->
     chain = [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
-    wrappers = (LocalEntryNotFoundError, RuntimeError)  # that the client wraps around the cause
+    wrappers = (LocalEntryNotFoundError, RuntimeError)  # raised around the actual cause
     first = next((e for e in chain if not isinstance(e, wrappers)), error)
     said = next((line.strip() for line in str(first).splitlines() if line.strip()), 'no reason given')
     names = ' '.join(type(e).__name__ for e in chain)
@@ -94,7 +94,7 @@ def hub_fault(error: BaseException, hub_id: str, endpoint: str | None = None) ->
 
 
 def _of_answer(status: int, headers: dict[str, str], hub_id: str) -> str:
-    """What to do about an error status from the Hub."""
+    """Advice about an error status from the Hub."""
     repo_id, _, revision = hub_id.partition('@')
     code = headers.get('X-Error-Code')
     if code == 'RevisionNotFound':
@@ -117,24 +117,24 @@ def _of_answer(status: int, headers: dict[str, str], hub_id: str) -> str:
 
 
 def kept_at(url: str, cache_dir: str | Path | None = None) -> Path:
-    """Where `unpacked` keeps the file in the archive at `url`: torch hub's cache, unless `cache_dir` is given."""
+    """Path of the unpacked file from the archive at `url`, in torch hub's cache unless `cache_dir` is given."""
     folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / 'checkpoints'
     return folder / url.rpartition('/')[2].removesuffix('.zip')
 
 
 def unpacked(url: str, sha1: str, cache_dir: str | Path | None = None) -> Path:
-    """The single file in the zip archive at a pinned URL, downloaded once and named as the archive without `.zip`.
+    """Single file from the zip archive at a pinned URL, downloaded once and named like the archive without `.zip`.
 
     An interrupted download leaves nothing behind and starts again.
 
     Args:
         url: URL of the archive.
         sha1: Expected sha1 of the file.
-        cache_dir: None for torch hub's cache ($TORCH_HOME).
+        cache_dir: Cache folder; None for torch hub's own ($TORCH_HOME).
 
     Raises:
-        RuntimeError: The archive cannot be downloaded, is too large or holds anything else, or the file has another
-            sha1. The message says which, and what to do.
+        RuntimeError: The archive cannot be downloaded, is too large or does not hold exactly this file, or the file
+            has another sha1. The message says which, and what to do.
     """
     file = kept_at(url, cache_dir)
     if file.is_file():
@@ -163,7 +163,7 @@ def unpacked(url: str, sha1: str, cache_dir: str | Path | None = None) -> Path:
 
 def _received(url: str) -> Iterator[bytes]:
     """Download a URL in blocks, with a progress bar."""
-    from huggingface_hub.utils import tqdm  # which $HF_HUB_DISABLE_PROGRESS_BARS silences
+    from huggingface_hub.utils import tqdm  # obeys $HF_HUB_DISABLE_PROGRESS_BARS
     try:
         with urlopen(Request(url, headers={'User-Agent': 'wrn_timm'}), timeout=_TIMEOUT) as answer:
             size, done = int(answer.headers.get('Content-Length', 0)), 0
@@ -179,12 +179,12 @@ def _received(url: str) -> Iterator[bytes]:
                 raise ConnectionError(f'{done:,} of {size:,} bytes were received')
     except (OSError, HTTPException) as e:
         if isinstance(e, HTTPError):
-            e.close()  # it holds the connection
+            e.close()  # it keeps the connection open
         raise RuntimeError(f'{url} could not be downloaded. {_url_fault(e)}') from e
 
 
 def _unpack(archive: BinaryIO, to: Path, url: str) -> None:
-    """Extract the single file that the archive from `url` may hold."""
+    """Extract the file from the archive of `url`, which may hold no other."""
     try:
         with zipfile.ZipFile(archive) as opened:
             members, name = opened.infolist(), kept_at(url).name
@@ -201,7 +201,7 @@ def _unpack(archive: BinaryIO, to: Path, url: str) -> None:
 
 
 def _url_fault(error: BaseException) -> str:
-    """Why a download failed, in one sentence, and what to do about it in another."""
+    """Say why a download failed in one sentence, and give advice in another."""
     if isinstance(error, HTTPError):
         said = f'The server answered {error.code} {error.reason}'
         if error.code in (404, 410):

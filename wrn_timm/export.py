@@ -1,4 +1,4 @@
-"""Fast inference (BatchNorm folded, the fastest form measured), and ONNX, `torch.export` and TorchScript files.
+"""Fast inference (BatchNorm folded, fastest form measured), and export to ONNX, `torch.export` and TorchScript.
 
     fast = optimize(model, images)             # images: a batch of the size that you will use
     to_onnx(model, 'wrn.onnx')                 # any batch, any image size
@@ -41,7 +41,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     is every BatchNorm. The copy keeps the class of the model, with `forward_features`, `pretrained_cfg` and the rest.
 
     Raises:
-        ValueError: `torch.fx` cannot trace the model; its reason is given.
+        ValueError: `torch.fx` cannot trace the model; the reason is given.
     """
     model = copy.deepcopy(model).eval()
     try:
@@ -76,7 +76,7 @@ def alternate(
         rounds: int,
         device: str | torch.device,
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round; they take turns, so that a busy machine slows all of them alike."""
+    """Time each candidate in each round, in seconds; they alternate, so that a busy machine slows all alike."""
     sync = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
     times = {name: [] for name in candidates}
     for i in range(rounds + 1):
@@ -105,7 +105,7 @@ class OptimizedModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> Any:
-        """Run the network on images (B, C, H, W) of any type and layout; the output has the type of the images."""
+        """Run the network on images (B, C, H, W) of any dtype and memory format; the output has their dtype."""
         out = self.model(x.to(dtype=self.dtype, memory_format=self.memory_format))
         return tree_map(lambda o: o.to(x.dtype), out)
 
@@ -117,7 +117,7 @@ def inference_forms(
         compile: bool = True,
         onnx: bool = False,
 ) -> dict[str, OptimizedModel]:
-    """The forms that `optimize` chooses from, by name; arguments and errors are those of `optimize`."""
+    """Forms that `optimize` chooses from, by name; the arguments and errors are those of `optimize`."""
     if unknown := set(dtypes) - {torch.float32, torch.bfloat16, torch.float16}:
         raise ValueError(f'dtypes has {unknown.pop()}; choose from torch.float32, torch.bfloat16 and torch.float16')
     if onnx and images.device.type != 'cpu':
@@ -134,7 +134,7 @@ def inference_forms(
             torch.compile(network, dynamic=False, options={'freezing': True}), dtype, torch.channels_last)
         try:
             compiled(images)
-        except Exception as e:  # the compiler's errors have no common type
+        except Exception as e:  # the compiler's errors have no common base
             _logger.warning('torch.compile failed (%s); continuing without it', ' '.join(str(e).split()[:40]))
             compile = False
         else:
@@ -157,19 +157,20 @@ def optimize(
 ) -> OptimizedModel:
     """A copy of the network in the form that runs fastest on this machine, measured on `images`.
 
-    The forms are the unchanged model and, for each of `dtypes`, the model with BatchNorm folded in channels_last, run
-    eagerly and compiled with frozen weights. As the unchanged model takes part, the result is never slower.
+    For each of `dtypes`, the model with BatchNorm folded is measured in channels_last, both eager and compiled with
+    frozen weights. The unchanged model is measured too, so the result is never slower.
 
-    Logits of the float32 forms equal those of the model within 1e-5 of the largest; those of bfloat16 within 3e-2.
+    The logits of the float32 forms agree with those of the model within 1e-5 of the largest logit, and those of the
+    bfloat16 forms within 3e-2.
 
     Args:
         model: Any network that `torch.fx` can trace, classifier or `features_only`.
         images: A batch (B, C, H, W) on the model's device, of the size that you will use. Other sizes give the same
             logits, but are compiled again.
-        dtypes: Types that may be used for computing; add `torch.bfloat16` if its rounding is acceptable.
-        compile: Try `torch.compile`, which takes some seconds; a warning says if it fails (it needs a C++ compiler).
+        dtypes: Data types that may be used for computing; add `torch.bfloat16` if its rounding is acceptable.
+        compile: Try `torch.compile`, which takes some seconds and needs a C++ compiler; a failure is only logged.
         onnx: Try onnxruntime too, in float32 on the CPU, which takes some seconds. It needs the extra `export`.
-        rounds: Measurements of each form.
+        rounds: Number of measurements of each form.
 
     Raises:
         ImportError: `onnx` is set and the extra is not installed.
@@ -190,10 +191,10 @@ _DYNAMIC = {0: 'batch', 2: 'height', 3: 'width'}
 
 
 def _prepared(model: nn.Module) -> tuple[nn.Module, torch.Tensor, str]:
-    """The folded model on the CPU, a batch to trace it with, and its preprocessing and class names as JSON."""
+    """Folded model on the CPU, an example batch for tracing, and the preprocessing and class names as JSON."""
     if getattr(model, 'pretrained_cfg', {}).get('fixed_input_size'):
-        raise ValueError(f'{type(model).__name__} takes images of one size only, and the files that this package '
-                         f'writes take any; export it with torch.onnx.export or torch.export')
+        raise ValueError(f'{type(model).__name__} takes images of one size only, but the files that this package '
+                         f'writes take any size; use torch.onnx.export or torch.export')
     model = fold_batchnorm(model).cpu().float().requires_grad_(False)
     config = resolve_model_data_config(model)
     channels = getattr(model, 'in_chans', 3)
@@ -201,30 +202,31 @@ def _prepared(model: nn.Module) -> tuple[nn.Module, torch.Tensor, str]:
     if channels == 3:
         config['color'] = 'RGB'
     names = getattr(model, 'pretrained_cfg', {}).get('label_names') or ()
-    # timm keeps the names of the pretrained weights where the classifier was replaced
+    # timm keeps the class names of the pretrained weights even if the classifier was replaced
     config['label_names'] = names if len(names) == getattr(model, 'num_classes', 0) else None
-    # different sides, and not those of the configuration, so that a tracer does not take them for constants
+    # height and width differ from each other and from the configuration, so that no tracer takes them for constants
     _, height, width = config['input_size']
     return model, torch.randn(2, channels, height + 16, width + 32), json.dumps(config)
 
 
 def to_onnx(model: nn.Module, path: str | Path) -> None:
-    """Write an ONNX file with input `images` (batch, C, height, width) and output `logits`, all sizes dynamic.
+    """Write an ONNX file for any batch and image size.
 
-    A `features_only` model has one output per feature map, named after its module (`layer1`...).
+    The input is `images` (batch, C, height, width), the output `logits`. A `features_only` model has one output per
+    feature map instead, named after its module (`layer1`...).
 
-    BatchNorm is folded. The preprocessing and class names are JSON in the file's metadata, under `config`.
+    BatchNorm is folded. The preprocessing and class names are stored as JSON in the file's metadata, under `config`.
 
     Raises:
         ImportError: The extra `export` is not installed.
-        ValueError: `torch.fx` cannot trace the model.
+        ValueError: `torch.fx` cannot trace the model, or it takes images of one size only.
     """
     model, images, config = _prepared(model)
     info = getattr(model, 'feature_info', None)
     maps = [n.replace('.', '_') for n in info.module_name()] if isinstance(info, FeatureInfo) else []
     if torch.__version__ >= (2, 9):  # a TorchVersion, which compares with tuples
         options = dict(dynamo=True, dynamic_shapes=(_DYNAMIC,), external_data=False)
-    else:  # its exporter by torch.export fails on BatchNorm
+    else:  # the exporter based on torch.export fails on BatchNorm
         sizes = {n: {0: 'batch', 2: f'{n}_height', 3: f'{n}_width'} for n in maps} or {'logits': {0: 'batch'}}
         options = dict(dynamo=False, dynamic_axes={'images': _DYNAMIC, **sizes})
 
@@ -235,11 +237,11 @@ def write_onnx(model: nn.Module, example: torch.Tensor, path: Path, config: str,
     """Trace a model and write a checked ONNX file, with `config` (JSON) in its metadata.
 
     Args:
-        model: Ready to be traced.
-        example: Its input.
-        path: File.
-        config: What the file says of the model.
-        options: Of `torch.onnx.export`.
+        model: Model that is ready to be traced.
+        example: Example input.
+        path: Path of the file.
+        config: JSON for the metadata.
+        options: Passed to `torch.onnx.export`.
 
     Raises:
         ImportError: The extra `export` is not installed.
@@ -264,13 +266,13 @@ def write_onnx(model: nn.Module, example: torch.Tensor, path: Path, config: str,
 def to_exported_program(model: nn.Module, path: str | Path) -> None:
     """Write a `torch.export` file, run by `torch.export.load(path).module()`, for any batch size.
 
-    The sides of the images must be at least twice the last reduction: 8 pixels in the 6N + 4 family and 64 in the
-    ImageNet family. Feature maps of a single pixel would be another program. BatchNorm is folded.
-    The preprocessing and class names are JSON in the file's extra `config.json`.
+    Height and width must be at least twice the last reduction: 8 pixels in the 6N + 4 family (32 with the ImageNet
+    stem) and 64 in the ImageNet family. Feature maps of a single pixel would need another program. BatchNorm is folded.
+    The preprocessing and class names are stored as JSON in the extra file `config.json`.
 
     Raises:
         RuntimeError: torch 2.6 cannot export the max pool of an ImageNet stem for every size.
-        ValueError: `torch.fx` cannot trace the model.
+        ValueError: `torch.fx` cannot trace the model, or it takes images of one size only.
     """
     model, images, config = _prepared(model)
     smallest = 2 * model.feature_info[-1]['reduction']
@@ -282,10 +284,10 @@ def to_exported_program(model: nn.Module, path: str | Path) -> None:
 def to_torchscript(model: nn.Module, path: str | Path) -> None:
     """Write a TorchScript file, run by `torch.jit.load(path)` without this package, for any batch and image size.
 
-    BatchNorm is folded. The preprocessing and class names are JSON in the file's extra `config.json`.
+    BatchNorm is folded. The preprocessing and class names are stored as JSON in the extra file `config.json`.
 
     Raises:
-        ValueError: `torch.fx` cannot trace the model.
+        ValueError: `torch.fx` cannot trace the model, or it takes images of one size only.
     """
     model, _, config = _prepared(model)
     script = torch.jit.freeze(torch.jit.script(model))
@@ -296,10 +298,10 @@ EXPORTERS = {'onnx': to_onnx, 'pt2': to_exported_program, 'ts': to_torchscript}
 
 
 class OnnxModel(nn.Module):
-    """A file written by `to_onnx`, run by onnxruntime on the CPU with the number of threads that torch has now.
+    """A file written by `to_onnx`, run by onnxruntime on the CPU with as many threads as torch currently uses.
 
     Args:
-        file: The file; it is read once and can then be deleted.
+        file: Path of the file; it is read once and can then be deleted.
 
     Raises:
         ImportError: onnxruntime is not installed.
@@ -310,19 +312,19 @@ class OnnxModel(nn.Module):
         import onnxruntime
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # threads that wait leave the cores to the rest of the program
+        # without spinning, waiting threads leave the cores to the rest of the program
         options.add_session_config_entry('session.intra_op.allow_spinning', '0')
         self._session = onnxruntime.InferenceSession(str(file), options, providers=['CPUExecutionProvider'])
         self._classifies = [output.name for output in self._session.get_outputs()] == ['logits']
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Float32 images (B, C, H, W) to logits (B, classes), or the feature maps of a backbone."""
+        """Compute logits (B, classes), or the feature maps of a backbone, from float32 images (B, C, H, W)."""
         out = [torch.from_numpy(o) for o in self._session.run(None, {'images': images.numpy()})]
         return out[0] if self._classifies else out
 
 
 def run_exported(path: str | Path, images: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-    """Output of an exported file for images (B, C, H, W): `.onnx` (run by onnxruntime), `.pt2` or `.ts`.
+    """Run an exported file on images (B, C, H, W): `.onnx` (by onnxruntime), `.pt2` or `.ts`.
 
     Raises:
         ValueError: The file has another suffix.

@@ -30,7 +30,7 @@ def atomic_write(path: Path, content: str | Callable[[Path], None]) -> None:
     The data is on the disk when this returns.
 
     Args:
-        path: File, in an existing folder.
+        path: Path of the file, in an existing folder.
         content: Text, or a function that writes the file at the path it is given.
 
     Raises:
@@ -51,16 +51,16 @@ def atomic_write(path: Path, content: str | Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write an indented JSON file by `atomic_write`."""
+    """Write an indented JSON file with `atomic_write`."""
     atomic_write(path, json.dumps(content, indent=2) + '\n')
 
 
 def atomic_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a temporary folder beside `path`, then put it in the place of the existing one.
+    """Fill a temporary folder beside `path`, then replace the existing folder by it.
 
     Args:
         path: Folder; its parents are created.
-        fill: Writes files and folders into the empty folder that it is given.
+        fill: Function that writes files and folders into the empty folder that it is given.
 
     Raises:
         OSError: The folder cannot be written. The message names it and the free space.
@@ -108,7 +108,7 @@ def digest(path: Path, algorithm: str = 'sha256') -> str:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the list of names in a folder, is on the disk."""
     folder = path.is_dir()
     with contextlib.suppress(OSError) if folder else contextlib.nullcontext():  # not every system can sync folders
         file = os.open(path, os.O_RDWR if os.name == 'nt' else os.O_RDONLY)
@@ -120,7 +120,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Add the name of the file or folder to errors: that of a full disk has none."""
+    """Add the name of the file or folder to errors, because the error of a full disk has none."""
     try:
         yield
     except (OSError, SafetensorError) as e:
@@ -130,16 +130,16 @@ def writing(path: Path) -> Iterator[None]:
 
 
 class FolderLock:
-    """Keeps other processes from writing to a folder until this object or its process ends, however it ends.
+    """Keep other processes from writing to a folder until this object is deleted or its process ends in any way.
 
-    It is a lock of the operating system on a file, LOCK_FILE, which stays behind and means nothing by itself. Forked
-    processes do not inherit it. File systems without locks give no protection.
+    The operating system locks the file LOCK_FILE in the folder. The file stays there afterwards and has no effect
+    without the lock. Forked processes do not inherit the lock. File systems without locks give no protection.
 
     Args:
-        folder: An existing folder.
+        folder: Existing folder.
 
     Raises:
-        BlockingIOError: Another process holds the lock; it is named.
+        BlockingIOError: Another process holds the lock; its process id is given.
     """
 
     def __init__(self, folder: Path):
@@ -152,7 +152,7 @@ class FolderLock:
             holder = os.read(self._file, 20).decode(errors='replace')
             raise BlockingIOError(f'another run (process {holder}) is writing to {folder}; wait until it ends, stop '
                                   f'it, or choose another --out') from e
-        except OSError:  # no locks here
+        except OSError:  # the file system has no locks
             return
         os.ftruncate(self._file, 0)
         os.write(self._file, str(os.getpid()).encode())

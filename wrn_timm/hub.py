@@ -1,4 +1,4 @@
-"""Publishing: a weights folder becomes a repository of the Hugging Face Hub, checked before and after."""
+"""Publish weights folders as repositories of the Hugging Face Hub, with checks before and after."""
 from __future__ import annotations
 
 import contextlib
@@ -23,27 +23,28 @@ from .weights import WEIGHTS_FILE, verify, version_tag, weights_folder
 
 __all__ = ['check_folder', 'preview', 'publish']
 
-_NO_PATHS = ('hf-hub:', 'torchvision/')  # names of models that have a slash
-SIZE_LIMIT = 5_000_000  # bytes of any file but the weights
+_NO_PATHS = ('hf-hub:', 'torchvision/')  # prefixes of model names with a slash
+SIZE_LIMIT = 5_000_000  # in bytes, for any file but the weights
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-    """What sets one kind of weights folder apart from the other.
+    """Kind of weights folder: classifier or detector.
 
     Attributes:
-        config: JSON file that says how the network is made, and the sha256 of its weights.
-        name: From the content of that file, the name of the repository.
-        record: JSON file that says how it was trained.
-        settings: From the content of that file, the settings; {} if it tells of no training.
-        optional: Files that the folder may hold.
-        check_golden: From the folder, the largest difference between the golden outputs and those of now.
-        golden: What these outputs are.
-        metrics: Fields of `metrics.json` that the card's model-index has.
-        library: The card's `library_name`.
-        calls: Functions in the card's code whose first argument names the weights.
-        classes: From the content of `config`, the names of the classes, or how many there are.
-        writers: What writes the folder, and what writes the files beside the weights again.
+        config: JSON file with the architecture of the network and the sha256 of its weights.
+        name: Function that returns the name of the repository, given the content of `config`.
+        record: JSON file that records the training.
+        settings: Function that returns the training settings, given the content of `record`; {} without a training run.
+        optional: Optional files of the folder.
+        check_golden: Function that returns the largest difference between the golden outputs and the current ones,
+            given the folder.
+        golden: Name of these outputs, for messages.
+        metrics: Fields of `metrics.json` that are in the model-index of the card.
+        library: `library_name` of the card.
+        calls: Functions in the code of the card whose first argument names the weights.
+        classes: Function that returns the class names or their number, given the content of `config`.
+        writers: Command that writes the folder, and command that rewrites the files beside the weights.
     """
     config: str
     name: Callable[[dict[str, Any]], str]
@@ -60,7 +61,7 @@ class _Kind:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What the folder has to hold."""
+        """Required files of the folder."""
         return tuple(dict.fromkeys((
             WEIGHTS_FILE, self.config, 'README.md', 'metrics.json', self.record, 'history.csv', 'curves.png',
             GOLDEN_FILE)))
@@ -82,7 +83,7 @@ _DETECTOR = _Kind(
 
 
 def _found(path: str | Path) -> tuple[Path, _Kind]:
-    """The weights folder at a path, which may be that of its run, and of which kind it is."""
+    """Weights folder at a path, or in the run directory there, and its kind."""
     if not Path(path).is_dir():
         raise FileNotFoundError(f'no weights folder at {path}')
     if detector := find_detector(path):
@@ -97,12 +98,12 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _file_faults(folder: Path, kind: _Kind) -> Iterator[str]:
-    """What is there that should not be, and the other way round."""
+    """Yield a message for each file that is unexpected, unsuitable or missing."""
     for path in sorted(folder.iterdir()):
         if path.name not in kind.files + kind.optional:
             yield f'{path.name} is not part of a weights folder: move it away'
         elif path.is_symlink() or not path.is_file():
-            yield f'{path.name} is a link or a folder: put the file itself there'
+            yield f'{path.name} is a link or a folder: replace it with the file itself'
         elif path.name != WEIGHTS_FILE and path.stat().st_size > SIZE_LIMIT:
             yield f'{path.name} has {path.stat().st_size:,} bytes; the limit is {SIZE_LIMIT:,}'
     for name in kind.files:
@@ -111,7 +112,7 @@ def _file_faults(folder: Path, kind: _Kind) -> Iterator[str]:
 
 
 def _content_faults(folder: Path, kind: _Kind) -> Iterator[str]:
-    """What the files say that is not so."""
+    """Yield a message for each fault in the content of the files."""
     try:
         config, metrics, record = (_read(folder / name) for name in (kind.config, 'metrics.json', kind.record))
         verify(folder, config.get('sha256'), named_by=kind.config)
@@ -128,7 +129,7 @@ def _content_faults(folder: Path, kind: _Kind) -> Iterator[str]:
             yield f'the {kind.golden} differ by {difference:.2g} from {GOLDEN_FILE}; the limit is {GOLDEN_TOLERANCE:g}'
         yield from _card_faults(
             (folder / 'README.md').read_text(encoding='utf-8'), kind, config.get('pretrained_cfg', {}), metrics)
-    except Exception as e:  # a damaged archive, JSON, YAML or weights file raises what it likes
+    except Exception as e:  # damaged archives, JSON, YAML and weights files raise unrelated errors
         yield f'{type(e).__name__}: {e}'
 
 
@@ -149,22 +150,22 @@ def _card_faults(text: str, kind: _Kind, cfg: dict[str, Any], metrics: dict[str,
         yield 'README.md names no licence: write yours after "license:" in its first lines'
     for part, there in complete.items():
         if not there:
-            yield f'README.md lacks {part}: {kind.writers[1]} writes it again'
+            yield f'README.md lacks {part}: rewrite it with {kind.writers[1]}'
 
 
 def check_folder(folder: str | Path) -> str:
-    """The name of a weights folder that is fit to be published: `<arch>.<tag>`, or `<detector>_<arch>.<data>`.
+    """Check that a weights folder can be published, and return its name.
 
-    It is fit if it holds the files of a weights folder and no others, the weights have the sha256 that `config.json` or
-    `detector.json` names and give the golden logits or scores, the card is complete and agrees with the metrics, and a
-    licence is named.
+    The name is `<arch>.<tag>`, or `<detector>_<arch>.<data>` for a detector. The folder must hold all required files
+    and no unexpected ones. The weights must have the sha256 in `config.json` or `detector.json`, and reproduce the
+    golden logits or scores. The card must be complete, agree with the metrics and name a licence.
 
     Args:
         folder: Weights folder of a classifier or detector, or the run directory that holds it.
 
     Raises:
-        FileNotFoundError: There is no folder.
-        ValueError: It is not fit; every fault is named.
+        FileNotFoundError: There is no such folder.
+        ValueError: The folder cannot be published. The message lists every fault.
     """
     folder, kind = _found(folder)
     faults = list(_file_faults(folder, kind)) or list(_content_faults(folder, kind))
@@ -174,7 +175,7 @@ def check_folder(folder: str | Path) -> str:
 
 
 def _repository(folder: str | Path, namespace: str, tag: str) -> tuple[str, dict[str, bytes]]:
-    """Name and files of a folder's repository. The card there loads the model from there, whatever the account."""
+    """Name and files of the repository for a folder. The code in its card loads the model from this repository."""
     name = check_folder(folder)
     repo_id = f'{namespace}/' + (f'{name.rpartition(".")[0]}.{tag}' if tag else name)
     validate_repo_id(repo_id)
@@ -187,7 +188,7 @@ def _repository(folder: str | Path, namespace: str, tag: str) -> tuple[str, dict
 
 
 def preview(folder: str | Path, namespace: str, tag: str = '') -> str:
-    """What `publish` would upload: each file with its size, and the card. Asks nothing of the network."""
+    """Describe what `publish` would upload: each file with its size, and the card. This needs no network."""
     repo_id, files = _repository(folder, namespace, tag)
     sizes = [f'{len(data):>12,}  {name}' for name, data in files.items()]
     return '\n'.join([repo_id, *sizes, '', files['README.md'].decode()])
@@ -202,26 +203,27 @@ def publish(
 ) -> str:
     """Publish a weights folder as the repository `<namespace>/<name>` of the Hub, and read it back.
 
-    The name is that of `check_folder`. A repository with a model of other classes is left as it is.
+    The name is the one that `check_folder` returns. A repository that holds a model with other classes is not changed.
 
-    What is there already is not uploaded again, so a run that was cut off is repeated. Files of others in the
-    repository stay. The commit is tagged by the sha256 of the weights (`version_tag`); a tag is never moved, so it
-    stays with the first commit that has these weights.
+    Files that are already in the repository are not uploaded again, so an interrupted upload can simply be repeated.
+    Other files in the repository are kept. The commit is tagged with the sha256 of the weights (`version_tag`). A tag
+    is never moved: it stays at the first commit that has these weights.
 
     Args:
         folder: Weights folder of a classifier or detector, or the run directory that holds it.
         namespace: User or organisation.
         private: Make the repository private.
         endpoint: URL of the Hub; None for $HF_ENDPOINT or the Hub itself.
-        tag: In place of the last part of the name, the name of the data; '' keeps that.
+        tag: Last part of the repository's name; '' for the name of the data.
 
     Returns:
-        The commit's URL.
+        URL of the commit.
 
     Raises:
-        FileNotFoundError, ValueError: The folder is not fit (`check_folder`), has no name that the Hub allows, or has
-            that of a repository with another model.
-        RuntimeError: The Hub refused or could not be reached, or gave back other bytes; says what to do.
+        FileNotFoundError, ValueError: The folder cannot be published (`check_folder`), its name is not allowed on the
+            Hub, or the repository exists and holds another model or, with `private`, is public.
+        RuntimeError: The Hub refused the upload, could not be reached, or returned different bytes. The message says
+            what to do.
     """
     repo_id, files = _repository(folder, namespace, tag)
     folder, kind = _found(folder)
@@ -233,11 +235,12 @@ def publish(
         there = _there(api, repo_id, kind)
     classes = kind.classes(json.loads(files[kind.config]))
     if there not in (None, classes):
-        raise ValueError(f'{repo_id} holds another model, which knows {_in_words(there)}, and this one knows '
+        raise ValueError(f'{repo_id} holds another model, which predicts {_in_words(there)}; this one predicts '
                          f'{_in_words(classes)}: choose another --tag, or delete that repository')
     if private and public:
-        raise ValueError(f'{repo_id} already exists and is public: make it private on the Hub, or publish in public')
-    operations = [  # by path where it can be: the client shows progress for these only
+        raise ValueError(f'{repo_id} already exists and is public: make it private on the Hub, or publish '
+                         f'without --private')
+    operations = [  # by path where possible, because the client shows progress only for paths
         CommitOperationAdd(name, data if name == 'README.md' else folder / name) for name, data in files.items()]
     with _explained(repo_id, endpoint):
         commit = api.create_commit(
@@ -253,7 +256,7 @@ def publish(
 def _explained(repo_id: str, endpoint: str | None) -> Iterator[None]:
     try:
         yield
-    except Exception as e:  # the client's errors have no base of their own, nor have those of its HTTP libraries
+    except Exception as e:  # the errors of the client and of its HTTP libraries have no common base
         raise RuntimeError(
             f'{repo_id} is not published yet. {hub_fault(e, repo_id, endpoint)} Files that were already uploaded will '
             f'not be uploaded again.'
@@ -261,7 +264,7 @@ def _explained(repo_id: str, endpoint: str | None) -> Iterator[None]:
 
 
 def _there(api: HfApi, repo_id: str, kind: _Kind) -> list[str] | int | None:
-    """The classes of the model that a repository holds; None where it holds none that can be read."""
+    """Classes of the model in a repository; None if it holds no readable model."""
     if not api.file_exists(repo_id, kind.config):
         return None
     with tempfile.TemporaryDirectory() as cache, contextlib.suppress(ValueError, KeyError, AttributeError):
@@ -274,7 +277,7 @@ def _in_words(classes: list[str] | int) -> str:
 
 
 def _differ(api: HfApi, repo_id: str, commit: str, files: dict[str, bytes]) -> list[str]:
-    """Names of the files that the Hub does not give back byte for byte."""
+    """Names of the files that the Hub does not return byte for byte."""
     with tempfile.TemporaryDirectory() as cache:
         there = Path(api.snapshot_download(repo_id, revision=commit, cache_dir=cache, allow_patterns=list(files)))
         return [n for n, data in files.items() if not (there / n).is_file() or (there / n).read_bytes() != data]

@@ -1,13 +1,13 @@
-"""Names of files and classes, which can be almost any bytes, and durations, as they are shown to people."""
+"""Display of durations and of file and class names, which can be almost any bytes."""
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Sequence
 
-__all__ = ['as_cell', 'duration', 'from_cell', 'is_utf8', 'printable', 'some', 'terminal_handler']
+__all__ = ['as_cell', 'counted', 'duration', 'from_cell', 'is_utf8', 'printable', 'some', 'terminal_handler']
 
-# Control characters, line breaks, changes of direction, and the bytes of a name that are not UTF-8.
+# Control characters, line breaks, changes of text direction, and bytes that are not UTF-8.
 _UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]')
 _FORMULA = ('=', '+', '-', '@', '\t', '\r')
 
@@ -36,7 +36,7 @@ class _PrintableLines(logging.Formatter):
 def terminal_handler() -> logging.Handler:
     """A handler that prints log messages to standard error, without prefix and escaped as by `printable`."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_PrintableLines())  # and no subclass, which tqdm would replace
+    handler.setFormatter(_PrintableLines())  # tqdm would replace a subclass of StreamHandler
     return handler
 
 
@@ -63,14 +63,19 @@ def _is_formula(text: str) -> bool:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as people say them."""
+    """Duration in words: seconds, minutes or hours."""
     for limit, unit, name in ((90, 1, 'seconds'), (90 * 60, 60, 'minutes')):
         if seconds < limit:
             return '1 second' if round(seconds) == 1 else f'{seconds / unit:.0f} {name}'
     return f'{seconds / 3600:.1f} hours'
 
 
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: `1 file`, `1,200 files`."""
+    return f'{n:,} {noun}{"s" * (n != 1)}'
+
+
 def some(names: Sequence[str], separator: str = ', ') -> str:
-    """The first five names, and the number of further ones."""
+    """First five names, and the number of further ones."""
     more = f'{separator if separator == "; " else " "}and {len(names) - 5} more' if len(names) > 5 else ''
     return separator.join(names[:5]) + more

@@ -15,11 +15,11 @@ __all__ = ['check_config', 'check_detector', 'check_metrics', 'check_scan', 'rea
 
 @dataclasses.dataclass(frozen=True)
 class _Field:
-    """What a field may hold.
+    """Allowed values of a field.
 
     Attributes:
-        fits: Whether a value is allowed.
-        words: What is allowed, in words.
+        fits: Function that tells whether a value is allowed.
+        words: Description of the allowed values.
         missing: Whether the field may be missing.
         null: Whether the value may be null.
     """
@@ -37,15 +37,16 @@ _Schema = Mapping[str, _Field]
 
 
 def read_json(file: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Args:
-        file: The file.
-        check: Raises ValueError if the object is not valid for its kind of file.
+        file: Path of the file.
+        check: Function that raises ValueError if the object is not valid for its kind of file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not valid JSON, not an object, or has an invalid field. The message names both.
+        ValueError: The file is not valid JSON, not an object, or has an invalid field. The message names file and
+            field.
     """
     try:
         found = json.loads(file.read_text(encoding='utf-8'))
@@ -130,8 +131,8 @@ def check_config(config: dict[str, Any]) -> None:
     """Refuse a `config.json` of a weights folder with invalid or contradictory fields.
 
     Raises:
-        ValueError: A field is invalid (the message says what it must be), or the number of names differs from that of
-            the classes, or the number of means from that of the channels.
+        ValueError: A field is invalid (the message says what it must be), the number of class names is not the number
+            of classes, or the length of `mean` or `std` is not the number of channels.
     """
     _check_fields(config, _CONFIG)
     _check_fields(config.get('model_args', {}), _MODEL_ARGS, 'model_args.')
@@ -163,11 +164,11 @@ def check_metrics(found: dict[str, Any]) -> None:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """What a JSON file of a run says, as `recipe.json` does of its settings and environment.
+    """Read a JSON file of a run, such as `recipe.json` with its settings and environment.
 
     Raises:
-        FileNotFoundError: It is not there.
-        ValueError: It is damaged.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged.
     """
     try:
         return read_json(file, lambda found: None)

@@ -1,7 +1,7 @@
-"""Where the weights of a tag are, whether they are whole, and weights folders: opened as models, written from them.
+"""Find and verify the weights of a tag, open weights folders as models, and write models as weights folders.
 
-Searched in this order: what the caller names, `$WRN_TIMM_WEIGHTS`, the checkout's `weights/`, the small weights packed
-into the wheel, the Hugging Face Hub. Other people's weights are fetched from where they published them.
+Places are searched in this order: the source that the caller names, `$WRN_TIMM_WEIGHTS`, `weights/` of the checkout,
+the small weights packed into the wheel, the Hugging Face Hub. Third-party weights are downloaded from their publisher.
 """
 from __future__ import annotations
 
@@ -35,32 +35,33 @@ __all__ = [
     'locate', 'more_accurate', 'not_finite', 'open_model', 'pinned', 'published', 'read_config', 'released',
     'sha256_of', 'source_of', 'sources', 'verify', 'version_tag', 'weights_folder', 'weights_name']
 
-# The account on the Hub that holds our weights. Empty until its owner sets it: any other name could be a stranger's.
+# Hub account that holds our weights. Empty until its owner sets it, because any other name could be a stranger's.
 HUB_NAMESPACE = ''
 
 WEIGHTS_FILE = 'model.safetensors'
 _PICKLES = ('.bin', '.pth', '.pt', '.ckpt')
 _RESTORE = 'Restore the folder from its source.'
-HEADER_LIMIT = 1 << 20  # bytes; the longest of ours has 0.1 MB, and safetensors would parse 100 MB
+HEADER_LIMIT = 1 << 20  # in bytes; our longest header has 0.1 MB, and safetensors would parse up to 100 MB
 _PACKAGE = Path(__file__).resolve().parent
 SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What is known of one tag.
+    """Information about the weights of one tag.
 
     Attributes:
-        name: `<arch>.<tag>`.
-        location: Folder or file on this machine, `hf-hub:<repository>`, or the address of a published file.
-        size: Bytes of the weights file; None if it is neither on this machine nor released by us.
-        sha256: Of the weights file; None as above.
-        license: SPDX identifier.
-        top1: Accuracy on the test set in %, by `wrn-timm validate`; None if it is not known here.
-        published_error: Error on the test set in % as pytorchcv published it with weights of its own, not measured
-            here; None for all others.
-        default: Whether `create_model(<arch>, pretrained=True)` takes these.
-        more_accurate: Name of listed weights of the same network and classes that have a lower error, '' for none.
+        name: Full name, `<arch>.<tag>`.
+        location: Local folder or file, `hf-hub:<repository>`, or the URL of a published file.
+        size: Size of the weights file in bytes; None if the file is neither on this machine nor released by us.
+        sha256: sha256 of the weights file; None in the same cases as `size`.
+        license: SPDX identifier of the licence.
+        top1: Accuracy on the test set in %, measured by `wrn-timm validate`; None if unknown.
+        published_error: Error on the test set in % that pytorchcv published with its weights, not measured here; None
+            for all other weights.
+        default: Whether `create_model(<arch>, pretrained=True)` loads these weights.
+        more_accurate: Name of the listed weights of the same network and classes with the lowest error; '' if no others
+            have a lower error.
     """
     name: str
     location: str
@@ -74,13 +75,13 @@ class Weights:
 
 
 def places() -> list[Path]:
-    """Folders that hold weights folders, in the order they are searched."""
+    """Folders that are searched for weights folders, in this order."""
     named = os.environ.get('WRN_TIMM_WEIGHTS')
     return [*([Path(named).expanduser()] if named else []), _PACKAGE.parent / 'weights', _PACKAGE / '_weights']
 
 
 def find(name: str) -> Path | None:
-    """The first weights folder of `<arch>.<tag>` on this machine."""
+    """First local weights folder of `<arch>.<tag>`; None if there is none."""
     return next((p / name for p in places() if (p / name / WEIGHTS_FILE).is_file()), None)
 
 
@@ -91,34 +92,34 @@ def sha256_of(path: Path) -> str:
 
 @cache
 def released() -> dict[str, dict[str, Any]]:
-    """Size, sha256, licence and accuracy of each released `<arch>.<tag>`, as `scripts/tables.py` wrote them down."""
+    """Size, sha256, licence and accuracy of each released `<arch>.<tag>`, written by `scripts/tables.py`."""
     return json.loads((Path(__file__).resolve().parent / 'released.json').read_text(encoding='utf-8'))
 
 
 @cache
 def published() -> dict[str, dict[str, Any]]:
-    """Address, sha1 of the file in the archive there, and stated test error in % of each `<arch>.<tag>` of others.
+    """URL of the archive, sha1 of the file in it, and published test error in % of each third-party `<arch>.<tag>`.
 
-    As pytorchcv 0.0.74 has them in its table of models.
+    The entries are from the model table of pytorchcv 0.0.74.
     """
     return json.loads((Path(__file__).resolve().parent / 'published.json').read_text(encoding='utf-8'))
 
 
 def default_tag(arch: str, tags: Iterable[str]) -> str:
-    """The tag that stands for a network's name alone, the same on every machine.
+    """Default tag of a network, for names without a tag. It is the same on every machine.
 
-    It is the first of `tags` that we released, else the first that others published, else the first.
+    It is the first of `tags` that we released, else the first that others published, else the first of all.
     """
     tags = list(tags)
     return next((tag for known in (released(), published()) for tag in tags if f'{arch}.{tag}' in known), tags[0])
 
 
 def more_accurate(name: str, errors: dict[str, float]) -> str:
-    """The weights in `errors` of the same network and classes that have the least error, if it is less than `name`'s.
+    """Name of the weights of the same network and classes with the lowest error; '' if `name` is at least as good.
 
     Args:
-        name: `<arch>.<tag>`.
-        errors: Test error by `<arch>.<tag>`.
+        name: Name of the weights, `<arch>.<tag>`.
+        errors: Test errors by name.
     """
     rivals = [n for n in errors if n.replace('.pcv_', '.') == name.replace('.pcv_', '.')]
     best = min(rivals, key=errors.__getitem__, default=name)
@@ -126,15 +127,15 @@ def more_accurate(name: str, errors: dict[str, float]) -> str:
 
 
 def version_tag(sha256: str) -> str:
-    """The git tag of a Hub repository that holds the weights of this sha256."""
+    """Git tag of the weights with this sha256 in a Hub repository."""
     return f'sha256-{sha256[:12]}'
 
 
 def read_config(folder: Path, remedy: str = _RESTORE) -> dict[str, Any]:
-    """A folder's `config.json`, {} where there is none.
+    """Read the `config.json` of a folder; {} if there is none.
 
     Raises:
-        RuntimeError: It is no JSON object, or not what timm wants of it; the field is named.
+        RuntimeError: The file is not a JSON object, or has an invalid field, which is named.
     """
     file = folder / 'config.json'
     try:
@@ -144,7 +145,7 @@ def read_config(folder: Path, remedy: str = _RESTORE) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object none of whose names stands twice: the parsers of safetensors and of Python take the last."""
+    """Hook for `json.loads` that refuses duplicate names, of which safetensors and Python take the last."""
     out = dict(pairs)
     if len(out) < len(pairs):
         raise ValueError('its header names a tensor, or a field of one, twice')
@@ -167,19 +168,19 @@ def verify(
         remedy: str = _RESTORE,
         named_by: str = 'wrn_timm/released.json',
 ) -> Path:
-    """The weights file of a folder, once it is whole and the one that is meant.
+    """Verify the weights file of a folder, and return its path.
 
     Args:
-        folder: Weights folder, or a snapshot in the cache of the Hub's client.
-        sha256: What the file must have; None for the one that `config.json` names. Where neither is known, a file in
-            the cache must have the one that the Hub named when it was fetched; any other is taken as it is.
-        remedy: What to do about a damaged file.
-        named_by: Where `sha256` is from.
+        folder: Weights folder, or a snapshot in the cache of the Hub client.
+        sha256: Expected sha256; None for the one in `config.json`. If there is none either, a file in the cache must
+            have the sha256 that the Hub gave when it was downloaded; the sha256 of any other file is not checked.
+        remedy: Advice for the error message about a damaged file.
+        named_by: Source of `sha256`, for the error message.
 
     Raises:
-        FileNotFoundError: The folder holds no weights file; a pickle in its place is named, and not read.
-        RuntimeError: The file has another sha256 (both are given), is no sound safetensors file, or has a path that is
-            not UTF-8.
+        FileNotFoundError: The folder holds no weights file. A pickle in its place is named, but not read.
+        RuntimeError: The file has another sha256 (both are given), is not a valid safetensors file, or has a path that
+            is not UTF-8.
     """
     file = folder / WEIGHTS_FILE
     if not file.is_file():
@@ -205,14 +206,14 @@ def verify(
 
 
 def pinned() -> dict[str, dict[str, Any]]:
-    """The released weights by where our account on the Hub has them, `<account>/<arch>.<tag>@<version>`."""
+    """Released weights by their place in our Hub account, `<account>/<arch>.<tag>@<version>`."""
     return {f"{HUB_NAMESPACE}/{name}@{version_tag(row['sha256'])}": row
             for name, row in released().items() if HUB_NAMESPACE}
 
 
 def _hub_id(name: str) -> str:
-    """Where the Hub has our own `<arch>.<tag>`, or the account of $WRN_TIMM_HUB_NAMESPACE its own; '' for nowhere."""
-    if name in published():  # other people's, which no account of ours has
+    """Hub repository of `<arch>.<tag>` in our account, or in the account $WRN_TIMM_HUB_NAMESPACE; '' if none."""
+    if name in published():  # third-party weights, which our account does not hold
         return ''
     account = os.environ.get('WRN_TIMM_HUB_NAMESPACE', HUB_NAMESPACE)
     if account != HUB_NAMESPACE:
@@ -221,9 +222,9 @@ def _hub_id(name: str) -> str:
 
 
 def sources(name: str) -> dict[str, str]:
-    """Where the weights of `<arch>.<tag>` can be had now, as fields of timm's pretrained configuration."""
+    """Available sources of the weights of `<arch>.<tag>`, as fields of timm's pretrained configuration."""
     folder = find(name)
-    hub_id = _hub_id(name) if name in released() else ''  # others may be there, but are not known to be
+    hub_id = _hub_id(name) if name in released() else ''  # the Hub may hold others, but this is not known
     found = {'file': folder and str(folder / WEIGHTS_FILE), 'hf_hub_id': hub_id,
              'url': published().get(name, {}).get('url')}
     return {field: value for field, value in found.items() if value}
@@ -233,7 +234,7 @@ def _download(hub_id: str, cache_dir: str | Path | None) -> str:
     folder = snapshot(hub_id, ('config.json', WEIGHTS_FILE), cache_dir)
     return str(verify(
         folder, pinned().get(hub_id, {}).get('sha256'),
-        f'Delete {folder.parents[1]} and load again, which downloads it again.'))
+        f'Delete {folder.parents[1]} and load again to download the weights.'))
 
 
 def _published_at(url: str | None) -> dict[str, Any] | None:
@@ -252,18 +253,18 @@ def locate(
         overlay: dict[str, Any] | None,
         cache_dir: str | Path | None = None,
 ) -> dict[str, Any]:
-    """The `pretrained_cfg` and `pretrained_cfg_overlay` that make timm load the right file for an entrypoint.
+    """Find the `pretrained_cfg` and `pretrained_cfg_overlay` that make timm load the right file for an entrypoint.
 
     Args:
-        variant: Architecture.
-        pretrained: Whether weights are wanted; if not, only the tag is checked.
-        pretrained_cfg: What the caller gave: a tag, a whole configuration, or None for the default tag.
-        overlay: What the caller wants changed in it.
-        cache_dir: Where the Hub's client keeps files; None for its default.
+        variant: Name of the architecture.
+        pretrained: Whether to find weights; otherwise, only the tag is checked.
+        pretrained_cfg: Tag or whole configuration from the caller; None for the default tag.
+        overlay: Changes to the configuration from the caller.
+        cache_dir: Folder for downloaded files; None for the default cache.
 
     Raises:
-        RuntimeError: The tag is unknown (the nearest are named), its weights are damaged, or they are nowhere (says
-            where they were looked for and what to set).
+        RuntimeError: The tag is unknown (the nearest is named), or its weights are damaged or not found (the message
+            says where they were searched for and what to set).
     """
     overlay = dict(overlay or {})
     out = dict(pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
@@ -271,11 +272,11 @@ def locate(
         _check_tag(variant, pretrained_cfg)
     if not pretrained:
         return out
-    given = None  # what of the caller's names a source of its own
+    given = None  # the caller's configuration, if it names a source
     if any(overlay.get(k) for k in SOURCES):
         given = cfg = PretrainedCfg(**overlay)
-        overlay.update({k: None for k in SOURCES if not overlay.get(k)})  # timm would prefer some of the tag's
-        overlay.setdefault('source', None)  # and a folder or repository to all
+        overlay.update({k: None for k in SOURCES if not overlay.get(k)})  # timm would prefer some sources of the tag
+        overlay.setdefault('source', None)  # and a folder or repository to all others
     elif pretrained_cfg is None or isinstance(pretrained_cfg, str):
         cfg = get_pretrained_cfg(f'{variant}.{pretrained_cfg}' if pretrained_cfg else variant)
     else:
@@ -290,7 +291,7 @@ def locate(
 
 
 def _found(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> str:
-    """The verified file of a registered `<arch>.<tag>`, which is downloaded if it is not on this machine."""
+    """Verified file of a registered `<arch>.<tag>`, downloaded if it is not on this machine."""
     if folder := find(name):
         return str(verify(folder))
     hub_id, entry = cfg.hf_hub_id or _hub_id(name), _published_at(cfg.url)
@@ -311,23 +312,23 @@ def _found(name: str, cfg: PretrainedCfg, cache_dir: str | Path | None) -> str:
 
 
 def _nearest(name: str) -> str:
-    """A sentence that names weights for the same classes, of the network nearest in size; '' where there are none."""
+    """Sentence that names the network nearest in size with weights for the same classes; '' if there is none."""
     def size(name: str) -> float:
         depth, width = re.match(r'wrn(\d+)_([\d_]+)', name).groups()
-        return math.log((int(depth) - 4) * float(width.replace('_', '.')) ** 2)  # parameters are in proportion
+        return math.log((int(depth) - 4) * float(width.replace('_', '.')) ** 2)  # as the number of parameters
 
     tag = name.partition('.')[2].removeprefix('pcv_')
     there = [n for n in list_models('wrn*', include_tags=True)
              if n != name and n.partition('.')[2].removeprefix('pcv_') == tag
              and (find(n) or n in published() or n in released() and _hub_id(n))]
-    if tag == 'untrained':  # of ImageNet; timm's account has weights of some
+    if tag == 'untrained':  # an ImageNet network; timm has weights of some others
         there = [n for n in list_models('wrn*', include_tags=True) if n.endswith('in1k')]
     nearest = min(there, key=lambda n: abs(size(n) - size(name)), default='')
     return f' The nearest network with weights is {nearest}.' if nearest else ''
 
 
 def _verified(cfg: PretrainedCfg, cache_dir: str | Path | None) -> dict[str, Any]:
-    """What makes timm load the verified file of a folder or repository that the caller names, and no other of it."""
+    """Overlay that makes timm load only the verified file of the source that the caller names."""
     if cfg.source == 'local-dir':
         return dict(source=None, custom_load=False, file=str(verify(Path(cfg.file))))
     if cfg.source == 'hf-hub' or (cfg.hf_hub_id and not (cfg.state_dict or cfg.file or cfg.hf_hub_filename)):
@@ -351,7 +352,7 @@ def _check_tag(variant: str, tag: str) -> None:
 
 
 def list_weights() -> list[Weights]:
-    """Every tag of every WRN whose weights are on this machine, on the Hub or published by others.
+    """List the weights of all WRNs that are on this machine, on the Hub or published by others.
 
     Sorted by name as in timm, with pytorchcv's weights at the end.
     """
@@ -378,11 +379,12 @@ def list_weights() -> list[Weights]:
     rows = [dataclasses.replace(w, more_accurate=more_accurate(w.name, errors)) for w in rows]
     return sorted(rows, key=lambda w: w.published_error is not None)
 
+
 _LOCAL = 'local-dir:'
 
 
 def open_model(name: str, pretrained: bool = True, **kwargs: Any) -> torch.nn.Module:
-    """A model by timm name (`wrn16_1.cifar10`) or weights folder, in evaluation mode.
+    """Open a model by timm name (`wrn16_1.cifar10`) or weights folder, in evaluation mode.
 
     Args:
         name: timm name, weights folder or run directory.
@@ -392,8 +394,8 @@ def open_model(name: str, pretrained: bool = True, **kwargs: Any) -> torch.nn.Mo
     Raises:
         FileNotFoundError: There is no such folder, or it holds no weights file.
         RuntimeError: The weights file or its configuration is damaged, or they do not agree.
-        ValueError: timm knows no such model; the nearest are named.
-        What `timm.create_model` raises.
+        ValueError: timm has no such model; the nearest are named.
+        Any error of `timm.create_model`.
     """
     source = source_of(name)
     if not source.startswith(_LOCAL):
@@ -408,13 +410,13 @@ def open_model(name: str, pretrained: bool = True, **kwargs: Any) -> torch.nn.Mo
     try:
         return timm.create_model(source, pretrained=pretrained, **kwargs).eval()
     except (AssertionError, AttributeError, KeyError, TypeError) as e:
-        if kwargs:  # they may be what does not fit
+        if kwargs:  # the caller's arguments may be the cause
             raise
         raise RuntimeError(f'{folder / "config.json"} is not valid for {architecture}: {type(e).__name__}: {e}') from e
 
 
 def source_of(name: str) -> str:
-    """What `timm.create_model` takes for a timm name or a weights folder; it raises the same as `open_model`."""
+    """Argument of `timm.create_model` for a timm name or weights folder; raises the same errors as `open_model`."""
     if Path(name).is_dir():
         return f'{_LOCAL}{weights_folder(name)}'
     if ':' in name:
@@ -426,7 +428,7 @@ def source_of(name: str) -> str:
     if not timm.is_model(name):
         raise ValueError(f'timm knows no model {name}; {_nearest_models(name)}')
     if name not in timm.list_models('wrn*', include_tags=True) and (folder := find(name)):
-        return f'{_LOCAL}{folder}'  # another network's weights, beside ours
+        return f'{_LOCAL}{folder}'  # weights of another architecture, kept beside ours
     return name
 
 
@@ -436,43 +438,43 @@ def _nearest_models(name: str | None) -> str:
 
 
 def weights_folder(path: str | Path) -> Path:
-    """A weights folder, or that of a run directory: `best/` of a fine-tuning run, `weights/` of one from scratch.
+    """Weights folder at a path or in the run directory there: `best/` after fine-tuning, `weights/` after `train`.
 
     Raises:
-        FileNotFoundError: It is neither.
+        FileNotFoundError: The path is neither.
     """
     path = Path(path)
     for folder in (path, path / 'best', path / 'weights'):
         if (folder / 'config.json').is_file():
             return folder
-    raise FileNotFoundError(f'{path} is neither a weights folder nor a run that has ended: there is no config.json')
+    raise FileNotFoundError(f'{path} is neither a weights folder nor a finished run: there is no config.json')
 
 
 def weights_name(name: str) -> str:
-    """What to call the weights that `open_model` opens by a timm name or a folder: `<arch>.<tag>`, and no path."""
+    """Display name of the weights that `open_model` opens by timm name or folder: `<arch>.<tag>`, without a path."""
     local = name.removeprefix(_LOCAL)
-    if not Path(local).is_dir():  # it may have been one
+    if not Path(local).is_dir():  # the folder may be gone
         return Path(local).name if local != name or ':' not in name else name
     try:
         config = read_config(weights_folder(local))
         return f"{config['architecture']}.{config['pretrained_cfg']['tag']}"
-    except (FileNotFoundError, KeyError, RuntimeError):  # it has no tag, or has gone since
+    except (FileNotFoundError, KeyError, RuntimeError):  # it has no tag, or was removed meanwhile
         return Path(local).resolve().name
 
 
 def not_finite(weights: dict[str, torch.Tensor]) -> str:
-    """The first of the tensors that holds NaN or infinity; '' if none does."""
+    """Name of the first tensor that holds NaN or infinity; '' if none does."""
     return next((name for name, t in weights.items() if not t.isfinite().all()), '')
 
 
 def check_weights(weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Make sure that weights are worth exporting.
+    """Refuse to export weights that are not finite.
 
     Raises:
-        FloatingPointError: One holds NaN or infinity; it is named.
+        FloatingPointError: A tensor holds NaN or infinity; it is named.
     """
     if name := not_finite(weights):
-        raise FloatingPointError(f'{name} is not finite, in {weights[name].dtype}; nothing is exported to {folder}')
+        raise FloatingPointError(f'{name} is not finite in {weights[name].dtype}; nothing is exported to {folder}')
 
 
 def export_weights(
@@ -484,14 +486,14 @@ def export_weights(
     """Write a model's weights and configuration as a weights folder.
 
     Args:
-        model: Made by `timm.create_model`; it is not changed.
-        folder: Replaced as a whole if it is there. What stands in it beside its weights (metrics, card...) is kept if
-            the weights are the same.
-        pretrained_cfg: What the configuration says beyond the model's own (`tag`, `mean`, `label_names`...).
-        half: Keep convolution and linear weights in half precision; BatchNorm stays in float32.
+        model: Model made by `timm.create_model`; it is not modified.
+        folder: Weights folder. An existing one is replaced as a whole, but its other files (metrics, card...) are kept
+            if the weights are the same.
+        pretrained_cfg: Changes to the model's own configuration (`tag`, `mean`, `label_names`...).
+        half: Store convolution and linear weights in half precision; BatchNorm stays in float32.
 
     Raises:
-        FloatingPointError: A weight is not finite; a folder that is there stays as it is.
+        FloatingPointError: A weight is not finite. An existing folder is left unchanged.
     """
     model = copy.deepcopy(model).to('cpu', memory_format=torch.contiguous_format)
     if half:
@@ -503,12 +505,12 @@ def export_weights(
     def fill(new: Path) -> None:
         save_for_hf(
             model, str(new), safe_serialization=True,
-            model_config={'pretrained_cfg': pretrained_cfg | (  # without it timm takes them for those of other classes
+            model_config={'pretrained_cfg': pretrained_cfg | (  # else timm may drop the names
                 {'num_classes': model.num_classes} if 'label_names' in pretrained_cfg else {})},
             data_config={k: v for k, v in pretrained_cfg.items() if k in ('input_size', 'crop_pct')})
         shutil.copymode(new / 'config.json', new / WEIGHTS_FILE)  # safetensors creates it with mode 0600
         config = json.loads((new / 'config.json').read_text(encoding='utf-8'))
-        if info := getattr(model, 'feature_info', None):  # timm leaves it open where the size is new
+        if info := getattr(model, 'feature_info', None):  # timm sets no pool_size for a new input size
             _, *sides = config['pretrained_cfg']['input_size']
             config['pretrained_cfg']['pool_size'] = [math.ceil(side / info[-1]['reduction']) for side in sides]
         config['sha256'] = sha256_of(new / WEIGHTS_FILE)
@@ -522,5 +524,5 @@ def export_weights(
 
 
 def eval_transform(model: torch.nn.Module) -> Any:
-    """timm's preprocessing of a PIL image for this model, as its own configuration says."""
+    """timm's evaluation transform of PIL images for this model, from its own configuration."""
     return create_transform(**resolve_model_data_config(model), is_training=False)

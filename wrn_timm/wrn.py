@@ -3,12 +3,12 @@
 Paper: `Wide Residual Networks` - https://arxiv.org/abs/1605.07146 (table 1, figure 1 d)
 
 WRN-depth-k has a 3x3 stem with 16 channels and three stages of N basic blocks with 16k, 32k and 64k channels, where k
-is the width. The first block of a stage has a bare 1x1 convolution of the pre-activated input as its shortcut, except
-for k = 1, where the first stage keeps the 16 channels of the stem and the identity.
+is the width. The shortcut of the first block of a stage is a 1x1 convolution of the pre-activated input, without
+BatchNorm. The exception is the first stage for k = 1, which keeps the 16 channels of the stem and the identity.
 
-The depth is 6N + 4: two 3x3 convolutions in each of the 3N blocks, the stem, and three 1x1 shortcuts (counted for k = 1
-too). WRN-28-10 has N = 4 and k = 10, WRN-16-1 has N = 2 and k = 1. Some tutorials write n for the depth, others for N;
-one takes the 10 of "WRN-28-10" for N and builds a WRN-64-4.
+The depth 6N + 4 counts two 3x3 convolutions in each of the 3N blocks, the stem, and three 1x1 shortcuts (three for
+k = 1 too). WRN-28-10 has N = 4 and k = 10, WRN-16-1 has N = 2 and k = 1. In some tutorials n is the depth, in others it
+is N; one takes the 10 of "WRN-28-10" for N and builds a WRN-64-4.
 """
 
 from typing import Any
@@ -38,8 +38,8 @@ STAGES = ('layer1', 'layer2', 'layer3')
 class PreActBlock(nn.Module):
     """BN-ReLU-conv3x3-BN-ReLU-(dropout)-conv3x3 (paper, figure 1 d).
 
-    BN and ReLU stay separate modules: tools that swap BatchNorm (SyncBatchNorm, FrozenBatchNorm2d) would drop an
-    activation fused into it.
+    BN and ReLU are separate modules, because tools that replace BatchNorm (by SyncBatchNorm or FrozenBatchNorm2d) would
+    drop an activation fused into it.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class PreActBlock(nn.Module):
 
 
 def _stem_reduction(stem: str, output_stride: int | None) -> int:
-    """Reduction of the stem, where the largest one can be `output_stride`."""
+    """Check the stem and output stride, and return the reduction of the stem."""
     if stem not in ('cifar', 'imagenet'):
         raise ValueError(f"stem {stem!r} is unknown; choose 'cifar' or 'imagenet'")
     reduction = 4 if stem == 'imagenet' else 1
@@ -94,27 +94,28 @@ class WideResNet(nn.Module):
     """WRN-depth-width for images of any size (`Wide Residual Networks`, table 1).
 
     Args:
-        depth: 6N + 4: the 3x3 convolutions and the three 1x1 shortcuts, as the paper counts.
+        depth: Depth 6N + 4, which counts the 3x3 convolutions and three 1x1 shortcuts, as in the paper.
         width: Widening factor k; 16k must be a whole number of channels.
-        num_classes: Size of the classifier, 0 for none.
-        in_chans: Channels of the input image.
-        global_pool: '', 'avg', 'max', 'avgmax' or 'catavgmax'.
-        stem: 'cifar' (3x3, stages at reductions 1, 2, 4) or 'imagenet' (7x7 stride 2 and max pool: 4, 8, 16).
-        output_stride: Largest reduction, None for the stem's own; stages beyond it are dilated instead.
-        drop_rate: Dropout before the classifier.
-        conv_drop_rate: Dropout between the convolutions of a block (paper, section 2.4: 0.3 CIFAR, 0.4 SVHN).
-        drop_path_rate: Stochastic depth of the last block, rising linearly from 0 at the first.
-        act_layer: Activation, by timm's name or class.
-        norm_layer: Normalisation, by timm's name ('groupnorm1') or class (`partial(GroupNorm, num_groups=16)`).
+        num_classes: Number of classes; 0 for no classifier.
+        in_chans: Number of input channels.
+        global_pool: Global pooling: '', 'avg', 'max', 'avgmax' or 'catavgmax'.
+        stem: 'cifar' (3x3; stages at reductions 1, 2, 4) or 'imagenet' (7x7 with stride 2, and max pooling; 4, 8, 16).
+        output_stride: Largest reduction; stages beyond it are dilated instead. None for no limit.
+        drop_rate: Dropout rate before the classifier.
+        conv_drop_rate: Dropout rate between the convolutions of a block (paper, section 2.4: 0.3 for CIFAR, 0.4 for
+            SVHN).
+        drop_path_rate: Stochastic depth rate of the last block; it rises linearly from 0 in the first block.
+        act_layer: Activation layer, by timm name or class.
+        norm_layer: Normalisation layer, by timm name ('groupnorm1') or class (`partial(GroupNorm, num_groups=16)`).
         device: Device of the parameters.
-        dtype: Type of the parameters.
+        dtype: Data type of the parameters.
 
-    Shapes: (B, in_chans, H, W) to (B, num_classes); `forward_features` gives (B, 64k, H/4, W/4) (H/16 with the
-    ImageNet stem) after the last BN-ReLU.
+    Shapes: images (B, in_chans, H, W) give logits (B, num_classes). `forward_features` returns the features after the
+    last BN-ReLU, (B, 64k, H/4, W/4), or (B, 64k, H/16, W/16) with the ImageNet stem.
 
     Raises:
-        ValueError: Depth is not 6N + 4, width gives fractional channels, the stem is unknown, or it has no such
-            output stride.
+        ValueError: The depth is not 6N + 4, the width gives fractional channels, the stem is unknown, or it does not
+            allow this output stride.
     """
 
     def __init__(
@@ -179,7 +180,7 @@ class WideResNet(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Kaiming-normal convolutions by fan-out, as in the authors' Lua code; zeros for the bias of the classifier."""
+        """Initialise convolutions by Kaiming normal (fan-out) as in the authors' Lua code; zero the classifier bias."""
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
@@ -188,7 +189,7 @@ class WideResNet(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups by stage (coarse) or block, in order of depth, for layer-wise learning rates."""
+        """Group parameters by stage (coarse) or block, in order of depth, for layer-wise learning rates."""
         return dict(
             stem=r'^conv1',
             blocks=r'^layer(\d+)' if coarse else [
@@ -204,11 +205,11 @@ class WideResNet(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The classifier, `nn.Linear` or `nn.Identity`."""
+        """Return the classifier, `nn.Linear` or `nn.Identity`."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier with one of `num_classes` (0 for none); `global_pool` None keeps the pooling."""
+        """Replace the classifier by one for `num_classes` (0 for none); `global_pool=None` keeps the pooling."""
         if global_pool is None:
             global_pool = self.global_pool.pool_type
         reference = self.conv1.weight
@@ -228,15 +229,15 @@ class WideResNet(nn.Module):
             output_fmt: str = 'NCHW',
             intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Final features and the outputs of chosen stages.
+        """Return the final features and the outputs of the chosen stages.
 
         Args:
-            x: (B, in_chans, H, W).
-            indices: The last n stages if an int, all stages if None, else the stages at these indices.
-            norm: Apply the last BN-ReLU to the last stage's output, which is raw otherwise, as the other stages' are.
+            x: Images (B, in_chans, H, W).
+            indices: Indices of the stages; an int n for the last n stages, None for all stages.
+            norm: Apply the final BN-ReLU to the output of the last stage. The outputs of other stages are always raw.
             stop_early: Skip the stages after the last requested one.
-            output_fmt: 'NCHW'.
-            intermediates_only: Return the list alone.
+            output_fmt: Output format; only 'NCHW' is supported.
+            intermediates_only: Return only the list of stage outputs.
 
         Raises:
             ValueError: `output_fmt` is not 'NCHW'.
@@ -265,7 +266,7 @@ class WideResNet(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        """Remove what the stages at `indices` do not need, and return the indices as a list."""
+        """Remove the layers that the stages at `indices` do not need, and return the indices as a list."""
         take_indices, max_index = feature_take_indices(len(STAGES), indices)
         prune_end = max_index < len(STAGES) - 1
         for name in STAGES[max_index + 1:]:
@@ -279,7 +280,7 @@ class WideResNet(nn.Module):
         return take_indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in_chans, H, W) to the unpooled features after the last BN-ReLU."""
+        """Compute the unpooled features after the last BN-ReLU from images (B, in_chans, H, W)."""
         x = self.maxpool(self.conv1(x))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq([self.layer1, self.layer2, self.layer3], x, flatten=True)
@@ -301,7 +302,7 @@ class WideResNet(nn.Module):
 
 
 def _layout(depth: int, width: float) -> tuple[int, tuple[int, int, int]]:
-    """Blocks per stage, and the channels of the three stages."""
+    """Check depth and width, and return the blocks per stage and the channels of the three stages."""
     if depth < 10 or (depth - 4) % 6:
         n = max(1, (depth - 4) // 6)
         nearest = f'{6 * n + 4}' if depth < 10 else f'{6 * n + 4}, {6 * n + 10}'
@@ -338,7 +339,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-# Tags of every network in the family: the data set that the weights were trained on.
+# Tags of every network of the family, named after the data set that the weights were trained on.
 TAGS = {
     'cifar10': _cfg(label_names=CIFAR10_LABELS),
     'cifar100': _cfg(
@@ -348,7 +349,7 @@ TAGS = {
 
 
 def _pytorchcv_cfg(**kwargs: Any) -> dict[str, Any]:
-    """Configuration of pytorchcv's weights: one mean and std for all data sets (its `cifar10_cls_dataset.py`)."""
+    """Configuration of pytorchcv's weights; mean and std are the same for all data sets (`cifar10_cls_dataset.py`)."""
     return _cfg(
         std=(0.2023, 0.1994, 0.2010), license='mit', origin_url='https://github.com/osmr/imgclsmob', **kwargs)
 
@@ -366,7 +367,7 @@ default_cfgs = {}
 def _create_wrn(variant: str, pretrained: bool = False, **kwargs: Any) -> WideResNet:
     cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None) or {}
     if cfg is None and (not pretrained or any(overlay.get(k) for k in SOURCES)):
-        cfg = 'cifar10'  # random or own weights must not be saved with the licence of the default tag
+        cfg = 'cifar10'  # random weights, or the user's own, must not be saved with the licence of the default tag
     source = locate(variant, pretrained, cfg, overlay, kwargs.get('cache_dir'))
     return build_model_with_cfg(
         WideResNet, variant, pretrained,
@@ -383,7 +384,8 @@ def register_wrn(depth: int, width: float) -> str:
     A network that is already registered is left unchanged.
 
     Raises:
-        ValueError: Depth is not 6N + 4, width gives fractional channels, or the name belongs to another network.
+        ValueError: The depth is not 6N + 4, the width gives fractional channels, or the name belongs to another
+            network.
     """
     _layout(depth, width)
     depth = int(depth)
@@ -399,19 +401,19 @@ def register_wrn(depth: int, width: float) -> str:
         return _create_wrn(name, pretrained, **{'depth': depth, 'width': width, **kwargs})
 
     entrypoint.__name__ = entrypoint.__qualname__ = name
-    entrypoint.__doc__ = f'WRN-{depth}-{width:g}: {(depth - 4) // 6} blocks per stage, {width:g} times as wide.'
+    entrypoint.__doc__ = f'WRN-{depth}-{width:g}: {(depth - 4) // 6} blocks per stage, widening factor {width:g}.'
     globals()[name] = entrypoint
     cfgs = TAGS | {tag: cfg for tag, cfg in PYTORCHCV_TAGS.items() if f'{name}.{tag}' in published()}
-    cfgs = {tag: {**cfg, **sources(f'{name}.{tag}')} for tag, cfg in cfgs.items()}  # `file` makes timm list it
+    cfgs = {tag: {**cfg, **sources(f'{name}.{tag}')} for tag, cfg in cfgs.items()}  # timm lists tags with a source
     default = default_tag(name, cfgs)
-    # timm puts the first tag with a source before the star, unless the star comes last
+    # timm would put the first tag with a source before the default (*), unless the default comes last
     cfgs = {f'{name}.{tag}': cfg for tag, cfg in cfgs.items() if tag != default} | {f'{name}.{default}*': cfgs[default]}
     default_cfgs.update(generate_default_cfgs(cfgs))
     register_model(entrypoint)
     return name
 
 
-# (depth, width) of the paper (tables 2 to 6) and of networks that others have measured since.
+# (depth, width) of the networks in the paper (tables 2 to 6), and of others measured since then.
 VARIANTS = (
     (16, 1), (16, 2), (16, 4), (16, 8), (16, 10),
     (22, 2), (22, 8), (22, 10),

@@ -1,11 +1,11 @@
-"""ImageNet Wide Residual Networks, on timm's own ResNet.
+"""Wide Residual Networks for ImageNet, built on timm's ResNet.
 
 Paper: `Wide Residual Networks` - https://arxiv.org/abs/1605.07146 (section 3.4, tables 7 and 8)
 
-Post-activation blocks and the usual 7x7 stem with 64 channels. Bottleneck networks widen the inner 3x3 convolution;
-basic networks widen both convolutions, and with them the channels of every stage.
+The blocks are post-activation, and the stem is the usual 7x7 one with 64 channels. Bottleneck networks widen the inner
+3x3 convolution. Networks of basic blocks widen both convolutions, and thus the output of every stage.
 
-With `stem='cifar'`, a network has a 3x3 stem of stride 1 without pooling, for images of about 32 pixels.
+With `stem='cifar'`, a network has a 3x3 stem with stride 1 and no pooling, for images of about 32 pixels.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def _hosted_by_timm(arch: str, timm_arch: str) -> dict[str, PretrainedCfg]:
-    """timm's configurations of the same network, each with the full name of timm's repository."""
+    """timm's pretrained configurations of the same network, each with the full name of its Hub repository."""
     return {
         f'{arch}.{cfg.tag}': dataclasses.replace(
             cfg, architecture=None, tag=None, url=None, hf_hub_id=f'timm/{name}',
@@ -60,14 +60,14 @@ default_cfgs = generate_default_cfgs({
 
 
 def _resnet(stem: str = 'imagenet', in_chans: int = 3, output_stride: int | None = None, **kwargs: Any) -> ResNet:
-    """timm's ResNet with either stem.
+    """Build timm's ResNet with either stem.
 
     Raises:
-        ValueError: The stem is unknown, or it has no such output stride.
+        ValueError: The stem is unknown, or it does not allow this output stride.
     """
     if stem not in ('cifar', 'imagenet'):
         raise ValueError(f"stem {stem!r} is unknown; choose 'cifar' or 'imagenet'")
-    strides = {8 // (4 if stem == 'cifar' else 1) * 2 ** i: 8 * 2 ** i for i in range(3)}  # ours: timm's
+    strides = {8 // (4 if stem == 'cifar' else 1) * 2 ** i: 8 * 2 ** i for i in range(3)}  # our output stride: timm's
     if output_stride not in (None, *strides):
         raise ValueError(f'output_stride is {output_stride}; with the {stem!r} stem it can be '
                          f'{" or ".join(", ".join(map(str, strides)).rsplit(", ", 1))}')
@@ -133,7 +133,7 @@ def wrn200_2(pretrained: bool = False, **kwargs: Any) -> ResNet:
 
 @register_model
 def wrn18_1(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """WRN-18-1 (table 7), the network that others call ResNet-18."""
+    """WRN-18-1 (table 7), also known as ResNet-18."""
     return _basic('wrn18_1', pretrained, 1, (2, 2, 2, 2), **kwargs)
 
 
@@ -157,7 +157,7 @@ def wrn18_3(pretrained: bool = False, **kwargs: Any) -> ResNet:
 
 @register_model
 def wrn34_1(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """WRN-34-1 (table 7), the network that others call ResNet-34."""
+    """WRN-34-1 (table 7), also known as ResNet-34."""
     return _basic('wrn34_1', pretrained, 1, (3, 4, 6, 3), **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""What every command does alike: shared options, errors as one line on standard error, exit codes, log lines."""
+"""Shared parts of the commands: options, one-line errors on standard error, exit codes and logging."""
 from __future__ import annotations
 
 import contextlib
@@ -24,13 +24,13 @@ __all__ = [
     'STOPPED', 'OnDevice', 'Options', 'Training', 'is_main_process', 'log_to_terminal', 'machine_of', 'reports_errors',
     'resumable', 'show_error']
 
-STOPPED = 130  # 128 + SIGINT: the exit code of what was stopped before its end
-_EXPECTED = (FloatingPointError, ImportError, OSError, RuntimeError, ValueError)  # whose messages are for the user
+STOPPED = 130  # 128 + SIGINT: exit code of a command that was stopped early
+_EXPECTED = (FloatingPointError, ImportError, OSError, RuntimeError, ValueError)  # with messages for the user
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Of every command."""
+    """Options of every command."""
     traceback: bool = False
     """Print the full traceback of an error."""
 
@@ -44,14 +44,14 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnDevice(Options):
-    """Of a command that computes."""
+    """Options of commands that compute."""
     device: str = Machine.device
-    """Where to compute: 'cpu' or 'cuda'."""
+    """Device to compute on: 'cpu' or 'cuda'."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training(OnDevice):
-    """Of a command that trains."""
+    """Options of commands that train."""
     out: str
     """Run directory."""
     resume: bool = False
@@ -64,13 +64,13 @@ _Machine = TypeVar('_Machine', bound=Machine)
 
 
 def machine_of(options: OnDevice, kind: type[_Machine], **more: Any) -> _Machine:
-    """What a command line says of the machine, and `more`."""
+    """Build the machine settings from the command-line options and `more`."""
     names = {field.name for field in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in vars(options).items() if name in names}, **more)
 
 
 def show_error(error: Exception) -> None:
-    """Print an error as a line; one that nobody foresaw with its kind, and the file that was at hand."""
+    """Print an error as one line; an unexpected error with its type and the file that was being processed."""
     if isinstance(error, _EXPECTED):
         print(f'error: {printable(error, lines=True)}', file=sys.stderr)
         return
@@ -80,7 +80,7 @@ def show_error(error: Exception) -> None:
 
 
 def _file_at_hand(error: Exception) -> str:
-    """The file that the innermost function knew of which knew of any; '' where none did."""
+    """File that was being processed: the first in the local variables, innermost frame first; '' if none."""
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         for value in frame.f_locals.values():
             if isinstance(value, (str, os.PathLike)) and os.path.isfile(value):
@@ -89,9 +89,9 @@ def _file_at_hand(error: Exception) -> str:
 
 
 def reports_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str] | None], int]:
-    """Have a `main` print its errors by `show_error` and return 1, unless `--traceback` is among its arguments.
+    """Make a `main` print its errors with `show_error` and return 1, unless `--traceback` is given.
 
-    Ctrl-C and SIGTERM end it with 130.
+    After Ctrl-C or SIGTERM it returns 130.
     """
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
@@ -104,9 +104,9 @@ def reports_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[s
         except KeyboardInterrupt as e:
             print(str(e) or 'stopped', file=sys.stderr)
             return STOPPED
-        except BrokenPipeError:  # who reads it has read enough, as `head` does
+        except BrokenPipeError:  # the reader closed the pipe, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141  # 128 + SIGPIPE, as a shell has it of other programs
+            return 141  # 128 + SIGPIPE, as shells report it
         except Exception as e:
             if '--traceback' in argv:
                 raise
@@ -120,13 +120,13 @@ def reports_errors(main: Callable[[Sequence[str]], int]) -> Callable[[Sequence[s
 
 @contextlib.contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """A cluster's way to stop a job ends it as a person's does."""
+    """Handle SIGTERM, by which clusters stop jobs, like Ctrl-C."""
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     try:
         previous = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # signals can be handled in the main thread alone
+    except ValueError:  # only the main thread can handle signals
         yield
         return
     try:
@@ -137,7 +137,7 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 
 @contextlib.contextmanager
 def resumable(out: str) -> Iterator[None]:
-    """Have a Ctrl-C say whether the run in `out` has anything to go on from."""
+    """On Ctrl-C, say whether the run in `out` can be resumed."""
     try:
         yield
     except KeyboardInterrupt:
@@ -147,11 +147,11 @@ def resumable(out: str) -> Iterator[None]:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes, of those that `torchrun` started."""
+    """Whether this is the main process, the only one of those started by `torchrun` that writes."""
     return os.environ.get('RANK', '0') == '0'
 
 
 def log_to_terminal(level: int = logging.INFO) -> None:
-    """Print log messages from this level on, alone and printable; of timm's the warnings."""
+    """Print log messages of at least this level without prefixes; from timm, only warnings."""
     logging.basicConfig(handlers=[terminal_handler()], level=level, force=True)
     logging.getLogger('timm').setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Train a detector on photographs with boxes, measure it, and find objects with it.
+"""Train a detector on photographs with boxes, evaluate it, and find objects with it.
 
     wrn-timm detect --data DIR --out RUN                         # Pascal VOC, COCO or YOLO
     wrn-timm detect --data DIR --out RUN --model wrn50_2.racm_in1k --epochs 30
@@ -17,11 +17,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import pycocotools  # noqa: F401  (which measures the detector, after hours of training)
+import pycocotools  # noqa: F401  (needed to measure the detector, after hours of training)
 import torch
 
 from ..detection import open_detector
-from ..names import as_cell, printable
+from ..names import as_cell, counted, printable
 from ..recipes import DetectConfig
 from ..train.detector import asked_before, train_detectors
 from ..train.find_objects import ImageObjects, coco_image_id, coco_results, draw_objects, find_in_files
@@ -47,7 +47,7 @@ PURPOSES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DetectOptions(Training):
-    """Options beside the settings of the detector."""
+    """Command-line options in addition to the settings of the detector."""
     images: tuple[str, ...] = option((), 'IMAGE', positional=True)
     """Photographs and folders to find objects in, with the detector of --model RUN (default: the run in --out); -
     reads a list from standard input. Nothing is trained then."""
@@ -65,7 +65,7 @@ class DetectOptions(Training):
     json: bool = False
     """Print the objects as one JSON list."""
     csv: bool = False
-    """Print a line per object: image, label, score, xmin, ymin, xmax, ymax, error."""
+    """Print one line per object: image, label, score, xmin, ymin, xmax, ymax, error."""
     coco: bool = False
     """Print the objects as COCO results. Their image_id is the number in the file's name, or the name; category_id
     counts the detector's classes from 1."""
@@ -102,7 +102,7 @@ _COLUMNS = ('image', 'label', 'score', 'xmin', 'ymin', 'xmax', 'ymax', 'error')
 
 
 def rows(found: ImageObjects) -> list[list[Any]]:
-    """The lines of the CSV file for a photograph; one without objects has a line too."""
+    """CSV lines of a photograph; a photograph without objects has one line too."""
     lines = [[as_cell(found.image), as_cell(o.label), o.score, *o.box, ''] for o in found.objects]
     return lines or [[as_cell(found.image), *[''] * 6, as_cell(found.error)]]
 
@@ -117,7 +117,7 @@ def print_text(found: ImageObjects) -> None:
 
 
 def show(results: Iterable[ImageObjects], options: DetectOptions, classes: Sequence[str]) -> int:
-    """Print what is found, in the format asked for, and draw it; the number of files that could not be read."""
+    """Print the objects in the chosen format, draw them, and return the number of files that could not be read."""
     table, whole, failed, taken = csv.writer(sys.stdout, lineterminator='\n'), [], 0, set()
     images: dict[int | str, str] = {}
     if options.csv:
@@ -144,10 +144,10 @@ def show(results: Iterable[ImageObjects], options: DetectOptions, classes: Seque
 
 
 def run_finding(options: DetectOptions, model: str) -> int:
-    """Find objects with a trained detector; the exit code."""
+    """Find objects with a trained detector, and return the exit code."""
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='surrogateescape')  # names of files can be any bytes
+            stream.reconfigure(errors='surrogateescape')  # file names can be any bytes
     names, drawn = list(named(options.images)), Path(options.draw).resolve() if options.draw else None
     if mixed := next((name for name in names if drawn and Path(name).resolve().parent == drawn), None):
         raise ValueError(f'{options.draw} is the folder of {mixed}; choose another --draw, so that drawings are '
@@ -156,12 +156,12 @@ def run_finding(options: DetectOptions, model: str) -> int:
     paths = (path for path in find_images(names) if Path(path).resolve().parent != drawn)
     threshold = 0. if options.coco and options.threshold is None else options.threshold
     if failed := show(find_in_files(detector, paths, threshold), options, detector.classes):
-        print(f'{failed} {"file" if failed == 1 else "files"} could not be read', file=sys.stderr)
+        print(f"{counted(failed, 'file')} could not be read", file=sys.stderr)
     return 1 if failed else 0
 
 
 def run_training(options: DetectOptions, config: DetectConfig) -> int:
-    """Train, and print the figures; the exit code."""
+    """Train, print the results, and return the exit code."""
     text = options.messages == 'text'
     machine = machine_of(options, Machine, progress=None if text else False)
 

@@ -1,10 +1,10 @@
-"""Write a pretrained network as one file that other programs run.
+"""Export a pretrained network to a file that other programs can run.
 
     wrn-timm export --model wrn16_1.cifar10 --to onnx --out wrn16_1.onnx    # or pt2, ts
     wrn-timm export --model wrn16_1.cifar10 --features --to onnx --out backbone.onnx
     wrn-timm export --model RUN --to onnx --out detector.onnx               # or ts; RUN is a run of detect
 
-The file is checked against the network and kept only if both give the same.
+The file is checked against the network, and kept only if their outputs agree.
 """
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ..weights import open_model
 from .common import Options, reports_errors
 from .options import option, parse
 
-TOLERANCE = 1e-4  # of the largest logit; other kernels add in another order
-LEAST_IN_COMMON = 0.95  # of the objects; of two that overlap about as much as is allowed, either may be dropped
+TOLERANCE = 1e-4  # relative to the largest logit; other kernels sum in another order
+LEAST_IN_COMMON = 0.95  # fraction of objects; near the overlap limit, either of two boxes may be dropped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class ExportOptions(Options):
     model: str
     """timm name, weights folder, or run directory of finetune, train or detect."""
     to: Literal['onnx', 'pt2', 'ts']
-    """ONNX, torch.export (not for detectors) or TorchScript."""
+    """Format: ONNX, torch.export (pt2; not for detectors) or TorchScript (ts)."""
     out: str = option(metavar='FILE')
     """File to write; its name ends in .onnx, .pt2 or .ts."""
     features: bool = False
@@ -56,13 +56,13 @@ class ExportOptions(Options):
 
     @property
     def of_detector(self) -> bool:
-        """Whether the model is a detector; on the Hub its name says so."""
+        """Whether the model is a detector, which on the Hub is recognised by its name."""
         return find_detector(self.model) is not None or (
             self.model.startswith('hf-hub:') and self.model.rpartition('/')[2].startswith(tuple(DETECTORS)))
 
 
 def export_detector(options: ExportOptions, out: Path) -> str:
-    """Write a detector's file, and check it on photographs; what the check found."""
+    """Export a detector, check the file on photographs, and return the result of the check as text."""
     detector = open_detector(options.model)
     DETECTOR_EXPORTERS[options.to](detector, out)
     images = [pil_to_tensor(read_rgb(path)) / 255 for path in first_photographs()[:3]]
@@ -75,10 +75,10 @@ def export_detector(options: ExportOptions, out: Path) -> str:
 
 
 def export_classifier(options: ExportOptions, out: Path) -> str:
-    """Write the file of a classifier or its backbone, and check it on random images; what the check found."""
+    """Export a classifier or its backbone, check the file on random images, and return the result as text."""
     model = open_model(options.model, **{'features_only': True} if options.features else {})
     EXPORTERS[options.to](model, out)
-    least = 2 * model.feature_info[-1]['reduction']  # of to_exported_program
+    least = 2 * model.feature_info[-1]['reduction']  # as required by to_exported_program
     images = torch.randn(3, model.pretrained_cfg['input_size'][0], least + 8, least + 24)
     with torch.no_grad():
         expected, found = (list(o) if options.features else [o] for o in (model(images), run_exported(out, images)))
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         found = (export_detector if options.of_detector else export_classifier)(options, out)
     except BaseException:
-        out.unlink(missing_ok=True)  # it was not there before
+        out.unlink(missing_ok=True)  # it did not exist before
         raise
     print(f'{printable(out)}: {out.stat().st_size / 1e6:.1f} MB; {found}')
     return 0

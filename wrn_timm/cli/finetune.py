@@ -3,7 +3,7 @@
     wrn-timm finetune                          # in a checkout: its sample of Caltech 101, a minute on a laptop
     wrn-timm finetune --data DIR --out RUN     # DIR holds a folder of photographs per class
     wrn-timm finetune --data caltech101:DIR --download --split random30 --train head --out RUN
-    wrn-timm finetune --data DIR --probe all   # rank all weights at hand, training none
+    wrn-timm finetune --data DIR --probe all   # rank all available weights, without training
     torchrun --nproc-per-node 8 -m wrn_timm.cli finetune --data DIR --out RUN
 """
 from __future__ import annotations
@@ -48,10 +48,10 @@ PURPOSES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(Training):
-    """Options beside the settings of the training."""
+    """Command-line options in addition to the training settings."""
     data: str = ''
-    """Folder of class folders, FILE.csv (path, label), caltech101:DIR or a timm data set (hfds/...); in a checkout the
-    default is its sample of Caltech 101."""
+    """Folder of class folders, FILE.csv (path, label), caltech101:DIR or a timm data set (hfds/...). In a checkout, the
+    default is the bundled sample of Caltech 101."""
     out: str = 'runs/finetune'
     resume: bool = False
     """Continue the run in --out with its own settings; give its --data again."""
@@ -85,18 +85,18 @@ class FinetuneOptions(Training):
 
     @property
     def source(self) -> str:
-        """What to train on."""
+        """Data to train on."""
         return self.data or str(sample())
 
 
 def emit(row: dict[str, Any], options: FinetuneOptions) -> None:
-    """Print a message for programs, if those are wanted."""
+    """Print a row as JSON if --messages is json."""
     if options.messages == 'json':
         print(json.dumps(row), flush=True)
 
 
 def run_probe(options: FinetuneOptions, config: FinetuneConfig, machine: Machine) -> None:
-    """Rank the weights; what is measured is kept as it comes, for the next weights may be damaged."""
+    """Rank the weights; every result is saved at once, because the next weights may be damaged."""
     if os.environ.get('WORLD_SIZE', '1') != '1':
         raise ValueError('--probe runs in one process; start it without torchrun')
     check_place(Path(options.out))
@@ -120,7 +120,7 @@ def run_probe(options: FinetuneOptions, config: FinetuneConfig, machine: Machine
 
 
 def run_training(options: FinetuneOptions, config: FinetuneConfig, machine: Machine) -> int:
-    """Fine-tune, and print the figures; the exit code."""
+    """Fine-tune, print the results, and return the exit code."""
     result = finetune_seeds(
         config, options.source, options.out, options.seeds, machine, lambda row: emit(row, options))
     if not is_main_process():
@@ -137,7 +137,7 @@ def run_training(options: FinetuneOptions, config: FinetuneConfig, machine: Mach
 
 
 def show(result: dict[str, Any], out: str) -> None:
-    """Print the figures for people."""
+    """Print the results as text."""
     if 'runs' in result:
         for key in ('top1', 'mean_per_class', 'ece'):
             print(f"{key:15} {spread(result[key])} %, {result['seeds']} seeds")
@@ -148,7 +148,7 @@ def show(result: dict[str, Any], out: str) -> None:
 
 
 def spread(score: dict[str, Any]) -> str:
-    """Mean, and the standard deviation where there are several values."""
+    """Mean, with the standard deviation if there are several values."""
     return f"{score['mean']:.1f}" + (f" ± {score['std']:.1f}" if len(score['values']) > 1 else '')
 
 
@@ -167,7 +167,7 @@ def show_probe(rows: list[dict[str, Any]], options: FinetuneOptions, config: Fin
 
 
 def read(argv: Sequence[str]) -> tuple[FinetuneOptions, FinetuneConfig]:
-    """What a command line says."""
+    """Parse the command line."""
     def start(options: FinetuneOptions) -> FinetuneConfig:
         return begun_with(Path(options.out), 'finetune', FinetuneConfig) if options.resume else FinetuneConfig()
 
@@ -182,7 +182,7 @@ def main(argv: Sequence[str]) -> int:
     if options.record:
         for name in options.probe or [config.model]:
             if name != 'all':
-                transfer_folder(name)  # before hours are spent
+                transfer_folder(name)  # fail before training, not after
     machine = machine_of(options, Machine, progress=None if text else False)
     if options.probe:
         run_probe(options, config, machine)

@@ -1,4 +1,4 @@
-"""A command's options from dataclasses: their fields, types and defaults, with the fields' docstrings as help."""
+"""Command-line options from the fields of dataclasses: types, defaults, and docstrings as help texts."""
 from __future__ import annotations
 
 import argparse
@@ -22,13 +22,12 @@ _Settings = TypeVar('_Settings')
 
 
 def option(default: Any = dataclasses.MISSING, metavar: str = '', **metadata: Any) -> Any:
-    """A field of options that says more than its default: what its value is called, whether it is given by place
-    (`positional`), or argparse's `nargs`."""
+    """Dataclass field of an option with a metavar and, as metadata, `positional` or argparse's `nargs`."""
     return dataclasses.field(default=default, metadata={'metavar': metavar, **metadata})
 
 
 def called(command: str) -> str:
-    """What the user calls a command: its script in a checkout, or `wrn-timm COMMAND`."""
+    """Name by which the user runs a command: its script in a checkout, or `wrn-timm COMMAND`."""
     return f'scripts/{command}.py' if Path(sys.argv[0]).name == f'{command}.py' else f'wrn-timm {command}'
 
 
@@ -40,22 +39,22 @@ def parse(
         start: Callable[[_Options], _Settings] | None = None,
         purposes: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[_Options, _Settings | None]:
-    """Read a command line.
+    """Parse a command line.
 
     Args:
-        argv: The arguments.
-        about: The command's name, and what --help says before the options.
-        options: Dataclass of the command's own options; a field without a default has to be given.
-        settings: Dataclass of what is trained, whose fields are options too.
-        start: From the options, the settings that apply where none is given; by default those of `settings()`.
-        purposes: Names of the options by purpose, as --help shows them.
+        argv: Command-line arguments.
+        about: Name of the command, and the text of --help before the options.
+        options: Dataclass of the command's own options; fields without a default are required.
+        settings: Dataclass of the training settings, whose fields are options too.
+        start: Function that returns the default settings, given the options; None for `settings()`.
+        purposes: Names of the options by purpose, in the order of --help; None for a single group.
 
     Returns:
-        Both dataclasses, the second None without `settings`.
+        Both dataclasses; the second is None without `settings`.
 
     Raises:
-        SystemExit: With code 2 for a wrong option, after saying why; with 0 after --help.
-        What `start` raises.
+        SystemExit: Code 2 for an invalid option, after a message; code 0 after --help.
+        Any error of `start`.
     """
     own = _options(options)
     known = own | (_options(settings, to_be_given=False) if settings else {})
@@ -76,7 +75,7 @@ def parse(
 
 @dataclasses.dataclass(frozen=True)
 class _Option:
-    """An option: the field it sets, its type, what it does, and its default (MISSING: none is to be shown)."""
+    """An option: the name of its field, its type, help text and default (MISSING if none is shown)."""
     name: str
     hint: Any
     text: str
@@ -86,12 +85,12 @@ class _Option:
 
 
 def _options(kind: type, to_be_given: bool = True) -> dict[str, _Option]:
-    """Options by name from the fields that have a docstring, those of the class before those of its bases.
+    """Options by name, from the fields with a docstring; fields of the class come before fields of its bases.
 
     Args:
-        kind: A dataclass.
-        to_be_given: Whether a field without a default is required. Else it has its value, as all others, from
-            elsewhere (a recipe), and no default is shown of any.
+        kind: Dataclass.
+        to_be_given: Whether fields without a default are required. Otherwise, if there are such fields, the values of
+            all fields come from elsewhere (a recipe), and no defaults are shown.
     """
     hints, fields = get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
     elsewhere = not to_be_given and any(f.default is dataclasses.MISSING for f in fields.values())
@@ -106,7 +105,7 @@ def _options(kind: type, to_be_given: bool = True) -> dict[str, _Option]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, whose errors look as all errors of the commands do and name the nearest option."""
+    """Argument parser whose errors look like all errors of the commands, and name the nearest option."""
 
     def __init__(self, about: tuple[str, str], options: Mapping[str, _Option], purposes: Mapping[str, Sequence[str]]):
         name, text = about
@@ -129,7 +128,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f'error: {printable(message, lines=True)}\n{self.prog} --help shows the options\n')
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
-        """What the arguments say, and nothing of what they do not."""
+        """Values of the options that are given, without defaults."""
         found, unknown = self.parse_known_args(argv)
         if unknown:
             name = next((word for word in unknown if word.startswith('-')), unknown[0]).partition('=')[0]
@@ -146,7 +145,7 @@ def _flag(name: str) -> str:
 
 
 def _add(add_argument: Callable[..., Any], option: _Option) -> None:
-    """Add an option to a group of a parser. It leaves nothing behind where it is not given."""
+    """Add an option to a group of a parser; an option that is not given sets no value."""
     flag = _flag(option.name)
     shown = '(required)' if option.required else _shown(option.default)
     told = {'help': f'{option.text} {shown}'.strip().replace('%', '%%'), 'default': argparse.SUPPRESS}
@@ -157,7 +156,7 @@ def _add(add_argument: Callable[..., Any], option: _Option) -> None:
         names = [flag, flag.replace('--', '--no-', 1)]
         told |= {'dest': option.name, 'action': _Switch}
         add_argument(*names[:1 if option.default is False else 2], **told)
-        if option.default is False:  # to turn off what a recipe or a run to go on with turns on
+        if option.default is False:  # turns off what a recipe or a resumed run turns on
             add_argument(names[1], **told | {'help': argparse.SUPPRESS})
     else:
         reading = _reading(option.hint) | {k: v for k, v in option.metadata.items() if k == 'nargs'}
@@ -182,7 +181,7 @@ def _shown(default: Any) -> str:
 
 
 def _reading(hint: Any) -> dict[str, Any]:
-    """How argparse is to read values of a type."""
+    """Arguments of `add_argument` for values of a type."""
     parts = [part for part in get_args(hint) if part is not NoneType]
     if get_origin(hint) is Literal:
         return {'choices': parts}
@@ -203,7 +202,7 @@ def _reading(hint: Any) -> dict[str, Any]:
 
 
 def _converted(hint: Any, value: Any) -> Any:
-    """A value as argparse gives it, as the type has it; tuples of tuples are given one after the other."""
+    """Convert a value from argparse to its type; the items of nested tuples are given one after the other."""
     if not isinstance(value, list):
         return value
     kinds = get_args(get_args(hint)[0])

@@ -15,7 +15,7 @@ from typing import Any
 
 import timm
 
-from ..names import as_cell, printable
+from ..names import as_cell, counted, printable
 from ..recipes import Precision
 from ..train.predict import find_images, predict_files
 from .common import OnDevice, reports_errors
@@ -33,10 +33,10 @@ class PredictOptions(OnDevice):
     json: bool = False
     """Print one JSON list."""
     csv: bool = False
-    """Print a line per file: image, label, probability (label_2... with --top-k), error; names
-    that a spreadsheet would read as a formula get a leading '."""
+    """Print one line per file: image, label, probability (label_2... with --top-k), error. Names that a spreadsheet
+    would read as a formula get a leading '."""
     top_k: int | None = option(None, 'K')
-    """Classes per file; the default is 5, and 1 with --csv."""
+    """Number of classes per file; the default is 5, or 1 with --csv."""
     batch_size: int = 32
     """Files per batch."""
     precision: Precision = 'auto'
@@ -49,7 +49,7 @@ class PredictOptions(OnDevice):
 
     @property
     def classes(self) -> int:
-        """Classes to print for each file."""
+        """Number of classes to print for each file."""
         return (1 if self.csv else 5) if self.top_k is None else self.top_k
 
 
@@ -71,7 +71,7 @@ def print_text(result: dict[str, Any]) -> None:
 
 
 def cells(result: dict[str, Any], classes: int) -> list[Any]:
-    """A line of the CSV file."""
+    """Cells of the CSV line of a file."""
     answers = [value for row in result.get('top', ()) for value in (as_cell(row['label']), row['probability'])]
     answers += [''] * (2 * classes - len(answers))
     return [as_cell(result['image']), *answers, as_cell(result.get('error', ''))]
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
         print(f'no --model is given: using {DEFAULT}, which knows only {", ".join(labels)}', file=sys.stderr)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='surrogateescape')  # names of files can be any bytes
+            stream.reconfigure(errors='surrogateescape')  # file names can be any bytes
     failed = 0
     results = predict_files(options.model or DEFAULT, find_images(named(options.images)), options.device,
                             options.batch_size, options.classes, options.precision)
@@ -103,5 +103,5 @@ def main(argv: Sequence[str]) -> int:
         elif not options.json:
             print_text(result)
     if failed:
-        print(f'{failed} files could not be read', file=sys.stderr)
+        print(f"{counted(failed, 'file')} could not be read", file=sys.stderr)
     return 1 if failed else 0

@@ -1,11 +1,11 @@
 """Publish weights folders on the Hugging Face Hub.
 
-    wrn-timm publish RUN --namespace NAME --dry-run        # of finetune, train or detect
+    wrn-timm publish RUN --namespace NAME --dry-run        # a run of finetune, train or detect
     wrn-timm publish RUN/best --namespace NAME --private
     wrn-timm publish --all --namespace NAME                # in a checkout, every folder of weights/
 
-Each is checked, uploaded, tagged and read back. The token is the one of `hf auth login` or $HF_TOKEN. Files
-that are already there are not uploaded again.
+Each folder is checked, uploaded, tagged and read back. The token is taken from `hf auth login` or $HF_TOKEN.
+Files that are already on the Hub are not uploaded again.
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PublishOptions(Options):
     private: bool = False
     """Make the repositories private."""
     dry_run: bool = False
-    """Check, and show each file, its size and the card."""
+    """Only check, and show each file, its size and the card."""
     endpoint: str | None = option(None, 'URL')
     """URL of the Hub; the default is $HF_ENDPOINT or the Hugging Face Hub."""
     all: bool = False
@@ -40,11 +40,11 @@ class PublishOptions(Options):
     def __post_init__(self):
         super().__post_init__()
         if self.all == bool(self.folders):
-            raise ValueError('name folders, or --all')
+            raise ValueError('give folders, or --all')
         if self.tag and len(self.folders) != 1:
             raise ValueError('--tag names one repository; give one folder')
         if self.all and not WEIGHTS.is_dir():
-            raise ValueError('--all publishes the weights/ of a checkout, and this is none; name folders')
+            raise ValueError('--all publishes the weights/ of a checkout, which this is not; give folders')
 
 
 @reports_errors
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             print(preview(folder, options.namespace, options.tag) if options.dry_run
                   else publish(folder, options.namespace, options.private, options.endpoint, options.tag))
-        except Exception as e:  # the others are published all the same
+        except Exception as e:  # the other folders are still published
             if options.traceback:
                 raise
             show_error(e)

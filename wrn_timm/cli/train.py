@@ -1,4 +1,4 @@
-"""Train a network from scratch by a recipe.
+"""Train a network from scratch with a recipe.
 
     wrn-timm train --recipe quick --data DIR --out RUN
     wrn-timm train --recipe quick --data DIR --out RUN --model resnet18 --lr 0.05    # override the recipe's settings
@@ -34,7 +34,7 @@ PURPOSES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainOptions(Training):
-    """Options beside the fields of the recipe."""
+    """Command-line options in addition to the fields of the recipe."""
     recipe: str
     """Name of the recipe."""
     data: str = ''
@@ -56,11 +56,11 @@ class TrainOptions(Training):
     half: bool = False
     """Export half-precision weights (BatchNorm stays float32)."""
     tracker: str = ''
-    """tensorboard, wandb, trackio or another that accelerate knows."""
+    """Experiment tracker: tensorboard, wandb, trackio or another that accelerate supports."""
 
 
 def read(argv: Sequence[str]) -> tuple[TrainOptions, Recipe]:
-    """What a command line says."""
+    """Parse the command line."""
     about = f'{__doc__}\n{textwrap.fill("Recipes: " + ", ".join(RECIPES), 112)}'
     return parse(argv, ('train', about), TrainOptions, Recipe, lambda given: get_recipe(given.recipe), PURPOSES)
 

@@ -1,4 +1,4 @@
-"""Measure pretrained weights on a test set.
+"""Evaluate pretrained weights on a test set.
 
     wrn-timm validate --model wrn16_1.cifar10 --data cifar10:DIR
     wrn-timm validate --model RUN/weights --data cifar10:DIR --write    # finish a weights folder
@@ -37,16 +37,16 @@ class ValidateOptions(OnDevice):
     download: bool = False
     """Download the data set into DIR if it is missing."""
     batch_size: int = 250
-    """Images per batch; fewer where they do not fit into memory."""
+    """Images per batch; fewer if they do not fit into memory."""
     workers: int = 0
     """Processes that read photographs."""
     corruptions: bool = False
-    """Also measure under noise, blur and JPEG (named data sets only)."""
+    """Also measure the accuracy under noise, blur and JPEG artefacts (named data sets only)."""
     write: bool = False
     """Write metrics, golden logits and the card into the weights folder that --model names."""
     other_seeds: tuple[str, ...] = option((), 'FOLDER', nargs='+')
-    """With --write: weights trained by the same recipe from other seeds. They are measured too, and the card gives mean
-    and standard deviation over all of them."""
+    """With --write: weights trained by the same recipe from other seeds. They are measured too, and the card gives the
+    mean and standard deviation over all of them."""
     precision: Precision | None = None
     """'auto' is bfloat16 on GPUs and CPUs that are faster in it, 'no' is float32. The default is auto, or no with
     --write, because published metrics are computed in float32."""
@@ -62,11 +62,11 @@ class ValidateOptions(OnDevice):
 
 
 def check_seeds(folders: Sequence[str]) -> None:
-    """Make sure that the card can tell of these weights: that they are of one recipe, and each of another seed.
+    """Check that all weights were trained by the same recipe, each with its own seed.
 
     Raises:
-        ValueError: They are not.
-        What `check_run_records` raises.
+        ValueError: The recipes differ, or a seed occurs twice.
+        Any error of `check_run_records`.
     """
     runs = {folder: check_run_records(weights_folder(folder)) for folder in folders}
     for folder, run in runs.items():
@@ -79,7 +79,7 @@ def check_seeds(folders: Sequence[str]) -> None:
 
 
 def trained_on(model: str, metrics: dict[str, Any]) -> bool:
-    """Whether all files of the folder that the weights were fine-tuned on were measured, by its name."""
+    """Whether the metrics cover all files of the fine-tuning data, which is recognised by its name."""
     run = check_run_records(weights_folder(model))
     return 'finetune' in run and metrics['split'] == 'all files' and metrics['dataset'] == run.get('data')
 
@@ -87,7 +87,7 @@ def trained_on(model: str, metrics: dict[str, Any]) -> bool:
 @reports_errors
 def main(argv: Sequence[str]) -> int:
     options, _ = parse(argv, ('validate', __doc__), ValidateOptions)
-    if options.write:  # before minutes are spent
+    if options.write:  # fail before measuring, not after
         check_seeds([options.model, *options.other_seeds])
         check_place(weights_folder(options.model))
     measure = functools.partial(
@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(metrics, indent=2))
         raise ValueError(f"{options.model} was trained on photographs of {metrics['dataset']}, so these figures are "
                          f"not written to its card; give the --split of its run, or other photographs")
-    if options.write:  # first, for who reads the figures may stop reading
+    if options.write:  # before printing, because the reader may close the pipe
         finish_weights_folder(weights_folder(options.model), metrics)
     print(json.dumps(metrics, indent=2))
     return 0

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from ..files import digest
-from ..names import some
+from ..names import counted, some
 from .box_formats import ALL, FORMATS, Annotated, Box, corners, recognised
 from .images import read_rgb
 
@@ -141,7 +141,7 @@ class BoxScan:
                  f'{min(heights)} to {max(heights)} high',
                  f'{sum(count.values())} boxes: ' + ', '.join(f'{name} {n}' for name, n in count.most_common())]
         if empty:
-            lines.append(f'{empty} photographs have no box and are kept as background')
+            lines.append(f"{counted(empty, 'photograph')} without a box, kept as background")
         return [*lines, *(f'left out: {reason}' for reason in self.bad)]
 
 

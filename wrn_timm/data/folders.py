@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ..names import some
+from ..names import counted, some
 from .images import ImageFiles, PathTable, examine_file, looks_like_image
 
 __all__ = ['EXAMINED_AT_MOST', 'FolderScan', 'examine', 'found_in', 'list_csv', 'list_folder', 'open_csv', 'walk_files']
@@ -219,7 +219,7 @@ def _checked(files: ImageFiles, where: str | Path, bad: Sequence[str] = ()) -> I
         raise ValueError(f'{where} holds one class only ({files.classes[0]}); at least two are needed')
     filled = set(files.labels)
     if empty := [c for i, c in enumerate(files.classes) if i not in filled]:
-        unreadable = f' ({len(bad)} files cannot be read: {some(bad, "; ")})' if bad else ''
+        unreadable = f" ({counted(len(bad), 'file')} cannot be read: {some(bad, '; ')})" if bad else ''
         raise ValueError(
             f'classes without images in {where}: {some(empty)}; remove the folders or fill them{unreadable}')
     return files
@@ -287,7 +287,7 @@ def list_csv(file: str | Path) -> FolderScan:
     again = sum(map(len, rows.values())) - sum(map(len, once.values()))
     listed = {part: ImageFiles.of(pairs) for part, pairs in once.items()}
     _checked(listed['train'], file)
-    notes = (f'{again} lines repeat a photograph: left out',) if again else ()
+    notes = (f"{counted(again, 'line')} with a photograph that is listed already: left out",) if again else ()
     return FolderScan(**_same_classes(listed, str(file)), notes=notes, tested=tested)
 
 
@@ -322,7 +322,7 @@ def examine(
         unread = [r.reason for r in results if r.reason]
         bad += unread
         if unread and on_bad == 'fail':
-            raise ValueError(f'{len(bad)} files cannot be read: {some(bad, "; ")}')
+            raise ValueError(f"{counted(len(unread), 'file')} cannot be read: {some(unread, '; ')}")
         for path, result in zip(files.paths, results, strict=True):
             if not result.reason:
                 sizes[result.size] += 1

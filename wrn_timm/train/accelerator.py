@@ -42,7 +42,7 @@ class RunAccelerator(Accelerator):
 
     Raises:
         ValueError: The device is neither 'cpu' nor 'cuda', or torch finds no GPU.
-        What `resolve_precision` raises.
+        Any error of `resolve_precision`.
     """
 
     def __init__(self, device: str, precision: Precision = 'no', **kwargs: Any):

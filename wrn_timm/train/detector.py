@@ -20,7 +20,7 @@ from ..data.boxes import BoxedImages, BoxScan, data_folder, divide, read_box_spl
 from ..detection import build_detector, export_detector, open_detector
 from ..detector_card import finish_detector_folder
 from ..files import atomic_write, make_folder, write_json
-from ..names import printable, some
+from ..names import counted, printable, some
 from ..recipes import TORCHVISION_DETECTOR, DetectConfig
 from ..weights import find, open_model
 from .detector_loop import DetectorLoop, OnEpoch, fitting_batch, make_box_loader
@@ -224,7 +224,7 @@ def _leaks(scan: BoxScan, train: BoxedImages, test: BoxedImages) -> list[tuple[s
     sides = {path: side for side, part in enumerate((train, test)) for path in part.paths}
     leaks = [(a, b) for twins in scan.twins for a in twins for b in twins if (sides.get(a), sides.get(b)) == (0, 1)]
     if leaks:
-        _logger.warning('%d test photographs have the same content as training photographs: %s', len(leaks),
+        _logger.warning('%s with the same content as training photographs: %s', counted(len(leaks), 'test photograph'),
                         some([f'{b} = {a}' for a, b in leaks], '; '))
     return leaks
 

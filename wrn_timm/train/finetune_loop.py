@@ -136,7 +136,7 @@ class Finetuner:
         on_epoch: Called with each epoch's row of the history.
 
     Raises:
-        What `RunDir.load_checkpoint` raises.
+        Any error of `RunDir.load_checkpoint`.
     """
 
     def __init__(

@@ -207,7 +207,7 @@ def predict(
 
     Raises:
         ValueError: No image could be read.
-        What `predict_logits` raises.
+        Any error of `predict_logits`.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     mine = dataset if world == 1 else Subset(dataset, range(rank, len(dataset), world))
@@ -265,7 +265,7 @@ def validate(
     Raises:
         ValueError: The data's classes are not among the model's; or `corruptions` is given for files, or `split` for a
             named set.
-        What `list_source`, `read_split` and `predict_logits` raise.
+        Any error of `list_source`, `read_split` and `predict_logits`.
     """
     from .metrics import classification_metrics  # a slow import that training from scratch does not need
     if batch_size < 1:

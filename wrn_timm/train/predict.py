@@ -67,7 +67,7 @@ def predict(
 
     Raises:
         ValueError: `top_k` is below 1.
-        What `find_images` and `predict_files` raise.
+        Any error of `find_images` and `predict_files`.
     """
     if top_k < 1:
         raise ValueError(f'top_k is {top_k}; it must be at least 1')
@@ -118,7 +118,7 @@ def predict_files(
 
     Raises:
         FloatingPointError: The probabilities are not finite.
-        What `open_model` raises.
+        Any error of `open_model`.
     """
     precision = resolve_precision(precision, device)
     model = open_model(name).to(device, memory_format=torch.channels_last)

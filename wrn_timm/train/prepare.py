@@ -20,7 +20,7 @@ from ..data.folders import EXAMINED_AT_MOST, FolderScan, examine
 from ..data.images import ImageFiles
 from ..data.splits import Split, list_source, make_split, read_split, source_root
 from ..data.timm_sets import NamedImages
-from ..names import some
+from ..names import counted, some
 from ..recipes import FinetuneConfig
 from ..schemas import check_scan, read_json
 from ..weights import open_model
@@ -54,7 +54,7 @@ def prepare_split(
         (median of the photographs' shorter sides in pixels; 0 if they were not examined).
 
     Raises:
-        What `list_source`, `examine`, `make_split` and `read_split` raise.
+        Any error of `list_source`, `examine`, `make_split` and `read_split`.
     """
     data = str(data)
     if run and (run / 'scan.json').is_file():
@@ -73,7 +73,7 @@ def prepare_split(
     leaks = split.leaks(scan.twins)
     summary = scan.summary()
     if leaks:
-        summary.append(f'{len(leaks)} test files have the same content as training files: '
+        summary.append(f"{counted(len(leaks), 'test file')} with the same content as training files: "
                        + some([f'{b} = {a}' for a, b in leaks], '; '))
     if config.holdout == 'auto' and not (split.holdout or config.cached or by_file):
         summary.append('no files are held out: a tenth of them is fewer than 100, too few to choose the best epoch, so '
@@ -100,7 +100,7 @@ def prepare_named(config: FinetuneConfig, data: str, download: bool) -> tuple[Sp
 
     Raises:
         ValueError: The parts have different classes, or a setting needs what the data set does not provide.
-        What `NamedImages` raises.
+        Any error of `NamedImages`.
     """
     if config.class_weights:
         raise ValueError('class_weights needs all labels before training, which a named data set does not provide')
@@ -138,7 +138,7 @@ def build_model(config: FinetuneConfig) -> torch.nn.Module:
     Raises:
         ValueError: timm does not know the model; or the model does not support the stem or the input size, or has no
             linear classifier to fit to features.
-        What `open_model` raises.
+        Any error of `open_model`.
     """
     kwargs = {'stem': config.stem} if config.stem else {}
     random_seed(config.seed)

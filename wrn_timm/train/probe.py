@@ -217,7 +217,7 @@ def probe(
         files, and `test_files`.
 
     Raises:
-        What `list_source`, `examine` and `make_split` raise.
+        Any error of `list_source`, `examine` and `make_split`.
     """
     names = [n for name in names for n in (_at_hand() if name == 'all' else [name])]
     if not names:

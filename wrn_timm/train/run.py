@@ -93,7 +93,7 @@ def begun_with(out: Path, key: str, kind: type[_Config]) -> _Config:
     """The settings that a run, or the first of its `seed-N` runs, was started with; the defaults if there is none.
 
     Raises:
-        What `config_of` raises.
+        Any error of `config_of`.
     """
     runs = [out, *sorted(out.glob('seed-*'), key=lambda p: (len(p.name), p.name))]
     recipe = next((run / _RECIPE for run in runs if (run / _RECIPE).is_file()), None)
@@ -386,7 +386,7 @@ class RunDir:
         """The checkpoint with the highest held-out accuracy, on the CPU; None if there is none or it is damaged.
 
         Raises:
-            What `load_checkpoint` raises.
+            Any error of `load_checkpoint`.
         """
         path = self.checkpoints / 'best.pt'
         return self._read(path) if path.is_file() else None

@@ -317,7 +317,7 @@ def train(
 
     Raises:
         FloatingPointError: The loss is no longer finite; earlier checkpoints are kept.
-        What `load` and `RunDir` raise.
+        Any error of `load` and `RunDir`.
     """
     deadline, device = machine.deadline(), torch.device(machine.device)
     settings = {'recipe': recipe, 'seed': seed}

@@ -37,7 +37,7 @@ def record_transfer(weights: str, rows: list[dict[str, Any]]) -> Path:
             `epochs` and `stem` if they apply.
 
     Raises:
-        What `transfer_folder` raises.
+        Any error of `transfer_folder`.
     """
     folder = transfer_folder(weights)
     made_with = {k: v for k, v in environment().items() if k in ('torch', 'timm', 'hardware')}
