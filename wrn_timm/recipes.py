@@ -179,7 +179,7 @@ class FinetuneConfig:
     is 0: all files are trained on, and the last epoch is used."""
     parts: tuple[str, ...] = ('train', 'validation')
     """Names of the training split, the held-out split (optional) and the test split of a timm data set (hfds/...,
-    wds/...). The held-out split chooses the epoch."""
+    wds/...). A held-out split of at least 100 files chooses the epoch."""
     num_classes: int = 0
     """Number of classes, for a named data set that does not provide it."""
     nested: bool = False
@@ -190,7 +190,7 @@ class FinetuneConfig:
     """Passes over the training files."""
     batch_size: int | Literal['auto'] = 16
     """Images per step, over all processes. 'auto' finds the largest that fits, up to 256 per process, with at least
-    twenty steps per epoch."""
+    twenty steps per epoch if that leaves 8 images per process."""
     accumulate: int = 1
     """Gradient accumulation steps."""
     opt: str = 'nesterov'
