@@ -245,9 +245,10 @@ def _read_yolo(root: Path) -> tuple[Parts, list[str]]:
         parts = {name: _images_under(folder) for name, folder in folders.items()}
     read = {name: [_read_yolo_labels(path, classes, pose) for path in dict.fromkeys(paths)]
             for name, paths in parts.items()}
-    numbers = {int(label) for part in read.values() for image in part for _, label, _ in image.objects
-               } if not classes else ()
-    return read, classes or [str(number) for number in sorted(numbers)]
+    if not classes:
+        numbers = {int(label) for part in read.values() for image in part for _, label, _ in image.objects}
+        classes = [str(number) for number in sorted(numbers)]
+    return read, classes
 
 
 def _of_yaml(file: Path) -> tuple[dict[str, list[Path]], list[str], bool]:
