@@ -11,6 +11,7 @@ from conftest import SAMPLE, files_of_at_most
 from PIL import Image
 
 from wrn_timm.cli import finetune as finetune_script
+from wrn_timm.cli import validate as validate_script
 from wrn_timm.recipes import FinetuneConfig
 from wrn_timm.train.finetune import _settings, finetune
 from wrn_timm.train.machine import Machine
@@ -238,6 +239,8 @@ def test_a_run_with_all_of_these(data, weights, tmp_path):
     assert len(metrics['per_class']) == 7 + (sys.platform == 'linux')
     assert open_model(str(tmp_path / 'run' / 'best')).pretrained_cfg['label_names'] == sorted(metrics['per_class'])
     assert '&lt;b&gt;$x$' in (tmp_path / 'run' / 'report.html').read_text(encoding='utf-8')
+    validating = ['--model', str(tmp_path / 'run'), '--data', f'folder:{data}', '--device', 'cpu']
+    assert validate_script.main(validating) == 1  # as predict ends
     (tmp_path / 'run' / 'metrics.json').unlink()  # as killed while the report was written
     assert tune(data, weights, tmp_path / 'run', '--resume') == 0
     assert json.loads((tmp_path / 'run' / 'metrics.json').read_text())['per_class'] == metrics['per_class']

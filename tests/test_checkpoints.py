@@ -230,6 +230,13 @@ def test_averaged_weights_of_our_own_checkpoints_are_taken(tmp_path):
         assert (wrn_timm.convert_checkpoint(tmp_path / 'best.pt')['conv1.weight'] == expected).all()
 
 
+def test_averaged_by_torch(tmp_path):
+    model = timm.create_model('wrn16_1')
+    torch.save(torch.optim.swa_utils.AveragedModel(model).state_dict(), tmp_path / 'swa.pth')
+    fresh = timm.create_model('wrn16_1', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'swa.pth')))
+    torch.testing.assert_close(fresh.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
 def test_what_timms_train_script_saves(tmp_path):
     """It keeps its options beside the weights."""
     model = timm.create_model('wrn16_1')

@@ -90,6 +90,32 @@ def test_what_fails_leaves_what_was_there(tmp_path):
     assert (tmp_path / 'file').read_text() == (tmp_path / 'folder' / 'x').read_text() == 'whole'
 
 
+def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def refuse(a, b):
+        if Path(a).name == '.folder.part':
+            raise PermissionError(13, 'in use')
+        replace(a, b)
+
+    atomic_folder(tmp_path / 'folder', lambda new: (new / 'x').write_text('old'))
+    monkeypatch.setattr(os, 'replace', refuse)
+    with pytest.raises(OSError, match='folder cannot be written'):
+        atomic_folder(tmp_path / 'folder', lambda new: (new / 'x').write_text('new'))
+    assert [p.name for p in tmp_path.iterdir()] == ['folder'] and (tmp_path / 'folder' / 'x').read_text() == 'old'
+
+
+@posix
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    (tmp_path / 'disk' / 'folder').mkdir(parents=True)
+    (tmp_path / 'link').symlink_to(tmp_path / 'disk' / 'folder')
+    for text in ('first', 'second'):
+        atomic_folder(tmp_path / 'link', lambda new, text=text: (new / 'x').write_text(text))
+        assert (tmp_path / 'disk' / 'folder' / 'x').read_text() == text
+    assert (tmp_path / 'link').is_symlink() and sorted(p.name for p in tmp_path.rglob('*')) == [
+        'disk', 'folder', 'link', 'x']
+
+
 HOLDER = '''
 import os, sys, time
 from pathlib import Path

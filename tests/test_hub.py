@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from conftest import HOME, ROOT, forget_sessions
+from huggingface_hub import HfApi
 
 from wrn_timm import weights as weights_module
 from wrn_timm.card import model_card
@@ -123,6 +124,32 @@ def test_another_model_of_the_same_name_is_not_replaced(hub, folder):
     assert publish_script.main([str(folder), '--namespace', 'acme', '--tag', 'bees']) == 0
     card = hub.repositories['acme/wrn16_1.bees']
     assert b'hf-hub:acme/wrn16_1.bees' in card.commits[card.resolve('main')]['README.md']
+
+
+@pytest.mark.parametrize('config, classes', [
+    ({'architecture': 'resnet50', 'num_classes': 7, 'mean': [0., 0., 0.]}, '7 classes'),  # as timm once wrote it
+    ({'model_type': 'resnet', 'id2label': {'0': 'ant', '1': 'bee'}}, 'unknown classes'),  # as transformers writes it
+])
+def test_models_of_other_libraries_are_not_replaced(hub, folder, tmp_path, config, classes):
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    (tmp_path / 'model.safetensors').write_bytes(b'theirs')
+    api = HfApi(endpoint=hub.url)
+    api.create_repo(f'acme/{NAME}')
+    api.upload_folder(repo_id=f'acme/{NAME}', folder_path=tmp_path, allow_patterns=['config.json', '*.safetensors'])
+    with pytest.raises(ValueError, match=rf'holds another model, which predicts {classes}; this one predicts airplane'):
+        publish(folder, 'acme')
+    there = hub.repositories[f'acme/{NAME}']
+    assert there.commits[there.resolve('main')]['model.safetensors'] == b'theirs'
+
+
+def test_a_run_that_has_not_ended_is_not_taken_for_a_weights_folder(tmp_path):
+    """Else its files would be named one by one, to be moved away."""
+    (tmp_path / 'checkpoints').mkdir()
+    with pytest.raises(FileNotFoundError, match='neither a weights folder nor a finished run'):
+        check_folder(tmp_path)
+    (tmp_path / 'seed-3').mkdir()
+    with pytest.raises(FileNotFoundError, match=r'the runs of several seeds; give one of them, such as .*seed-3$'):
+        check_folder(tmp_path)
 
 
 def test_publishing_again_uploads_only_what_changed(hub, folder):

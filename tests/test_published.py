@@ -263,6 +263,10 @@ def test_random_weights_and_the_callers_own_are_nobody_elses(server, tmp_path):
     torch.save(timm.create_model(ARCH).state_dict(), tmp_path / 'mine.pth')
     mine = timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'mine.pth')))
     assert (mine.pretrained_cfg['tag'], mine.pretrained_cfg['license']) == ('cifar10', 'apache-2.0')
+    assert 'label_names' not in mine.pretrained_cfg  # ten classes, but of which data?
+    named = timm.create_model(f'{ARCH}.cifar10', pretrained=True, pretrained_cfg_overlay=dict(
+        file=str(tmp_path / 'mine.pth')))
+    assert named.pretrained_cfg['label_names'][0] == 'airplane'
     assert timm.create_model(ARCH, pretrained=True).pretrained_cfg['license'] == 'mit'
     model = timm.create_model('wrn40_8', device='meta')
     assert (model.pretrained_cfg['tag'], model.pretrained_cfg['license']) == ('cifar10', 'apache-2.0')

@@ -221,6 +221,10 @@ def test_the_card_has_mean_and_spread_over_seeds(run, tmp_path, capsys):
     (folders[2] / 'recipe.json').write_text(json.dumps(recipe))
     assert validate_script.main([*args, '--write', '--other-seeds', *others]) == 1
     assert 'was trained with another recipe than' in capsys.readouterr().err
+    recipe['finetune'] = recipe.pop('recipe')
+    (folders[2] / 'recipe.json').write_text(json.dumps(recipe))
+    assert validate_script.main([*args, '--write', '--other-seeds', *others]) == 1
+    assert 'was fine-tuned, and --other-seeds is for weights of wrn-timm train' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('most', [3, 0])

@@ -168,6 +168,19 @@ def test_list_weights_tells_place_size_hash_and_licence(no_weights):
     assert rows['wrn50_2.tv_in1k'].license == 'bsd-3-clause'
 
 
+def test_the_users_own_model_is_no_trouble_to_list_weights(no_weights, monkeypatch):
+    before = wrn_timm.list_weights()
+    entrypoints = timm.models._registry._model_entrypoints
+    monkeypatch.setitem(entrypoints, 'wrn16_2_of_the_user', entrypoints['wrn16_2'])  # registered without a configuration
+    assert 'wrn16_2_of_the_user' in timm.list_models('wrn*', include_tags=True)
+    assert wrn_timm.list_weights() == before
+
+
+def test_a_configuration_without_a_source_is_said(no_weights):
+    with pytest.raises(RuntimeError, match='The pretrained_cfg for wrn16_1 names no weights; give it a source'):
+        timm.create_model('wrn16_1', pretrained=True, pretrained_cfg=dict(num_classes=10))
+
+
 def test_missing_weights_say_where_was_looked_and_what_to_set(no_weights):
     with pytest.raises(RuntimeError) as e:
         timm.create_model('wrn28_10.cifar10', pretrained=True)

@@ -295,6 +295,18 @@ def test_activations_by_name_or_class(act_layer):
     assert create(act_layer=act_layer)(torch.randn(1, 3, 32, 32)).shape == (1, 10)
 
 
+def test_without_normalisation_the_shortcut_takes_the_raw_tensor():
+    model = create(norm_layer=torch.nn.Identity)
+    x = torch.randn(2, 3, 32, 32)
+    expected = F.conv2d(x, model.conv1.weight, padding=1)
+    for block in (*model.layer1, *model.layer2, *model.layer3):
+        out = F.relu(expected)
+        shortcut = expected if block.shortcut is None else F.conv2d(out, block.shortcut.weight, stride=block.conv1.stride)
+        out = F.relu(F.conv2d(out, block.conv1.weight, stride=block.conv1.stride, padding=1))
+        expected = F.conv2d(out, block.conv2.weight, padding=1) + shortcut
+    torch.testing.assert_close(model.forward_intermediates(x, intermediates_only=True)[-1], expected)
+
+
 @pytest.mark.parametrize('stem,finest', [('cifar', 1), ('imagenet', 4)])
 def test_dilation_gives_the_same_values_at_the_old_places_and_more_between(stem, finest):
     x = torch.randn(2, 3, 64, 64)

@@ -143,7 +143,7 @@ def convert_state_dict(state_dict: StateDict) -> StateDict:
     """Convert a state dict of any known layout to ours; any other state dict keeps its keys.
 
     Wrappers (`state_dict`, `params`, `model`...) are unpacked first, with a preference for EMA weights, as in timm. The
-    prefixes of DataParallel and `torch.compile` are removed.
+    prefixes of DataParallel, AveragedModel and `torch.compile` are removed.
     """
     for wrapper in ('state_dict_ema', 'model_ema', 'ema', 'state_dict', 'params', 'model', 'net'):
         if isinstance(state_dict.get(wrapper), dict):
@@ -151,7 +151,7 @@ def convert_state_dict(state_dict: StateDict) -> StateDict:
             break
     state_dict = {
         re.sub(r'^(module\.|_orig_mod\.)+', '', k): v.detach()
-        for k, v in state_dict.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+        for k, v in state_dict.items() if isinstance(k, str) and isinstance(v, torch.Tensor) and k != 'n_averaged'}
     convert = next((convert for key, convert in LAYOUTS.items() if key in state_dict), None)
     return convert(state_dict) if convert else state_dict
 

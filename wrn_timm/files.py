@@ -59,12 +59,14 @@ def atomic_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Fill a temporary folder beside `path`, then replace the existing folder by it.
 
     Args:
-        path: Folder; its parents are created.
+        path: Folder, or symbolic link to it; its parents are created.
         fill: Function that writes files and folders into the empty folder that it is given.
 
     Raises:
         OSError: The folder cannot be written. The message names it and the free space.
     """
+    if path.is_symlink():
+        path = path.resolve()
     beside, old = (path.with_name(f'.{path.name}.{kind}') for kind in ('part', 'old'))
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -81,6 +83,8 @@ def atomic_folder(path: Path, fill: Callable[[Path], None]) -> None:
             _sync(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.replace(old, path)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -72,7 +72,7 @@ _CLASSIFIER = _Kind(
     record='recipe.json', settings=lambda run: run.get('recipe') or run.get('finetune') or {},
     optional=(TRANSFER_FILE,), check_golden=check_golden, golden='logits', metrics=('top1',), library='timm',
     calls=('create_model',), classes=lambda config: (
-        config.get('label_names') or config['pretrained_cfg'].get('label_names') or config.get('num_classes')),
+        config.get('label_names') or config.get('pretrained_cfg', {}).get('label_names') or config.get('num_classes')),
     writers=('wrn-timm train or finetune', 'wrn-timm validate --write'))
 _DETECTOR = _Kind(
     config=DETECTOR_FILE, name=detector_name, record=DETECTOR_FILE,
@@ -88,9 +88,9 @@ def _found(path: str | Path) -> tuple[Path, _Kind]:
         raise FileNotFoundError(f'no weights folder at {path}')
     if detector := find_detector(path):
         return detector, _DETECTOR
-    with contextlib.suppress(FileNotFoundError):
-        return weights_folder(path), _CLASSIFIER
-    return Path(path), _CLASSIFIER
+    if (Path(path) / WEIGHTS_FILE).is_file():
+        return Path(path), _CLASSIFIER
+    return weights_folder(path), _CLASSIFIER
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -264,16 +264,16 @@ def _explained(repo_id: str, endpoint: str | None) -> Iterator[None]:
 
 
 def _there(api: HfApi, repo_id: str, kind: _Kind) -> list[str] | int | None:
-    """Classes of the model in a repository; None if it holds no readable model."""
+    """Classes of the model in a repository: [] if its configuration names none, None if there is no model."""
     if not api.file_exists(repo_id, kind.config):
         return None
     with tempfile.TemporaryDirectory() as cache, contextlib.suppress(ValueError, KeyError, AttributeError):
-        return kind.classes(_read(Path(api.hf_hub_download(repo_id, kind.config, cache_dir=cache))))
-    return None
+        return kind.classes(_read(Path(api.hf_hub_download(repo_id, kind.config, cache_dir=cache)))) or []
+    return []
 
 
 def _in_words(classes: list[str] | int) -> str:
-    return some(classes) if isinstance(classes, list) else f'{classes} classes'
+    return some(classes) if isinstance(classes, list) and classes else f'{classes or "unknown"} classes'
 
 
 def _differ(api: HfApi, repo_id: str, commit: str, files: dict[str, bytes]) -> list[str]:

@@ -285,6 +285,9 @@ def locate(
     if given:
         overlay.update(_verified(given, cache_dir))
         return out
+    if not cfg.tag:
+        raise RuntimeError(f'The pretrained_cfg for {variant} names no weights; give it a source, such as file or '
+                           f'hf_hub_id, or use pretrained=False for random weights.')
     name = f'{variant}.{cfg.tag}'
     overlay['file'] = _found(name, cfg, cache_dir)
     return out
@@ -358,7 +361,8 @@ def list_weights() -> list[Weights]:
     """
     rows = []
     for name in list_models('wrn*', include_tags=True):
-        cfg = get_pretrained_cfg(name)
+        if not (cfg := get_pretrained_cfg(name)):  # the user's own model
+            continue
         entry = published().get(name, {})
         known = {'size': None, 'sha256': None, 'license': cfg.license or '', 'top1': None,
                  'published_error': entry.get('error'), 'default': get_pretrained_cfg(cfg.architecture).tag == cfg.tag}
@@ -447,6 +451,8 @@ def weights_folder(path: str | Path) -> Path:
     for folder in (path, path / 'best', path / 'weights'):
         if (folder / 'config.json').is_file():
             return folder
+    if seeds := sorted(path.glob('seed-*')):
+        raise FileNotFoundError(f'{path} holds the runs of several seeds; give one of them, such as {seeds[0]}')
     raise FileNotFoundError(f'{path} is neither a weights folder nor a finished run: there is no config.json')
 
 

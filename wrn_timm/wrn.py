@@ -35,6 +35,11 @@ __all__ = ['WideResNet', 'register_wrn']
 STAGES = ('layer1', 'layer2', 'layer3')
 
 
+def _act_after(norm: nn.Module, act_layer: LayerType) -> nn.Module:
+    """Activation that overwrites the output of `norm`; nn.Identity returns its input, which must stay as it is."""
+    return create_act_layer(act_layer, inplace=not isinstance(norm, nn.Identity))
+
+
 class PreActBlock(nn.Module):
     """BN-ReLU-conv3x3-BN-ReLU-(dropout)-conv3x3 (paper, figure 1 d).
 
@@ -59,10 +64,10 @@ class PreActBlock(nn.Module):
         super().__init__()
         first, second = dilation
         self.bn1 = norm_layer(in_chs, **dd)
-        self.act1 = create_act_layer(act_layer, inplace=True)
+        self.act1 = _act_after(self.bn1, act_layer)
         self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=first, dilation=first, bias=False, **dd)
         self.bn2 = norm_layer(out_chs, **dd)
-        self.act2 = create_act_layer(act_layer, inplace=True)
+        self.act2 = _act_after(self.bn2, act_layer)
         self.drop = nn.Dropout(conv_drop_rate) if conv_drop_rate > 0. else nn.Identity()
         self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=second, dilation=second, bias=False, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
@@ -173,7 +178,7 @@ class WideResNet(nn.Module):
 
         self.num_features = in_chs
         self.bn = norm_layer(in_chs, **dd)
-        self.act = create_act_layer(act_layer, inplace=True)
+        self.act = _act_after(self.bn, act_layer)
         self.global_pool, self.fc = create_classifier(in_chs, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = in_chs * self.global_pool.feat_mult()
         self.init_weights()
@@ -200,7 +205,10 @@ class WideResNet(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        """Recompute each block in the backward pass instead of keeping its activations.
+
+        As in timm's networks, BatchNorm then updates its running statistics twice per step. The gradients are the same.
+        """
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -366,8 +374,11 @@ default_cfgs = {}
 
 def _create_wrn(variant: str, pretrained: bool = False, **kwargs: Any) -> WideResNet:
     cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None) or {}
-    if cfg is None and (not pretrained or any(overlay.get(k) for k in SOURCES)):
+    own = any(overlay.get(k) for k in SOURCES)
+    if cfg is None and (own or not pretrained):
         cfg = 'cifar10'  # random weights, or the user's own, must not be saved with the licence of the default tag
+        if own:
+            overlay = {'label_names': None, **overlay}
     source = locate(variant, pretrained, cfg, overlay, kwargs.get('cache_dir'))
     return build_model_with_cfg(
         WideResNet, variant, pretrained,

@@ -65,11 +65,14 @@ def check_seeds(folders: Sequence[str]) -> None:
     """Check that all weights were trained by the same recipe, each with its own seed.
 
     Raises:
-        ValueError: The recipes differ, or a seed occurs twice.
+        ValueError: The recipes differ, a seed occurs twice, or weights were fine-tuned.
         Any error of `check_run_records`.
     """
     runs = {folder: check_run_records(weights_folder(folder)) for folder in folders}
     for folder, run in runs.items():
+        if len(runs) > 1 and 'finetune' in run:
+            raise ValueError(f'{folder} was fine-tuned, and --other-seeds is for weights of wrn-timm train; '
+                             f'wrn-timm finetune --seeds measures all its seeds')
         if run.get('recipe') != runs[folders[0]].get('recipe'):
             raise ValueError(f'{folder} was trained with another recipe than {folders[0]}; give weights that '
                              f'differ only by seed')
@@ -104,4 +107,4 @@ def main(argv: Sequence[str]) -> int:
     if options.write:  # before printing, because the reader may close the pipe
         finish_weights_folder(weights_folder(options.model), metrics)
     print(json.dumps(metrics, indent=2))
-    return 0
+    return 1 if metrics['skipped'] else 0

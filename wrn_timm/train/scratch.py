@@ -47,7 +47,8 @@ class ScratchMachine(Machine):
     compile: bool | None = None
     """Compile the network; None does so on CUDA only. On a CPU this needs a C++ compiler."""
     grad_checkpointing: bool = False
-    """Recompute the activations of each block in the backward pass, to save memory."""
+    """Recompute the activations of each block in the backward pass, to save memory. BatchNorm then updates its running
+    statistics twice per step, as in timm, so they follow the last batches more closely."""
     checkpoint_every: float = 60.
     """Seconds between checkpoints; more if they are slow to write, so that they take at most a twentieth of the time. 0
     writes one at every step, or at every twentieth step with several processes. The best epoch, and a run that stops,
