@@ -92,7 +92,8 @@ def test_help_says_every_option_once_with_its_default(name, capsys, monkeypatch)
         assert done.value.code == 0
         text = capsys.readouterr().out
         assert text.startswith(f'usage: {prog} [OPTIONS]') and (f'python {prog} ' in text) == prog.endswith('.py')
-    assert text.count('\n  --traceback') == 1 and '--device' not in text or '(default: ' in text
+    assert text.count('\n  --traceback') == 1
+    assert '--device' not in text or '(default: ' in text
     groups = re.split(r'^(?=\S.*:$)', text, flags=re.M)[1:]
     assert all(len(re.findall('^  --', group, flags=re.M)) <= 14 for group in groups)
     module = importlib.import_module(f'wrn_timm.cli.{name}')
@@ -114,6 +115,7 @@ def test_a_wrong_option_names_the_nearest_and_how_it_was_called(capsys, monkeypa
             (['train', '--recipe', 'smoke', '--out', 'a', '--epochs', '0'], 'epochs is 0; it must be at least 1'),
             (['finetune', '--batch-size', 'much'], "argument --batch-size: invalid int or auto value: 'much'"),
             (['publish', '--namespace', 'a'], 'give folders, or --all'),
+            (['finetune', 'DIR'], 'unexpected argument DIR'),
             (['finetune', '--epochsx', '0'], 'option --epochsx is unknown; nearest: --epochs'),
     ):
         with pytest.raises(SystemExit) as done:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import tracemalloc
 import warnings
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -206,6 +207,20 @@ def test_a_photograph_is_turned_as_its_exif_says(tmp_path):
     assert read_rgb(tmp_path / 'x.jpg').size == (4, 8)
 
 
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'RGBA', 'CMYK', 'I;16'])
+def test_uncompressed_tiff_is_turned_too(tmp_path, mode):
+    """Pillow reads these from mapped memory, where rotation is another matter."""
+    grey = np.arange(32, dtype=np.uint8).reshape(4, 8) * 8
+    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == 'I;16' else Image.fromarray(grey).convert(mode)
+    image.save(tmp_path / 'plain.tif')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / 'turned.tif', exif=exif)
+    plain, turned = (np.asarray(read_rgb(tmp_path / f'{name}.tif')) for name in ('plain', 'turned'))
+    np.testing.assert_array_equal(plain, np.stack([grey] * 3, 2))
+    np.testing.assert_array_equal(turned, np.rot90(plain, -1))
+
+
 def test_large_photographs_are_decoded_at_a_part_of_their_size(tmp_path):
     photograph = read_rgb(min((SAMPLE / 'ketch').iterdir())).resize((1600, 1200), Image.Resampling.BICUBIC)
     exif = Image.Exif()
@@ -341,7 +356,7 @@ def test_folders_that_cannot_be_trained_on(tmp_path, folder):
     with pytest.raises(ValueError, match='empty holds no class folders'):
         examine(list_folder(tmp_path / 'empty'))
     (tmp_path / 'empty' / 'pizza').mkdir()
-    with pytest.raises(ValueError, match=r'holds one class only \(pizza\); at least two are needed'):
+    with pytest.raises(ValueError, match='classes without images in .*: pizza'):
         examine(list_folder(tmp_path / 'empty'))
     (folder / 'watch').mkdir()
     with pytest.raises(ValueError, match='classes without images in .*: watch'):
@@ -390,6 +405,10 @@ def test_nested_folders_are_of_the_class_above_or_classes_of_their_own(tmp_path)
     files = list_folder(tmp_path, nested=True).train
     assert files.classes == ('land/pizza', 'land/sun flower', 'sea/ketch') and len(files) == 90
     assert all(files.classes[i] in p for i, p in zip(files.labels, files.paths, strict=True))
+    (tmp_path / 'land' / 'Thumbs.db').write_bytes(b'of another program')
+    (tmp_path / 'sea' / 'ketch' / 'notes.txt').write_text('left out, with a word')
+    scan = examine(list_folder(tmp_path, nested=True))
+    assert scan.train == files and len(scan.bad) == 1
 
 
 def test_csv_of_any_names(tmp_path):
@@ -423,7 +442,6 @@ def test_csv_of_any_names(tmp_path):
     ('path,label\na,b.jpg,x\n', r"line 2: .* found path='a', label='b.jpg', and \['x'\]"),
     ('path,label\na.jpg,x\n"b.jpg,y\n' + 'c.jpg,y\n' * 20_000, r'x.csv, line \d+: field larger than field limit .*; '
      'look there and in the lines above for an unclosed quotation mark'),
-    ('path,label\na.jpg,x\nb.jpg,x\n', r'holds one class only \(x\)'),
     ('path,label,split\na.jpg,x,train\nb.jpg,y,train\nc.jpg,z,test\n', 'classes in test but not in train: z'),
 ])
 def test_csv_that_cannot_be_used(tmp_path, text, message):
@@ -543,8 +561,17 @@ def test_a_split_of_other_data(tmp_path):
     (tmp_path / 'split.csv').write_text(write_split(split, SAMPLE))
     assert read_split(tmp_path / 'split.csv', SAMPLE) == split
     assert 'train,pizza,pizza/image_' in (tmp_path / 'split.csv').read_text()
-    with pytest.raises(FileNotFoundError, match='which does not exist; give the --data that it was made from'):
+    with pytest.raises(FileNotFoundError, match='does not exist, .*; give the --data that it was made from'):
         read_split(tmp_path / 'split.csv', tmp_path)
+    (tmp_path / 'pizza').mkdir()
+    shutil.copy(next(p for p in split.train.paths if 'pizza' in p), tmp_path / 'pizza')
+    assert len(read_split(tmp_path / 'split.csv', tmp_path).train) == len(split.train)  # others are missed when read
+
+
+def test_a_large_holdout_leaves_a_training_file_in_each_class():
+    files = ImageFiles([f'{i}.jpg' for i in range(44)], [0] * 4 + [1] * 40, ('few', 'many'))
+    split = make_split(FolderScan(files), '75-25', holdout=0.9)
+    assert (Counter(split.train.labels), Counter(split.holdout.labels)) == ({0: 1, 1: 3}, {0: 2, 1: 27})
 
 
 def test_a_file_that_goes_away_is_named_and_its_batch_goes_on(folder):

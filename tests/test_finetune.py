@@ -32,7 +32,7 @@ from conftest import ROOT, SAMPLE
 from huggingface_hub import ModelCard
 from PIL import Image
 from processes import Command
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
 import wrn_timm
 from wrn_timm.card import check_golden, model_card
@@ -43,6 +43,7 @@ from wrn_timm.cli import validate as validate_script
 from wrn_timm.data.folders import list_folder
 from wrn_timm.data.images import ImageFiles, read_rgb
 from wrn_timm.data.splits import Split, make_split
+from wrn_timm.data.timm_sets import NamedImages
 from wrn_timm.names import duration
 from wrn_timm.recipes import FinetuneConfig
 from wrn_timm.train import finetune as ft
@@ -149,6 +150,9 @@ def test_photographs_of_some_of_the_classes_are_measured(run, photographs, tmp_p
         shutil.copytree(photographs / name, tmp_path / name)
     some, every = (validate(str(run), f'folder:{folder}') for folder in (tmp_path, photographs))
     assert some['images'] == 24 and some['per_class'] == every['per_class'] | {'ketch': None}
+    shutil.rmtree(tmp_path / 'pizza')
+    one = validate(str(run), f'folder:{tmp_path}')
+    assert one['per_class'] == {'ketch': None, 'pizza': None, 'sunflower': every['per_class']['sunflower']}
 
 
 def test_a_test_part_that_lacks_a_class_and_labels_in_another_order_are_measured(run, photographs, tmp_path):
@@ -426,6 +430,24 @@ def test_predict_in_python_says_what_the_command_says(run, capsys):
     assert one.top == found[0].top[:1]
     with pytest.raises(ValueError, match='top_k is 0; it must be at least 1'):
         wrn_timm.predict(run, images, top_k=0)
+    with pytest.raises(ValueError, match='batch_size is 0; it must be at least 1'):
+        wrn_timm.predict(run, images, batch_size=0)
+
+
+def test_predict_names_imagenets_classes_and_needs_a_classifier(no_weights):
+    model = timm.create_model('wrn18_1')
+    model.fc.weight.data.zero_()
+    model.fc.bias.data[285] = 9
+    export_weights(model, no_weights / 'wrn18_1.a1_in1k', {'tag': 'a1_in1k'})
+    image = SAMPLE / 'pizza' / 'image_0020.jpg'
+    photo, = wrn_timm.predict(no_weights / 'wrn18_1.a1_in1k', image, device='cpu')
+    assert photo.label == 'Egyptian cat'
+    export_weights(model, no_weights / 'wrn18_1.mine', {'tag': 'mine'})  # a thousand classes of another kind
+    photo, = wrn_timm.predict(no_weights / 'wrn18_1.mine', image, device='cpu')
+    assert photo.label == '285'
+    export_weights(timm.create_model('wrn16_1', num_classes=0), no_weights / 'headless', {'tag': 'x'})
+    with pytest.raises(ValueError, match='headless has no classifier'):
+        wrn_timm.predict(no_weights / 'headless', image, device='cpu')
 
 
 def test_predict_csv_with_several_answers_and_without_a_model(run, capsys):
@@ -438,6 +460,8 @@ def test_predict_csv_with_several_answers_and_without_a_model(run, capsys):
         assert {row['label'], row['label_2']} < set(CLASSES) and not row['error']
         assert float(row['probability']) >= float(row['probability_2'])
     assert rows[2]['error'] == 'gone.jpg does not exist' and not rows[2]['label_2']
+    assert predict_script.main([images[0], *options, images[1]]) == 0  # on both sides of the options
+    assert len(capsys.readouterr().out.splitlines()) == 3
     assert predict_script.main([*options, images[0]]) == 0
     answer = capsys.readouterr()
     assert 'no --model is given: using wrn16_1.cifar10, which knows only airplane, ' in answer.err
@@ -760,6 +784,31 @@ def test_labels_that_are_mixed_are_smoothed_too():
         logits = copy.deepcopy(model)(images)
     expected = -((.7 * targets + .3 / 10) * logits.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(finetuner._step(model, images, targets.argmax(1), None), expected)
+
+
+@pytest.mark.parametrize('signalled', [True, False])
+def test_a_signal_that_also_ends_the_workers_stops_the_run(tmp_path, signalled):
+    """As where they are not forked: they do not inherit the handlers."""
+    class Reading(Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, i):
+            if i == 5:
+                if signalled:
+                    signal.raise_signal(signal.SIGTERM)
+                raise RuntimeError('DataLoader worker (pid(s) 1) exited unexpectedly')
+            return torch.randn(3, 32, 32), i % 2
+
+    model, config = timm.create_model('wrn16_1', num_classes=2), FinetuneConfig(batch_size=2)
+    with RunControl(RunDir(tmp_path / 'run', {})) as control:
+        finetuner = Finetuner(model, config, RunAccelerator('cpu'), control)
+        if signalled:
+            fitted = finetuner.fit(Reading())
+            assert (fitted.interrupted, fitted.stopped, fitted.history) == (True, 'SIGTERM', [])
+        else:
+            with pytest.raises(RuntimeError, match='exited unexpectedly'):
+                finetuner.fit(Reading())
 
 
 def test_class_weights_are_inverse_to_the_counts():
@@ -1207,6 +1256,35 @@ def test_data_sets_of_the_hub(weights, parts, tmp_path, offline, capsys):
         assert metrics['images'] == 12 and tuple(metrics['per_class']) == CLASSES
         reasons = [f'hfds/{parts} train 8 cannot be read: it is 40,000 x 1 pixels']
         assert [r.partition(';')[0] for r in metrics['skipped']] == (reasons if name == 'hfds' else [])
+    (parts / 'train' / CLASSES[0] / 'line.png').write_bytes(b'no image')
+    assert len(NamedImages(f'hfds/{parts}', 'train')) == 25
+    stream = NamedImages(f'hfids/{parts}', 'train').as_dataset(lambda image: image)
+    with pytest.raises(ValueError, match=r'hfids/\S+ train 8 cannot be read: .*; a stream cannot leave it out'):
+        list(stream)
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # timm's reader leaves files open
+def test_columns_by_other_names(tmp_path, offline):
+    datasets = pytest.importorskip('datasets')
+    offline()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new('RGB', (8, 4)).save(tmp_path / 'x.png', exif=exif)
+    data = datasets.Dataset.from_dict(
+        {'img': [str(tmp_path / 'x.png')] * 2, 'fine_label': [0, 1], 'name': ['ant', 'bee']},
+        datasets.Features({'img': datasets.Image(), 'fine_label': datasets.ClassLabel(names=['ant', 'bee']),
+                           'name': datasets.Value('string')}))
+    (tmp_path / 'data').mkdir()
+    data.to_parquet(tmp_path / 'data' / 'train.parquet')
+    source = f"hfds/{tmp_path / 'data'}"
+    found = NamedImages(source, 'train', keys=('img', 'fine_label'))
+    assert found.classes == ('ant', 'bee') and found.read(1).size == (4, 8)
+    with pytest.raises(ValueError, match=r'has no column image, only img, fine_label, name; give --input-key for the'):
+        NamedImages(source, 'train')
+    with pytest.raises(ValueError, match=r'has no column label, only '):
+        NamedImages(source, 'train', keys=('img', ''))
+    with pytest.raises(ValueError, match=r"the column name holds 'ant', which is not the index of a class"):
+        NamedImages(source, 'train', classes=('ant', 'bee'), keys=('img', 'name'))
 
 
 def test_weights_of_other_networks_beside_ours(photographs, no_weights, tmp_path):
@@ -1225,12 +1303,15 @@ def test_weights_of_other_networks_beside_ours(photographs, no_weights, tmp_path
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # webdataset leaves its files open
 def test_streamed_data_sets(weights, parts, tmp_path, capsys):
     pytest.importorskip('webdataset')
-    info = {'num_classes': 3, 'splits': {}}
+    info, exif = {'num_classes': 3, 'splits': {}}, Image.Exif()
+    exif[0x0112] = 6
     for part in ('train', 'val'):
         with tarfile.open(tmp_path / f'{part}.tar', 'w') as tar:
             for i, p in enumerate(sorted((parts / part).rglob('*.jpg'))):
                 if (part, i) == ('train', 3):
                     Image.new('1', (40_000, 1)).save(p)
+                if (part, i) == ('val', 0):
+                    Image.new('LA', (8, 4)).save(p, 'PNG', exif=exif)
                 (tmp_path / 'cls').write_text(str(CLASSES.index(p.parent.name)))
                 tar.add(p, f'{i:03d}.jpg')
                 tar.add(tmp_path / 'cls', f'{i:03d}.cls')
@@ -1243,3 +1324,5 @@ def test_streamed_data_sets(weights, parts, tmp_path, capsys):
     assert re.search(r'left out: wds/shards:\S+ train \d+: it is 40,000 x 1 pixels', capsys.readouterr().err)
     metrics = json.loads((tmp_path / 'run' / 'metrics.json').read_text())
     assert metrics['images'] == 12 and set(metrics['per_class']) == {'0', '1', '2'}
+    as_read = next(iter(NamedImages(f'wds/shards:{tmp_path}', 'val').as_dataset(lambda image: image)))[0]
+    assert as_read.size == (4, 8) and as_read.getpixel((0, 0)) == (255, 255, 255)  # as read from a file

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, SAMPLE
 
 from wrn_timm.cli import predict as predict_script
+from wrn_timm.cli.common import pass_any_name
 from wrn_timm.names import as_cell, from_cell, printable
 
 linux = pytest.mark.skipif(not sys.platform.startswith('linux'), reason='where names are bytes')
@@ -40,6 +41,15 @@ def odd(tmp_path):
         shutil.copy(SAMPLE / 'pizza' / 'image_0020.jpg', os.path.join(os.fsencode(tmp_path), name))
     (tmp_path / 'none.png').write_text('no')
     return tmp_path, sorted([*names, b'none.png'])
+
+
+def test_output_to_a_file_of_a_narrow_encoding_takes_any_name(monkeypatch):
+    """As on Windows, where it is cp1252."""
+    written = io.BytesIO()
+    monkeypatch.setattr('sys.stdout', io.TextIOWrapper(written, encoding='cp1252'))
+    pass_any_name()
+    print('鳥.jpg', end='', flush=True)
+    assert written.getvalue().decode() == '鳥.jpg'
 
 
 @linux

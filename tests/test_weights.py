@@ -171,7 +171,7 @@ def test_list_weights_tells_place_size_hash_and_licence(no_weights):
 def test_the_users_own_model_is_no_trouble_to_list_weights(no_weights, monkeypatch):
     before = wrn_timm.list_weights()
     entrypoints = timm.models._registry._model_entrypoints
-    monkeypatch.setitem(entrypoints, 'wrn16_2_of_the_user', entrypoints['wrn16_2'])  # registered without a configuration
+    monkeypatch.setitem(entrypoints, 'wrn16_2_of_the_user', entrypoints['wrn16_2'])  # without a configuration
     assert 'wrn16_2_of_the_user' in timm.list_models('wrn*', include_tags=True)
     assert wrn_timm.list_weights() == before
 

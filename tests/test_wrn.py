@@ -300,9 +300,9 @@ def test_without_normalisation_the_shortcut_takes_the_raw_tensor():
     x = torch.randn(2, 3, 32, 32)
     expected = F.conv2d(x, model.conv1.weight, padding=1)
     for block in (*model.layer1, *model.layer2, *model.layer3):
-        out = F.relu(expected)
-        shortcut = expected if block.shortcut is None else F.conv2d(out, block.shortcut.weight, stride=block.conv1.stride)
-        out = F.relu(F.conv2d(out, block.conv1.weight, stride=block.conv1.stride, padding=1))
+        out, stride = F.relu(expected), block.conv1.stride
+        shortcut = expected if block.shortcut is None else F.conv2d(out, block.shortcut.weight, stride=stride)
+        out = F.relu(F.conv2d(out, block.conv1.weight, stride=stride, padding=1))
         expected = F.conv2d(out, block.conv2.weight, padding=1) + shortcut
     torch.testing.assert_close(model.forward_intermediates(x, intermediates_only=True)[-1], expected)
 

@@ -175,13 +175,17 @@ class FinetuneConfig:
     cent), or the split.csv of another run."""
     holdout: float | Literal['auto'] = 'auto'
     """Fraction of the training files to hold out for choosing the best epoch. With fewer than 100 held-out files, the
-    last epoch is used all the same. 'auto' is 0.1 if that is at least 100 files or if patience needs it. Otherwise it
-    is 0: all files are trained on, and the last epoch is used."""
+    last epoch is used all the same, unless the run stops early. 'auto' is 0.1 if that is at least 100 files or if
+    patience needs it. Otherwise it is 0: all files are trained on, and the last epoch is used."""
     parts: tuple[str, ...] = ('train', 'validation')
     """Names of the training split, the held-out split (optional) and the test split of a timm data set (hfds/...,
     wds/...). A held-out split of at least 100 files chooses the epoch."""
     num_classes: int = 0
     """Number of classes, for a named data set that does not provide it."""
+    input_key: str = ''
+    """Column of the images in a timm data set, if it is not called image (as in timm)."""
+    target_key: str = ''
+    """Column of the labels in a timm data set, if it is not called label (as in timm)."""
     nested: bool = False
     """Make every folder that holds images a class, named by its path."""
     input_size: int = 0
@@ -279,7 +283,9 @@ class FinetuneConfig:
 
     def used(self) -> dict[str, Any]:
         """Fields that had an effect, without those that are switched off or that this way of training does not use."""
-        idle = {'cache', 'parts', 'num_classes', 'nested', *((*_OF_SGD, 'augment') if self.cached else ())}
+        idle = {'cache', 'parts', 'num_classes', 'input_key', 'target_key', 'nested'}
+        if self.cached:
+            idle |= {*_OF_SGD, 'augment'}
         if not self.augment:
             idle |= {'min_scale', 'color_jitter', 'auto_augment', 'random_erase'}
         elif self.auto_augment:

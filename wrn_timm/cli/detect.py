@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import json
 import logging
 import sys
@@ -27,7 +26,7 @@ from ..train.detector import asked_before, train_detectors
 from ..train.find_objects import ImageObjects, coco_image_id, coco_results, draw_objects, find_in_files
 from ..train.machine import Machine, usable_cores
 from ..train.predict import find_images
-from .common import STOPPED, Training, log_to_terminal, machine_of, reports_errors, resumable
+from .common import STOPPED, Training, log_to_terminal, machine_of, pass_any_name, reports_errors, resumable
 from .finetune import spread
 from .options import option, parse
 from .predict import named
@@ -145,9 +144,7 @@ def show(results: Iterable[ImageObjects], options: DetectOptions, classes: Seque
 
 def run_finding(options: DetectOptions, model: str) -> int:
     """Find objects with a trained detector, and return the exit code."""
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='surrogateescape')  # file names can be any bytes
+    pass_any_name()
     names, drawn = list(named(options.images)), Path(options.draw).resolve() if options.draw else None
     if mixed := next((name for name in names if drawn and Path(name).resolve().parent == drawn), None):
         raise ValueError(f'{options.draw} is the folder of {mixed}; choose another --draw, so that drawings are '

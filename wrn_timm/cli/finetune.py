@@ -34,7 +34,7 @@ PURPOSES = {
     'Main options': (
         'data', 'out', 'model', 'train', 'epochs', 'input_size', 'lr', 'batch_size', 'split', 'seeds', 'probe',
         'resume'),
-    'Data': ('holdout', 'parts', 'num_classes', 'nested', 'download', 'on_bad'),
+    'Data': ('holdout', 'parts', 'num_classes', 'input_key', 'target_key', 'nested', 'download', 'on_bad'),
     'Network': ('pretrained', 'stem', 'cache'),
     'Optimisation': (
         'accumulate', 'opt', 'momentum', 'weight_decay', 'layer_decay', 'schedule', 'warmup_epochs', 'label_smoothing',

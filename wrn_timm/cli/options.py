@@ -129,9 +129,11 @@ class _Parser(argparse.ArgumentParser):
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
         """Values of the options that are given, without defaults."""
-        found, unknown = self.parse_known_args(argv)
+        found, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
-            name = next((word for word in unknown if word.startswith('-')), unknown[0]).partition('=')[0]
+            name = next((word for word in unknown if word.startswith('-')), '').partition('=')[0]
+            if not name:
+                self.error(f'unexpected argument {unknown[0]}')
             nearest = difflib.get_close_matches(name, map(_flag, self.options), n=1)
             self.error(f'option {name} is unknown' + (f'; nearest: {nearest[0]}' if nearest else ''))
         try:

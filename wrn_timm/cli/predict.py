@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ import timm
 from ..names import as_cell, counted, printable
 from ..recipes import Precision
 from ..train.predict import find_images, predict_files
-from .common import OnDevice, reports_errors
+from .common import OnDevice, pass_any_name, reports_errors
 from .options import option, parse
 
 DEFAULT = 'wrn16_1.cifar10'
@@ -83,9 +82,7 @@ def main(argv: Sequence[str]) -> int:
     if options.model is None:
         labels = timm.get_pretrained_cfg(DEFAULT).label_names
         print(f'no --model is given: using {DEFAULT}, which knows only {", ".join(labels)}', file=sys.stderr)
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors='surrogateescape')  # file names can be any bytes
+    pass_any_name()
     failed = 0
     results = predict_files(options.model or DEFAULT, find_images(named(options.images)), options.device,
                             options.batch_size, options.classes, options.precision)

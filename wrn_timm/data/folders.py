@@ -5,6 +5,7 @@ import contextlib
 import csv
 import dataclasses
 import itertools
+import operator
 import os
 import re
 import statistics
@@ -90,11 +91,11 @@ def list_folder(root: str | Path, nested: bool = False) -> FolderScan:
     Args:
         root: Folder of class folders. Hidden files and folders are ignored. Folders without images beside `train/` are
             ignored with a note. Links are followed unless they loop.
-        nested: Whether every folder that holds files is a class, named by its path ('animals/cat').
+        nested: Whether every folder that holds images is a class, named by its path ('animals/cat').
 
     Raises:
         FileNotFoundError: There is no such folder.
-        ValueError: There are no class folders, only one class, a class without files, or a test class without training
+        ValueError: There are no class folders, a class without files, or a test class without training
             files. The message names it.
     """
     root = Path(root)
@@ -192,10 +193,12 @@ def _list_part(root: Path, nested: bool, bad: list[str]) -> ImageFiles:
 
     def paths() -> Iterator[str]:
         if nested:
-            for folder, path in _walk(str(root), bad):
-                if folder != str(root):
-                    labels.append(number.setdefault(os.path.relpath(folder, root), len(number)))
-                    yield path
+            for folder, entries in itertools.groupby(_walk(str(root), bad), operator.itemgetter(0)):
+                inside = [path for _, path in entries]
+                if folder != str(root) and any(looks_like_image(path) or not Path(path).suffix for path in inside):
+                    number[os.path.relpath(folder, root)] = len(number)
+                    labels.extend([len(number) - 1] * len(inside))
+                    yield from inside
         else:
             for folder in _folders(root):
                 if os.path.realpath(folder) not in above:  # else `_walk` reports it
@@ -211,12 +214,10 @@ def _list_part(root: Path, nested: bool, bad: list[str]) -> ImageFiles:
 
 
 def _checked(files: ImageFiles, where: str | Path, bad: Sequence[str] = ()) -> ImageFiles:
-    """Return the files after checking that there are at least two classes and that each has files."""
+    """Return the files after checking that there are classes and that each has files."""
     if not files.classes:
         raise ValueError(f'{where} holds no class folders; put the images of each class into a folder of its own, or '
                          f'list them in a CSV file with the columns path and label')
-    if len(files.classes) == 1:
-        raise ValueError(f'{where} holds one class only ({files.classes[0]}); at least two are needed')
     filled = set(files.labels)
     if empty := [c for i, c in enumerate(files.classes) if i not in filled]:
         unreadable = f" ({counted(len(bad), 'file')} cannot be read: {some(bad, '; ')})" if bad else ''

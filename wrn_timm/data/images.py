@@ -72,15 +72,17 @@ def read_rgb(path: str | Path | io.BytesIO, least: int = 0, name: str = '') -> I
     """
     try:
         with Image.open(path, formats=_decoders()) as image:
+            image.filename = ''  # else Pillow maps an uncompressed TIFF from disk in its rotated shape
             check_shape(image.size)
             if least:
                 image.draft(None, (least, least))
-            return _as_rgb(image)
+            return as_rgb(image)
     except Exception as e:  # decoders raise almost anything for damaged files
         raise ValueError(_reason(name or str(path), e)) from e
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB as `read_rgb` does."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ('F', 'I', 'I;16', 'I;16L', 'I;16B', 'I;16N'):
         return _from_deep_grey(np.asarray(image))
@@ -131,7 +133,7 @@ def examine_file(path: str) -> Examined:
         with Image.open(io.BytesIO(content), formats=_decoders()) as image:
             check_shape(size := image.size)
             image.draft(None, (1, 1))  # an eighth of the size is enough to find truncated and damaged files
-            _as_rgb(image)
+            as_rgb(image)
     except Exception as e:  # as in `read_rgb`
         return Examined(_reason(path, e))
     return Examined(None, hashlib.blake2b(content, digest_size=16).digest(), size)

@@ -159,7 +159,7 @@ def make_split(
         share, least = (0.1, ENOUGH_TO_CHOOSE) if holdout == 'auto' else (holdout, 0)
         # not the seed of the split, which would draw the same positions again
         chosen = {i for index in _members(train).values() if len(index) > 2
-                  for i in random.Random(f'{seed} {index[0]}').sample(index, max(1, round(len(index) * share)))}
+                  for i in _sample(index, share, random.Random(f'{seed} {index[0]}'))}
         if chosen and min(len(chosen), share * len(train)) >= least:  # small classes give more than their share
             train, chosen_by = _divided(train, chosen)
     return Split(train, chosen_by, test)
@@ -171,6 +171,11 @@ def _members(files: ImageFiles) -> dict[int, list[int]]:
     for i, label in enumerate(files.labels):
         members[label].append(i)
     return dict(sorted(members.items()))
+
+
+def _sample(index: list[int], share: float, rng: random.Random) -> list[int]:
+    """Draw a share of the indices, at least one and not all."""
+    return rng.sample(index, min(len(index) - 1, max(1, round(len(index) * share))))
 
 
 def _divided(files: ImageFiles, second: set[int]) -> tuple[ImageFiles, ImageFiles]:
@@ -200,8 +205,7 @@ def split_files(files: ImageFiles, test_fraction: float, seed: int) -> tuple[Ima
     rng = random.Random(seed)
     test_index = set()
     for index in members.values():
-        n = len(index)
-        test_index.update(rng.sample(index, min(n - 1, max(1, round(n * test_fraction)))))
+        test_index.update(_sample(index, test_fraction, rng))
     return _divided(files, test_index)
 
 
@@ -223,7 +227,7 @@ def read_split(file: str | Path, root: Path) -> Split:
     """Read the split in a `split.csv`, whose relative paths are below `root`.
 
     Raises:
-        FileNotFoundError: Its first training file does not exist.
+        FileNotFoundError: None of its training files exists.
         ValueError: The file is not a `split.csv`, training or test files are missing, a class has no training files, or
             a line is incomplete or has an unknown part. The message names the line.
     """
@@ -239,8 +243,9 @@ def read_split(file: str | Path, root: Path) -> Split:
             rows[part].append((os.path.join(root, from_cell(path)), from_cell(label)))
     if missing := {'train', 'test'} - set(rows):
         raise ValueError(f'{file} names no files of the part {" nor ".join(sorted(missing))}')
-    if not os.path.exists(first := rows['train'][0][0]):
-        raise FileNotFoundError(f'{file} names {first}, which does not exist; give the --data that it was made from')
+    if not any(os.path.exists(path) for path, _ in rows['train']):
+        raise FileNotFoundError(f"{file} names {rows['train'][0][0]}, which does not exist, nor do its other training "
+                                f"files; give the --data that it was made from")
     classes = sorted({label for _, label in rows['train']})
     if unknown := {label for pairs in rows.values() for _, label in pairs} - set(classes):
         raise ValueError(f'{file} names no training files of {some(sorted(unknown))}')

@@ -12,12 +12,14 @@ from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import DatasetFolder
 
-from .images import check_shape, read_rgb
+from ..names import some
+from .images import as_rgb, check_shape, read_rgb
 
 __all__ = ['NamedImages', 'is_named']
 
 _logger = logging.getLogger(__name__)
 
+_DECODED = ('hfids/', 'wds/')  # streams of decoded images
 _PREFIXES = ('hfds/', 'hfids/', 'tfds/', 'wds/', 'torch/')
 
 
@@ -35,9 +37,11 @@ class NamedImages:
         training: Shuffle the data set if it is streamed.
         download: Download the data set if it is missing and supports downloading.
         classes: Class names; None takes those of the data set.
+        keys: Columns of the images and of the labels, as timm's `input_key` and `target_key`; '' for timm's default.
 
     Raises:
-        ValueError: timm cannot open the split, the classes are unknown, or the labels of the split are hidden.
+        ValueError: timm cannot open the split, a column is missing, the classes are unknown, or the labels of the split
+            are hidden.
     """
 
     def __init__(
@@ -47,12 +51,16 @@ class NamedImages:
             training: bool = False,
             download: bool = False,
             classes: Sequence[str] | None = None,
+            keys: tuple[str, str] = ('', ''),
     ):
         name, _, root = source.partition(':')
+        more = {k: v for k, v in zip(('input_key', 'target_key'), keys, strict=True) if v}
+        if name.startswith(_DECODED):
+            more['input_img_mode'] = ''  # converted here, like files; timm would ignore rotation and transparency
         try:
             self.dataset = create_dataset(
-                name, root=root or None, split=split, is_training=training, download=download)
-        except (ImportError, AssertionError, KeyError, ValueError, RuntimeError, OSError) as e:
+                name, root=root or None, split=split, is_training=training, download=download, **more)
+        except (ImportError, AssertionError, KeyError, TypeError, ValueError, RuntimeError, OSError) as e:
             remedy = '. Its size is not recorded; give it as hfds/...' if 'num_samples' in str(e) else ''
             raise ValueError(
                 f'{source}: timm cannot open the split {split!r}: {type(e).__name__}: {e}{remedy}') from e
@@ -61,12 +69,26 @@ class NamedImages:
         elif isinstance(self.dataset, DatasetFolder):
             self.dataset.loader = read_rgb
         self.source, self.split = source, split
+        self._check_columns()
         self.classes = tuple(classes or _classes(self.dataset))
         if not self.classes:
             raise ValueError(f'{source} does not say how many classes it has; give --num-classes')
         self.streamed = isinstance(self.dataset, IterableDataset)
         if not self.streamed:
             self._check_first_label()
+
+    def _check_columns(self) -> None:
+        """Reject a data set of the Hub whose images or labels are in other columns, or whose labels are no indices."""
+        reader = getattr(self.dataset, 'reader', None)
+        if not (hasattr(reader, 'image_key') and len(reader)):
+            return
+        first = {k: v for k, v in reader.dataset[0].items() if v is not None}  # `datasets` adds a missing column
+        if missing := [key for key in (reader.image_key, reader.label_key) if key not in first]:
+            raise ValueError(f'{self.source} has no column {missing[0]}, only {some(list(first))}; give --input-key '
+                             f'for the images and --target-key for the labels')
+        if not isinstance(label := first[reader.label_key], int):
+            raise ValueError(f'{self.source}: the column {reader.label_key} holds {label!r}, which is not the index of '
+                             f'a class; choose another --target-key')
 
     def _check_first_label(self) -> None:
         """Reject a split with hidden labels, as many test splits have, before training."""
@@ -105,7 +127,7 @@ def _read(images: NamedImages, i: int) -> tuple[Image.Image, int]:
         image, label = images.dataset[i]
         if not isinstance(image, bytes):
             check_shape(image.size)
-            return image.convert('RGB'), int(label)
+            return as_rgb(image), int(label)
     except Exception as e:  # timm's readers can raise anything
         raise ValueError(f'{images.name(i)} cannot be read: {e}') from e
     return read_rgb(io.BytesIO(image), name=images.name(i)), int(label)
@@ -135,10 +157,20 @@ class _Stream(IterableDataset):
         self.images.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
-        for i, (image, label) in enumerate(self.images.dataset):
+        i, images = -1, iter(self.images.dataset)
+        while True:
+            i += 1
+            try:
+                image, label = next(images, (None, None))
+            except Exception as e:  # timm's readers can raise anything, and cannot go on
+                raise ValueError(f'{self.images.name(i)} cannot be read: {e}; a stream cannot leave it out, but '
+                                 f'hfds/ can') from e
+            if image is None:
+                return
             try:
                 check_shape(image.size)
-            except ValueError as e:
+                image = as_rgb(image)
+            except Exception as e:  # decoders raise almost anything for damaged images
                 _logger.warning('left out: %s: %s', self.images.name(i), e)
             else:
                 yield self.transform(image), int(label), i

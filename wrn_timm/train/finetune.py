@@ -272,7 +272,8 @@ def _announce(job: _Job) -> None:
         _logger.warning('%s', advice)
     if not config.cached and 0 < held_out < ENOUGH_TO_CHOOSE:
         _logger.info('only %d files are held out, too few to choose the best epoch (each is %.1f points), so the '
-                     'last epoch is used; --holdout 0 trains on them too', held_out, 100 / held_out)
+                     'last epoch is used unless the run stops early; --holdout 0 trains on them too',
+                     held_out, 100 / held_out)
 
 
 def _train(job: _Job) -> tuple[torch.nn.Module, Fitted]:

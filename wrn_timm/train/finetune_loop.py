@@ -206,11 +206,10 @@ class Finetuner:
                     break
                 epoch_began = time.monotonic()
                 self._begin_epoch(train, loader)
-                row = self._train(model, loader, class_weights, bar)
+                row = self._epoch(model, loader, class_weights, bar, holdout=holdout)
                 if amid := row is None:
                     stopped = self.control.reason_to_stop() or 'another process'
                     break
-                row |= self._measure(holdout)
                 state.epoch += 1
                 state.seconds, state.epoch_seconds = time.monotonic() - began, time.monotonic() - epoch_began
                 state.history.append({**row, 'seconds': round(state.seconds, 1)})
@@ -265,6 +264,16 @@ class Finetuner:
             loader.set_epoch(epoch)  # accelerate counts on from there and informs the stream
             train.set_epoch(epoch)
         self._unfreezing.train(epoch)
+
+    def _epoch(self, *training: Any, holdout: Dataset | None) -> dict[str, float] | None:
+        """Train and measure; returns the row of the history, or None if a signal stopped the epoch."""
+        try:
+            row = self._train(*training)
+            return row and row | self._measure(holdout)
+        except RuntimeError:
+            if self.control.signalled:  # it also reached the loader's workers, which only forked ones ignore
+                return None
+            raise
 
     def _train(
             self,

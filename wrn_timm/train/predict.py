@@ -4,11 +4,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from ..data.folders import walk_files
 from ..data.images import looks_like_image, read_rgb
@@ -118,11 +120,16 @@ def predict_files(
 
     Raises:
         FloatingPointError: The probabilities are not finite.
+        ValueError: `batch_size` is below 1, or the model has no classifier.
         Any error of `open_model`.
     """
+    if batch_size < 1:
+        raise ValueError(f'batch_size is {batch_size}; it must be at least 1')
     precision = resolve_precision(precision, device)
     model = open_model(name).to(device, memory_format=torch.channels_last)
-    labels = model.pretrained_cfg.get('label_names') or [str(i) for i in range(model.num_classes)]
+    if not model.num_classes:
+        raise ValueError(f'{name} has no classifier')
+    labels = _labels(model)
     transform = eval_transform(model)
 
     def read(path: str) -> torch.Tensor | str:
@@ -142,9 +149,19 @@ def predict_files(
                 yield {'image': path, **({'error': image} if isinstance(image, str) else {'top': next(answers)})}
 
 
+def _labels(model: torch.nn.Module) -> Sequence[str]:
+    """Class names of a model: its own, those of ImageNet for weights trained on it, or else numbers."""
+    cfg = model.pretrained_cfg
+    if names := cfg.get('label_names'):
+        return names
+    if re.search(r'in\d+k', cfg.get('tag') or '') and (subset := infer_imagenet_subset(model)):
+        return ImageNetInfo(subset).label_descriptions()
+    return [str(i) for i in range(model.num_classes)]
+
+
 @torch.inference_mode()
 def _answers(
-        model: torch.nn.Module, images: torch.Tensor, labels: list[str], top_k: int) -> list[list[dict[str, Any]]]:
+        model: torch.nn.Module, images: torch.Tensor, labels: Sequence[str], top_k: int) -> list[list[dict[str, Any]]]:
     probabilities = model(images.contiguous(memory_format=torch.channels_last)).float().softmax(1)
     if not probabilities.isfinite().all():
         raise FloatingPointError('the network gives probabilities that are not finite: its weights are damaged, or '

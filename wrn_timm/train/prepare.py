@@ -54,6 +54,7 @@ def prepare_split(
         (median of the photographs' shorter sides in pixels; 0 if they were not examined).
 
     Raises:
+        ValueError: There is one class only.
         Any error of `list_source`, `examine`, `make_split` and `read_split`.
     """
     data = str(data)
@@ -67,6 +68,8 @@ def prepare_split(
         scan = FolderScan(given.train, given.test, given.holdout)
     else:
         scan = list_source(data, config.nested, machine.download)
+    if len(scan.train.classes) < 2:
+        raise ValueError(f'{data} holds one class only ({scan.train.classes[0]}); at least two are needed')
     scan = examine(scan, machine.on_bad, at_most=EXAMINED_AT_MOST)
     split = Split(scan.train, scan.val, scan.test) if by_file else make_split(
         scan, config.split, config.held_out, config.seed)
@@ -106,7 +109,8 @@ def prepare_named(config: FinetuneConfig, data: str, download: bool) -> tuple[Sp
         raise ValueError('class_weights needs all labels before training, which a named data set does not provide')
     classes = tuple(map(str, range(config.num_classes))) or None
     train, *choose, test = (
-        NamedImages(data, part, part == config.parts[0], download, classes) for part in config.parts)
+        NamedImages(data, part, part == config.parts[0], download, classes, (config.input_key, config.target_key))
+        for part in config.parts)
     if len({part.classes for part in (train, *choose, test)}) > 1:
         raise ValueError(f'{data}: the parts {", ".join(config.parts)} have different classes')
     split = Split(train, choose[0] if choose else None, test)

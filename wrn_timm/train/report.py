@@ -224,6 +224,7 @@ def _write_page(
     bad = [*metrics['skipped'], *(f'{b} has the same content as {a}, a training file' for a, b in metrics['leaks'])]
     write_page(
         folder, 'report.html', command, made_with, title=title, tested=tested, outcome=_outcome(metrics), curves=curves,
+        all_correct=metrics['top1'] == 100,
         mistakes=table(('true', 'predicted', 'files', '% of the class'), mistakes),
         wrong=table(('predicted', 'true', 'confidence, %', 'file'),
                     [[row[k] for k in ('predicted', 'true', 'confidence', 'file')] for row in wrong]),
