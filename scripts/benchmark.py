@@ -24,7 +24,7 @@ import torch
 from benchmarks import finetuning, inference, trainers, training
 from benchmarks.measuring import Command, matmul_rate, show
 
-from wrn_timm.cli.common import reports_errors
+from wrn_timm.cli.common import reports_errors, show_error
 from wrn_timm.cli.options import option, parse
 from wrn_timm.recipes import FinetuneConfig
 from wrn_timm.train.machine import environment
@@ -62,11 +62,17 @@ def main(argv: Sequence[str]) -> int:
     if command.device == 'cuda':  # convolutions use TF32, so the matrix product they are compared with does too
         torch.backends.cuda.matmul.allow_tf32 = True
     results: dict[str, list[dict[str, Any]]] = {}
+    failed = False
     for name in command.sections or SECTIONS:
-        for case in SECTIONS[name](command):
-            results.setdefault(name, []).append(dataclasses.asdict(case))
-            if not command.json:
-                show(name, case)
+        try:
+            for case in SECTIONS[name](command):
+                results.setdefault(name, []).append(dataclasses.asdict(case))
+                if not command.json:
+                    show(name, case)
+        except Exception as e:  # it must not take the results of the other sections with it
+            failed = True
+            print(name, end=': ', file=sys.stderr)
+            show_error(e)
     about = {'device': command.device, 'threads': torch.get_num_threads(), 'rounds': command.rounds,
              **{f'matmul_gflops_{d}': round(matmul_rate(command.device, getattr(torch, d)) / 1e9, 1)
                 for d in command.dtypes}, **environment(command.device)}
@@ -74,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps({**about, 'sections': results}, indent=2))
     else:
         print('\n' + ', '.join(f'{k} {v}' for k, v in about.items()))
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == '__main__':

@@ -112,6 +112,28 @@ def test_other_logits_are_refused_and_a_contestant_that_fails_is_absent(capsys, 
     assert 'wrn16_1: the logits of impostor differ by' in capsys.readouterr().err
 
 
+def test_a_section_that_fails_leaves_the_results_of_the_others(capsys, monkeypatch):
+    def fails(command):
+        raise RuntimeError('no such thing')
+        yield
+
+    monkeypatch.setitem(benchmark_script.SECTIONS, 'int8', fails)
+    assert benchmark_script.main(['int8', 'growth', *TINY, '--json']) == 1
+    said = capsys.readouterr()
+    assert list(json.loads(said.out)['sections']) == ['growth'] and 'int8: error: no such thing' in said.err
+
+
+def test_the_first_contestant_may_be_the_absent_one(capsys, monkeypatch):
+    steps = training.training_steps
+    monkeypatch.setattr(training, 'training_steps', lambda *args: {'plain eager': lambda: 'out of memory', **{
+        k: v for k, v in steps(*args).items() if k == 'trainer'}})
+    monkeypatch.setattr(training, 'peak_memory', lambda *args: 1.)
+    options = [option for option in TINY if option != '--no-memory']
+    assert benchmark_script.main(['train', *options, '--json']) == 0
+    case, = json.loads(capsys.readouterr().out)['sections']['train']
+    assert [row.get('absent') for row in case['rows']] == ['out of memory', None] and case['rows'][1]['peak_mb'] == 1
+
+
 def test_peak_memory_counts_weights_gradients_and_momentum():
     peak = training.peak_memory('plain eager', 'wrn16_8', 16, 1, 'cpu')
     assert 3 * 4 * 10.96 < peak < 20 * 4 * 10.96  # MB of 10.96 million float32 values

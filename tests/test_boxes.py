@@ -1,5 +1,8 @@
 """Data sets with boxes as people have them, each recognised without options and read to the same boxes."""
+import io
 import json
+import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
@@ -91,6 +94,22 @@ def as_coco_with_images_beside(root):
     return root
 
 
+def as_coco_written_on_windows(root):
+    images(root / 'images')
+    found = coco()
+    for row in found['images']:
+        row['file_name'] = f"images\\{row['file_name']}"
+    (root / 'annotations.json').write_text(json.dumps(found), encoding='utf-8-sig')
+    return root
+
+
+def as_yolo_written_on_windows(root):
+    for file in (yolo(root) / 'labels').iterdir():
+        file.write_text(file.read_text(), encoding='utf-8-sig')
+    (root / 'data.yaml').write_text('train: .\\images\nnames: [dog, cat]\n', encoding='utf-8-sig')
+    return root
+
+
 def as_yolo(root):
     (yolo(root) / 'classes.txt').write_text('dog\ncat\n')
     return root
@@ -103,7 +122,7 @@ def as_yolo_with_names_in_order(root):
 
 @pytest.mark.parametrize('make', [
     as_voc, as_voc_with_other_names_and_png, as_xml_beside_images, as_coco_in_one_folder, as_coco_with_images_beside,
-    as_yolo, as_yolo_with_names_in_order])
+    as_yolo, as_yolo_with_names_in_order, as_coco_written_on_windows, as_yolo_written_on_windows])
 def test_each_form_is_read_to_the_same_boxes(tmp_path, make):
     scan = read_boxes(make(tmp_path / 'data'))
     part, = scan.parts.values()
@@ -202,11 +221,12 @@ def test_bad_things_are_left_out_and_named(tmp_path):
 
     root = as_yolo(tmp_path / 'yolo')
     (root / 'labels/a.txt').write_text('2 0.5 0.5 0.1 0.1\n')
-    (root / 'labels/b.txt').write_text('0 20 15 8 8\n1 0.5 0.5 0.2\n')
+    (root / 'labels/b.txt').write_text('0 20 15 8 8\n1 0.5 0.5 0.2\n0 0.7 0.5 1e-8 0.4\n')
     text = '\n'.join(read_boxes(root).bad)
     assert 'a.txt, line 1: class 2 is not one of the 2 classes, 0 to 1' in text
     assert 'b.txt, line 1: box 20, 15, 8, 8 is not within the image; YOLO has centre' in text
     assert 'b.txt, line 2: the name or a coordinate is missing' in text
+    assert 'b.txt, line 3: the box has no area' in text  # not in float32, and torchvision would stop the training
 
 
 def test_what_is_no_data_set_with_boxes(tmp_path):
@@ -218,9 +238,21 @@ def test_what_is_no_data_set_with_boxes(tmp_path):
     (tmp_path / 'only/data.yaml').write_text('train: x\n')
     with pytest.raises(ValueError, match='data.yaml is not a YOLO data.yaml.*must name its classes'):
         read_boxes(tmp_path / 'only')
+    (tmp_path / 'only/data.yaml').write_text('train: x\nnames:\n')
+    with pytest.raises(ValueError, match='data.yaml has None under "names"; it must name its classes there'):
+        read_boxes(tmp_path / 'only')
     (tmp_path / 'only/data.yaml').write_text('train: x\nnames: [a]\n')
     with pytest.raises(ValueError, match='data.yaml names x under "train", which is neither a folder nor a list'):
         read_boxes(tmp_path / 'only')
+
+
+def test_spawned_workers_get_many_photographs_by_few_descriptors(tmp_path):
+    """A tensor in shared memory takes one each, and a process has a thousand of them."""
+    dataset = read_boxes(as_yolo(tmp_path)).parts['all'].as_dataset(None, 32)
+    pickle.loads(pickle.dumps(dataset))
+    buffer = io.BytesIO()
+    ForkingPickler(buffer).dump(dataset)  # as for a worker
+    assert b'rebuild_tensor' not in buffer.getvalue()
 
 
 def test_an_outline_of_yolo_is_boxed(tmp_path):

@@ -5,6 +5,7 @@
 import dataclasses
 import json
 
+import benchmark
 import pytest
 import timm
 import torch
@@ -20,7 +21,9 @@ from wrn_timm.train.machine import Machine
 from wrn_timm.train.measure import validate
 from wrn_timm.train.scratch import ScratchMachine, train
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device'),
+    pytest.mark.filterwarnings('default::UserWarning')]  # advice by torch, which differs by version and GPU
 
 SMOKE = RECIPES['smoke']
 EVERYTHING = dataclasses.replace(
@@ -66,6 +69,13 @@ def test_fine_tuning(tmp_path, precision, way):
     timm.create_model(f'local-dir:{tmp_path / "run/best"}', pretrained=True)
 
 
-def test_detection(tmp_path):
-    config = DetectConfig(model='wrn16_1', epochs=1, batch_size=2, image_size=128, rois=16, out_channels=32)
-    assert 'map_50' in train_detector(config, BCCD, tmp_path, Machine('cuda'))
+@pytest.mark.parametrize('detector', ['faster_rcnn', 'retinanet'])
+def test_detection(tmp_path, detector):
+    config = DetectConfig(model='wrn16_1', detector=detector, epochs=1, image_size=128, rois=16, out_channels=32)
+    assert 'map_50' in train_detector(config, BCCD, tmp_path, Machine('cuda', workers=2))
+
+
+def test_benchmark(capsys):
+    sections = ('evaluate', 'train', 'latency', 'growth', 'scale', 'augment', 'head', 'finetune')
+    assert benchmark.main([*sections, '--models', 'wrn16_1', '--rounds', '1', '--device', 'cuda', '--json']) == 0
+    assert {*json.loads(capsys.readouterr().out)['sections']} == {*sections}

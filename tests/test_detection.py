@@ -76,6 +76,14 @@ def test_levels_and_anchors_follow_the_strides(make, kwargs, strides, levels):
     assert all(p.grad is not None for p in detector.backbone.body.conv1.parameters())
 
 
+@pytest.mark.parametrize('channels', [1, 4])
+def test_images_of_other_channels(channels):
+    detector = faster_rcnn('wrn16_1', 3, out_channels=32, in_chans=channels)
+    mean = sum(detector.backbone.data_config['mean'])
+    assert mean == pytest.approx(channels / 3 * sum(timm.get_pretrained_cfg('wrn16_1.cifar10').mean))
+    assert detector([torch.rand(channels, 80, 100)] * 2, [TARGET] * 2)['loss_classifier'] > 0
+
+
 def test_levels_are_the_features_of_the_network():
     backbone = fpn_backbone('wrn16_2', out_channels=32).eval()
     whole = timm.create_model('wrn16_2', stem='imagenet', features_only=True).eval()

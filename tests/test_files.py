@@ -105,6 +105,12 @@ def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path, monkeypatc
     assert [p.name for p in tmp_path.iterdir()] == ['folder'] and (tmp_path / 'folder' / 'x').read_text() == 'old'
 
 
+@pytest.mark.parametrize('name', [245 * 'x' + '.jpg', 80 * '鳥' + '.png'])
+def test_names_may_be_as_long_as_the_disk_allows(tmp_path, name):
+    atomic_write(tmp_path / name, 'x')
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
 @posix
 def test_a_link_to_a_folder_stays_one(tmp_path):
     (tmp_path / 'disk' / 'folder').mkdir(parents=True)

@@ -67,9 +67,10 @@ def fpn_backbone(
             stride 1 a photograph of 640 pixels costs 16 times as much.
 
     Returns:
-        The backbone. It maps images (B, 3, H, W) to a dict of levels (B, out_channels, H/stride, W/stride) with keys
-        '0', '1'... In addition to torchvision's attributes, it has `strides` (of the levels taken from the network)
-        and `data_config` (the preprocessing of the weights).
+        The backbone. It maps images (B, in_chans, H, W) to a dict of levels (B, out_channels, H/stride, W/stride) with
+        keys '0', '1'... In addition to torchvision's attributes, it has `strides` (of the levels taken from the
+        network) and `data_config` (the preprocessing of the weights; for `in_chans` other than 3, every channel has
+        the mean of the three).
 
     Raises:
         ValueError: The network is not a WRN, has no such levels, or has fewer than `frozen_stages` stages.
@@ -101,6 +102,8 @@ def fpn_backbone(
         out_channels, extra_blocks)
     backbone.strides = tuple(info[i]['reduction'] for i in taken)
     backbone.data_config = resolve_model_data_config(model)
+    if (channels := model_kwargs.get('in_chans', 3)) != 3:
+        backbone.data_config |= {k: (sum(backbone.data_config[k]) / 3,) * channels for k in ('mean', 'std')}
     return backbone
 
 

@@ -36,7 +36,7 @@ def atomic_write(path: Path, content: str | Callable[[Path], None]) -> None:
     Raises:
         OSError: The file cannot be written. The message names it and the free space.
     """
-    beside = path.with_name(f'.{path.name}.part{os.getpid()}{path.suffix}')
+    beside = path.with_name(f'.{path.name[:50]}.part{os.getpid()}{path.suffix}')  # names have at most 255 bytes
     try:
         with writing(path):
             if callable(content):

@@ -156,7 +156,7 @@ def train(command: Command) -> Iterator[Case]:
             row |= {'matmul': rate / matmul_rate(command.device, dtype), 'first_step_s': first[row['name']]}
             if command.memory:
                 row['peak_mb'] = peak_memory(row['name'], *settings)
-                if row['peak_mb'] and rows[0]['peak_mb']:
+                if row['peak_mb'] and rows[0].get('peak_mb'):
                     row['memory'] = row['peak_mb'] / rows[0]['peak_mb']
         yield Case(f'{name}, {size} px, batch {settings[2]}', rows)
 
@@ -180,7 +180,8 @@ def _train_in_processes(count: int, device: str, *args: str) -> tuple[list[float
              '--holdout', '0', '--ema-decay', '0.999', '--out', f'{folder}/run', *args],
             env={**os.environ, **({'OMP_NUM_THREADS': '1'} if device == 'cpu' else {})}, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f'training in {count} processes failed: {done.stderr[-500:]}')
+            said = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+            raise RuntimeError(f'training in {count} processes failed: {said[-1] if said else done.stderr[-500:]}')
         with open(f'{folder}/run/history.csv', newline='', encoding='utf-8') as f:
             rates = [float(row['images_per_second']) for row in csv.DictReader(f)]
     return rates[1:], int(done.stdout.split()[-1]) / 1e6
@@ -191,7 +192,7 @@ def scale(command: Command) -> Iterator[Case]:
     cuda = command.device == 'cuda'
     most = torch.cuda.device_count() if cuda else os.cpu_count() or 1
     for name in command.models:
-        batch = batch_size(command, 3 * flops(name, 32))
+        batch = min(batch_size(command, 3 * flops(name, 32)), 256)  # `smoke` has 512 images
         rows: list[Row] = []
         for count in (2 ** i for i in range(most.bit_length()) if not batch % 2 ** i):
             rates, peak = _train_in_processes(count, command.device, '--model', name, '--batch-size', str(batch),

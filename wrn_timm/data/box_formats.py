@@ -45,6 +45,11 @@ class Annotated:
 Parts = dict[str, list[Annotated]]
 
 
+def _spellings(folder: Path, name: str) -> list[Path]:
+    """Candidate paths of a name: as written, and with the backslashes of Windows as slashes."""
+    return [folder / spelling for spelling in dict.fromkeys((name, name.replace('\\', '/')))]
+
+
 def corners(box: Box) -> Box:
     """Convert a box from centre, width and height to xmin, ymin, xmax, ymax."""
     x, y, w, h = box
@@ -121,7 +126,7 @@ def _voc_images(files: Iterable[Path], annotations: Path, images: Path) -> list[
 def _listed(file: Path, annotations: Path) -> list[str] | None:
     """Read an image list without duplicates; None if it is a per-class list, which flags other images by -1."""
     entries, flags = [], set()
-    for line in file.read_text(encoding='utf-8', errors='surrogateescape').splitlines():
+    for line in file.read_text(encoding='utf-8-sig', errors='surrogateescape').splitlines():
         entry = line.strip()
         flagged = re.fullmatch(r'(.*\S)\s+(-1|0|1)', entry)
         if flagged and not (annotations / f'{entry}.xml').is_file():
@@ -178,7 +183,7 @@ def _read_coco(root: Path) -> tuple[Parts, list[str]]:
     parts, classes = {}, []
     for name, file in files.items():
         try:
-            found = json.loads(file.read_text(encoding='utf-8'))
+            found = json.loads(file.read_text(encoding='utf-8-sig'))
             parts[name], named = _coco_images(found, file)
         except (ValueError, RecursionError, OSError) as e:
             raise ValueError(f'{file} is not a COCO annotation file: {e}') from e
@@ -222,7 +227,7 @@ def _coco_image(file: Path, name: str) -> Path:
     part = re.sub('instances_', '', file.stem)
     places = [file.parent, file.parent / 'images', file.parent.parent / part, file.parent.parent / 'images' / part,
               file.parent.parent / 'images']
-    return next((place / name for place in places if (place / name).is_file()), file.parent / name)
+    return next((path for place in places for path in _spellings(place, name) if path.is_file()), file.parent / name)
 
 
 # YOLO
@@ -237,7 +242,7 @@ def _read_yolo(root: Path) -> tuple[Parts, list[str]]:
         parts, classes, pose = _of_yaml(file)
     else:
         own = root / 'classes.txt'
-        classes = own.read_text(encoding='utf-8').split('\n') if own.is_file() else []
+        classes = own.read_text(encoding='utf-8-sig').split('\n') if own.is_file() else []
         classes, pose = [name.strip() for name in classes if name.strip()], False
         inner = [f for f in sorted((root / 'images').iterdir()) if f.is_dir() and f.name in _PARTS] if (
             root / 'images').is_dir() else []
@@ -255,11 +260,11 @@ def _of_yaml(file: Path) -> tuple[dict[str, list[Path]], list[str], bool]:
     """Read a `data.yaml`: the images of each part, the classes, and whether keypoints follow the boxes."""
     import yaml  # a dependency of huggingface_hub
     try:
-        settings = yaml.safe_load(file.read_text(encoding='utf-8'))
+        settings = yaml.safe_load(file.read_text(encoding='utf-8-sig'))
         names = settings['names']
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f'{file} is not a YOLO data.yaml: {e!r}; it must name its classes under "names"') from e
-    root = file.parent
+    classes, root = _yolo_names(names, file), file.parent
     if (root / str(settings.get('path') or '')).is_dir():
         root /= str(settings.get('path') or '')
     parts: dict[str, list[Path]] = {}
@@ -275,12 +280,14 @@ def _of_yaml(file: Path) -> tuple[dict[str, list[Path]], list[str], bool]:
                                  f'in {root}; correct it, or leave "{key}" out')
     if 'train' not in parts:
         raise ValueError(f'{file} names no training images under "train"')
-    return parts, _yolo_names(names, file), bool(settings.get('kpt_shape'))
+    return parts, classes, bool(settings.get('kpt_shape'))
 
 
 def _yolo_names(names: Any, file: Path) -> list[str]:
-    if not isinstance(names, dict):
+    if isinstance(names, list):
         return [str(name) for name in names]
+    if not isinstance(names, dict):
+        raise ValueError(f'{file} has {names!r} under "names"; it must name its classes there')
     numbered = {str(key): str(name) for key, name in names.items()}
     if set(numbered) != set(map(str, range(len(numbered)))):
         raise ValueError(f'{file} numbers its classes {", ".join(numbered)}; they must be 0 to {len(numbered) - 1}')
@@ -289,7 +296,8 @@ def _yolo_names(names: Any, file: Path) -> list[str]:
 
 def _places(root: Path, entry: str) -> list[Path]:
     """Candidate paths of an entry in `data.yaml`. Roboflow writes `../train/images` for `train/images`."""
-    return [root / entry, root / entry.removeprefix('../'), Path(entry)]
+    return [path for spelling in dict.fromkeys((entry, entry.replace('\\', '/')))
+            for path in (root / spelling, root / spelling.removeprefix('../'), Path(spelling))]
 
 
 def _yolo_place(root: Path, entry: str) -> Path | None:
@@ -304,9 +312,9 @@ def _images_under(folder: Path) -> list[Path]:
 
 def _images_listed(file: Path, root: Path) -> Iterator[Path]:
     """Yield the images in a list. Its lines are relative to the folder of the list or to that of the data set."""
-    for line in file.read_text(encoding='utf-8', errors='surrogateescape').splitlines():
+    for line in file.read_text(encoding='utf-8-sig', errors='surrogateescape').splitlines():
         if entry := line.strip():
-            places = [file.parent / entry, *_places(root, entry)]
+            places = [*_spellings(file.parent, entry), *_places(root, entry)]
             yield next((p for p in places if p.is_file()), places[0])
 
 
@@ -323,7 +331,7 @@ def _read_yolo_labels(image: Path, classes: Sequence[str], pose: bool) -> Annota
     if not file.is_file():
         return Annotated(image)
     objects = []
-    for i, line in enumerate(file.read_text(encoding='utf-8', errors='replace').splitlines(), start=1):
+    for i, line in enumerate(file.read_text(encoding='utf-8-sig', errors='replace').splitlines(), start=1):
         if not line.strip():
             continue
         what, (cell, *cells) = f'{file}, line {i}', line.split()

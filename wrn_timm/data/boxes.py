@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -67,16 +68,18 @@ class BoxedImages:
 
 class _BoxDataset(Dataset):
     def __init__(self, images: BoxedImages, transform: Any, side: int):
-        self.images, self.transform, self.side = images, transform, side
+        self.paths, self.transform, self.side = images.paths, transform, side
+        # as arrays, because each tensor that is sent to a spawned worker takes a file descriptor
+        self.boxes, self.labels = ([t.numpy() for t in column] for column in (images.boxes, images.labels))
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.paths)
 
     def __getitem__(self, i: int) -> tuple[Any, dict[str, torch.Tensor]]:
-        image, scale = read_reduced(self.images.paths[i], self.side)
-        scale = torch.tensor(scale * 2)
-        boxes = tv_tensors.BoundingBoxes(self.images.boxes[i] / scale, format='XYXY', canvas_size=image.size[::-1])
-        return self.transform(image, {'boxes': boxes, 'labels': self.images.labels[i], 'scale': scale})
+        image, scale = read_reduced(self.paths[i], self.side)
+        scale, boxes, labels = torch.tensor(scale * 2), torch.tensor(self.boxes[i]), torch.tensor(self.labels[i])
+        boxes = tv_tensors.BoundingBoxes(boxes / scale, format='XYXY', canvas_size=image.size[::-1])
+        return self.transform(image, {'boxes': boxes, 'labels': labels, 'scale': scale})
 
 
 def read_reduced(path: str | Path, side: int) -> tuple[Image.Image, tuple[float, float]]:
@@ -259,7 +262,11 @@ def _examined(annotated: Annotated) -> _Found:
         else:
             box = tuple(v * side for v, side in zip(corners(box), (*size, *size), strict=True)
                         ) if annotated.fractions else box
-            objects.append((label, tuple(min(max(v, 0.), side) for v, side in zip(box, (*size, *size), strict=True))))
+            box = np.float32([min(max(v, 0.), side) for v, side in zip(box, (*size, *size), strict=True)]).tolist()
+            if box[0] < box[2] and box[1] < box[3]:
+                objects.append((label, tuple(box)))
+            else:
+                bad.append(f'{what}: the box has no area')
     return _Found(size, digest(annotated.image), objects, bad)
 
 

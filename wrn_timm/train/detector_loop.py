@@ -132,15 +132,20 @@ class DetectorLoop:
         self.detector.train()
         bar.set_description(f'epoch {progress.epoch + 1}/{config.epochs}')
         dataset = self.train.as_dataset(augment, config.image_size)
-        for images, targets in make_box_loader(dataset, batches, self.machine, seed):
-            self.scheduler.step_update(progress.epoch * self.steps + progress.step)
-            progress.total += self._loss(images, targets)
-            progress.step += 1
-            bar.update()
-            bar.set_postfix(loss=f'{progress.total / progress.step:.3f}')
-            if reason := self.control.reason_to_stop():
-                break
-        self.control.check_finite(progress.total, 'the loss', progress.epoch + 1)
+        try:
+            for images, targets in make_box_loader(dataset, batches, self.machine, seed):
+                self.scheduler.step_update(progress.epoch * self.steps + progress.step)
+                progress.total += self._loss(images, targets)
+                self.control.check_finite(progress.total, 'the loss', progress.epoch + 1)
+                progress.step += 1
+                bar.update()
+                bar.set_postfix(loss=f'{progress.total / progress.step:.3f}')
+                if reason := self.control.reason_to_stop():
+                    break
+        except RuntimeError:
+            if not self.control.signalled:  # else it also reached the workers, which only forked ones ignore
+                raise
+            reason = self.control.reason_to_stop()
         progress.seconds += time.monotonic() - began
         return reason
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import math
 import os
 import shutil
@@ -36,6 +37,8 @@ from .optimizers import create_optimizer
 from .run import RunControl, RunDir, any_process, is_best, progress_bar
 
 __all__ = ['Learner', 'ScratchMachine', 'create_model', 'train']
+
+_DOWNLOAD = datetime.timedelta(hours=2)  # processes wait at most so long for the first, which may be downloading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +233,7 @@ def _processes(device: torch.device) -> Iterator[tuple[int, int]]:
         torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     joining = world > 1 and not dist.is_initialized()
     if joining:
-        dist.init_process_group('nccl' if cuda else 'gloo')
+        dist.init_process_group('nccl' if cuda else 'gloo', timeout=_DOWNLOAD)
     yield rank, world
     # not after an error, where this would wait for the others; accelerate's trackers may already have done it
     if joining and dist.is_initialized():
@@ -325,6 +328,8 @@ def train(
     _check_tracker(machine.tracker)
     with contextlib.ExitStack() as stack:
         rank, world = stack.enter_context(_processes(device))
+        stack.callback(setattr, torch.backends.cudnn, 'benchmark', torch.backends.cudnn.benchmark)
+        torch.backends.cudnn.benchmark = True  # shapes stay the same
         if not rank:
             RunDir.check(out, settings, machine.resume)  # before the data is read
         data, held_out = _data(recipe, data_dir, machine.download, rank, world)
@@ -353,7 +358,6 @@ def _learner(recipe: Recipe, classes: int, steps: int, seed: int, machine: Scrat
     device = torch.device(machine.device)
     cuda = device.type == 'cuda'
     torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark |= cuda  # shapes stay the same
     model = create_model(recipe, classes).to(device, memory_format=torch.channels_last)
     if machine.grad_checkpointing:
         model.set_grad_checkpointing()
