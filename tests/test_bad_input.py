@@ -7,6 +7,7 @@ import sys
 
 import processes
 import pytest
+import timm
 from conftest import SAMPLE, files_of_at_most
 from PIL import Image
 
@@ -17,7 +18,7 @@ from wrn_timm.train.finetune import _settings, finetune
 from wrn_timm.train.machine import Machine
 from wrn_timm.train.prepare import prepare_split
 from wrn_timm.train.run import RunDir, check_place
-from wrn_timm.weights import open_model
+from wrn_timm.weights import export_weights, open_model
 
 
 @pytest.fixture
@@ -117,6 +118,7 @@ WRONG_OPTIONS = (
     'label_smoothing is 1.0; it must be from 0 to 0.999', 'holdout is -1.0; it must be from 0 to 0.9',
     'stem imagenet needs an input_size', 'image_memory is nan; it must be at least 0',
     'time_budget is nan; it must be at least 0', 'lr is nan; it must be at least 1e-09',
+    'opt nesterov is SGD with Nesterov momentum, so momentum 0 is not possible',
     'weight_decay is nan; it must be finite and at least 0', 'mixup is inf; it must be finite and at least 0',
     'color_jitter is -1; it must be finite and at least 0', 'patience needs held-out files',
     'seeds is 0; it must be at least 1', 'workers is -1; it must be at least 0')
@@ -142,6 +144,8 @@ WRONG_OPTIONS = (
     (as_it_is, ('--time-budget', 'nan'), 'time_budget is nan; it must be at least 0'),
     (as_it_is, ('--lr', 'nan'), 'lr is nan; it must be at least 1e-09'),
     (as_it_is, ('--weight-decay', 'nan'), 'weight_decay is nan; it must be finite and at least 0'),
+    (as_it_is, ('--momentum', '0'), 'opt nesterov is SGD with Nesterov momentum, so momentum 0 is not possible'),
+    (as_it_is, ('--model', 'GREY'), 'the model takes images of 1 channel, but photographs have three'),
     (as_it_is, ('--mixup', 'inf'), 'mixup is inf; it must be finite and at least 0'),
     (as_it_is, ('--color-jitter', '-1'), 'color_jitter is -1; it must be finite and at least 0'),
     (as_it_is, ('--patience', '3', '--holdout', '0'), 'patience needs held-out files'),
@@ -164,6 +168,9 @@ WRONG_OPTIONS = (
 ])
 def test_what_cannot_be_trained(data, weights, tmp_path, capsys, prepare, argv, message):
     source = prepare(data) or data
+    if 'GREY' in argv:
+        export_weights(timm.create_model('wrn16_1', in_chans=1), tmp_path / 'grey', {'tag': 'grey'})
+        argv = ('--model', str(tmp_path / 'grey'))
     assert tune(source, weights, tmp_path / 'run', *argv) == (2 if message in WRONG_OPTIONS else 1)
     error = capsys.readouterr().err
     assert error.startswith('error: ') and message in error and 'Traceback' not in error

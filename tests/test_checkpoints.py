@@ -1,5 +1,6 @@
 """Foreign layouts: converted weights give the foreign network's own output."""
 import argparse
+import functools
 import re
 
 import pytest
@@ -77,6 +78,50 @@ def test_xternalz(tmp_path, prefix):
     state_dict = {prefix + k: v for k, v in reference.state_dict().items()}
     torch.save({'state_dict': state_dict, 'best_prec1': 96.}, tmp_path / 'model_best.pth.tar')
     assert_same(load('wrn16_2', tmp_path / 'model_best.pth.tar'), reference)
+
+
+def test_a_stage_that_is_there_but_not_used(tmp_path):
+    """As in the code of TRADES."""
+    reference = randomise(Xternalz())
+    unused = {f'sub_block1.{k}': v for k, v in reference.block1.state_dict().items()}
+    torch.save(reference.state_dict() | unused, tmp_path / 'trades.pth')
+    assert_same(load('wrn16_2', tmp_path / 'trades.pth'), reference)
+
+
+def test_first_blocks_that_skip_their_batchnorm_are_refused(tmp_path):
+    """As in the code of MixMatch and FixMatch, whose keys are the same."""
+    state_dict = randomise(Xternalz()).state_dict()
+    for i in (2, 3):
+        state_dict[f'block{i}.layer.0.bn1.weight'].fill_(1)
+        state_dict[f'block{i}.layer.0.bn1.bias'].fill_(0)
+    torch.save(state_dict, tmp_path / 'fixmatch.pth')
+    for read in (wrn_timm.convert_checkpoint, functools.partial(load, 'wrn16_2')):
+        with pytest.raises(ValueError, match='stages 2 and 3 begin without BatchNorm, as in the code of MixMatch'):
+            read(tmp_path / 'fixmatch.pth')
+    torch.save(Xternalz().state_dict(), tmp_path / 'untrained.pth')
+    load('wrn16_2', tmp_path / 'untrained.pth')
+
+
+def test_a_network_within_a_lightning_module(tmp_path):
+    reference = randomise(timm.create_model('wrn16_2'))
+    outer = {f'model.{k}': v for k, v in reference.state_dict().items()} | {'criterion.weight': torch.ones(10)}
+    torch.save({'state_dict': outer, 'epoch': 3}, tmp_path / 'last.ckpt')
+    assert_same(load('wrn16_2', tmp_path / 'last.ckpt'), reference)
+
+
+def test_a_backbone_by_itself(tmp_path, caplog):
+    backbone = randomise(timm.create_model('wrn16_2', features_only=True))
+    torch.save(backbone.state_dict(), tmp_path / 'backbone.pth')
+    again = timm.create_model('wrn16_2', features_only=True, pretrained=True, pretrained_cfg_overlay=dict(
+        file=str(tmp_path / 'backbone.pth')))
+    torch.testing.assert_close(again.state_dict(), backbone.state_dict(), atol=0, rtol=0)
+    assert 'the last normalisation of this model starts untrained' in caplog.text
+
+
+def test_the_other_stem_is_named(tmp_path):
+    torch.save(timm.create_model('wrn16_1', stem='imagenet').state_dict(), tmp_path / 'x.pth')
+    with pytest.raises(RuntimeError, match="1 key does not fit, .*checkpoint has the other stem: pass stem='imagenet'"):
+        load('wrn16_1', tmp_path / 'x.pth')
 
 
 def test_pytorchcv_cifar(tmp_path):

@@ -93,7 +93,7 @@ def test_levels_are_the_features_of_the_network():
         torch.testing.assert_close(a, b)
 
 
-def test_frozen_stages_and_norms():
+def test_frozen_stages_and_norms(tmp_path):
     detector = faster_rcnn('wrn16_2', 3, out_channels=32, frozen_stages=2,
                            detector_kwargs=dict(min_size=64, max_size=64))
     body = detector.backbone.body
@@ -107,6 +107,16 @@ def test_frozen_stages_and_norms():
     assert {n.split('.')[0] for n, p in whole.named_parameters() if p.requires_grad} == {'layer3'}
     with pytest.raises(ValueError, match=r"give the name of its network.*pretrained_cfg_overlay=dict\(file="):
         fpn_backbone('local-dir:somewhere')
+    torch.save(timm.create_model('wrn16_2', stem='imagenet').state_dict(), tmp_path / 'x.pth')
+    ours = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'x.pth')), frozen_stages=1)
+    backbone = fpn_backbone('wrn16_2', **ours)  # the weights have this stem
+    assert not any(p.requires_grad for p in backbone.body.conv1.parameters())
+    assert any(isinstance(m, FrozenBatchNorm2d) for m in backbone.modules())
+    backbone = fpn_backbone('wrn16_2', stem='cifar', pretrained=True, frozen_stages=1)
+    assert not any(p.requires_grad for p in backbone.body.conv1.parameters())
+    backbone = fpn_backbone('wrn16_2', pretrained=True, frozen_stages=1)  # the weights have another stem
+    assert all(p.requires_grad for p in backbone.body.conv1.parameters())
+    assert not any(isinstance(m, FrozenBatchNorm2d) for m in backbone.body.layer3.modules())
     frozen = fpn_backbone('wrn16_2', frozen_norm=True)
     assert sum(isinstance(m, FrozenBatchNorm2d) for m in frozen.modules()) == 12
     assert not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
@@ -629,6 +639,14 @@ def test_several_seeds(tmp_path, capsys, monkeypatch):
     assert summary['map_50']['values'] == each and summary['map_50']['mean'] == pytest.approx(np.mean(each), abs=1e-3)
     assert detect_script.main(args) == 1 and 'the results of several seeds' in capsys.readouterr().err
     assert detect_script.main([*args, '--resume']) == 0
+
+
+def test_settings_of_seeds_that_failed_are_not_those_of_a_later_run(tmp_path):
+    for name, epochs in (('settings', 1), ('recipe', 3)):
+        (tmp_path / f'{name}.json').write_text(json.dumps({'detect': {'epochs': epochs}}))
+    assert detector_run.asked_before(tmp_path).epochs == 3
+    (tmp_path / 'recipe.json').unlink()
+    assert detector_run.asked_before(tmp_path).epochs == 1
 
 
 def test_several_seeds_that_were_stopped_go_on_as_they_were_asked_for(tmp_path, capsys):

@@ -211,6 +211,8 @@ def test_exported_file_carries_preprocessing_and_class_names(trained, tmp_path):
 def test_exported_files_name_no_classes_of_a_classifier_that_was_replaced(tmp_path):
     model = timm.create_model('wrn16_1', pretrained=True, num_classes=3)
     wrn_timm.export.to_torchscript(model, tmp_path / 'other.ts')
+    loaded, x = torch.jit.load(tmp_path / 'other.ts'), torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(loaded.double()(x.double()).float(), model.eval()(x))  # it can be cast and moved
     extra = {'config.json': ''}
     torch.jit.load(tmp_path / 'other.ts', _extra_files=extra)
     assert json.loads(extra['config.json'])['label_names'] is None

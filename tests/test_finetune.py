@@ -3,6 +3,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import functools
 import html.parser
 import io
 import json
@@ -32,7 +33,7 @@ from conftest import ROOT, SAMPLE
 from huggingface_hub import ModelCard
 from PIL import Image
 from processes import Command
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 import wrn_timm
 from wrn_timm.card import check_golden, model_card
@@ -667,6 +668,14 @@ def test_card_of_a_classifier_alone(weights, photographs, tmp_path):
     card = (tmp_path / 'run' / 'best' / 'README.md').read_text()
     assert 'classifier fitted to features, its L2 penalty (' in card
     assert 'penalties tried; torch' in card and ' epochs;' not in card
+    owned = card.replace('license:', 'license: mit', 1)
+    (tmp_path / 'run' / 'best' / 'README.md').write_text(owned)
+    before = weights_of(tmp_path / 'run', 'best')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ft, 'LinearFit', None)  # it is not fitted again
+        assert tune(photographs, weights, tmp_path / 'run', '--train', 'head', '--resume') == 0
+    assert (tmp_path / 'run' / 'best' / 'README.md').read_text() == owned
+    assert weights_of(tmp_path / 'run', 'best') == before
 
 
 def test_a_classifier_that_is_no_linear_layer_is_not_fitted_to_features(monkeypatch):
@@ -703,6 +712,39 @@ def test_a_penalty_is_chosen_that_serves_files_not_fitted_to():
         return (F.linear(features[100:], weight, bias).argmax(1) == labels[100:]).float().mean().item()
 
     assert accuracy(best['penalty']) > accuracy(1e-5) + 0.03
+
+
+def test_a_penalty_is_chosen_that_finds_a_rare_class():
+    """Under strong penalties every file is of the large class, with equal accuracy, though the loss falls."""
+    g = torch.Generator().manual_seed(0)
+    labels = (torch.arange(420) % 21 == 0).long()
+    features = torch.randn(420, 50, generator=g)
+    features[:, 0] += 4 * labels
+    rows = [(row, logits) for row, logits in LinearFit(Features(features, labels), None, 2).path()]
+    assert len({row['holdout_accuracy'] for row, _ in rows[:4]}) == 1  # of the large class
+    best, logits = max(rows, key=lambda pair: pair[0]['holdout_accuracy'])
+    assert best['holdout_accuracy'] > 98 and (logits.argmax(1) == 1).sum() > 12  # of 20
+
+
+@pytest.mark.parametrize('accumulate', [5, 8])
+def test_accumulated_gradients_are_averaged_also_in_a_group_that_is_not_full(tmp_path, accumulate):
+    """Five batches, against one batch of all."""
+    data = TensorDataset(torch.randn(20, 3, 32, 32), torch.arange(20) % 2)
+    norm = functools.partial(timm.layers.GroupNorm, num_groups=4)
+    before = timm.create_model('wrn16_1', num_classes=2, norm_layer=norm)
+    after = []
+    for batch_size, steps in ((20, 1), (4, accumulate)):
+        config = FinetuneConfig(opt='momentum', momentum=0., layer_decay=1., batch_size=batch_size, accumulate=steps,
+                                epochs=1, warmup_epochs=0, label_smoothing=0., ema_decay=.5, precision='no')
+        model = copy.deepcopy(before)
+        with RunControl(RunDir(tmp_path / f'{steps}', {})) as control:
+            finetuner = Finetuner(model, config, make_accelerator(config, 'cpu'), control)
+            update, counted = finetuner.ema.update, []
+            finetuner.ema.update = lambda network, step: (counted.append(step), update(network, step))  # noqa: B023
+            finetuner.fit(data)
+        assert counted == [0]  # one update, whatever the number of batches
+        after.append((model.fc.weight - before.fc.weight) / finetuner.optimizer.param_groups[0]['lr'])
+    torch.testing.assert_close(*after, atol=1e-5, rtol=1e-4)
 
 
 def test_gradual_unfreezing_goes_from_the_classifier_to_the_stem():
@@ -1287,7 +1329,7 @@ def test_columns_by_other_names(tmp_path, offline):
         NamedImages(source, 'train', classes=('ant', 'bee'), keys=('img', 'name'))
 
 
-def test_weights_of_other_networks_beside_ours(photographs, no_weights, tmp_path):
+def test_weights_of_other_networks_beside_ours(photographs, no_weights, tmp_path, capsys):
     """ImageNet's WRN-50-2 and a ResNet-18, untrained here, by the same command; their figures are kept beside them."""
     for name in ('wrn50_2.racm_in1k', 'resnet18.a1_in1k'):
         export_weights(timm.create_model(name.partition('.')[0]), no_weights / name, {'tag': name.partition('.')[2]})
@@ -1295,6 +1337,10 @@ def test_weights_of_other_networks_beside_ours(photographs, no_weights, tmp_path
         assert tune(photographs, name, tmp_path / name, *options) == 0
         row, = json.loads((no_weights / name / 'transfer.json').read_text())
         assert row['top1']['mean'] == json.loads((tmp_path / name / 'metrics.json').read_text())['top1']
+    assert tune(photographs, 'resnet18.a1_in1k', tmp_path / 'stopped', '--time-budget', '0', '--input-size', '32',
+                '--record') == 1
+    assert 'was stopped by the time budget after epoch 1, so it is not recorded' in capsys.readouterr().err
+    assert len(json.loads((no_weights / name / 'transfer.json').read_text())) == 1
     assert tune(photographs, 'wrn16_1', tmp_path / 'probe', '--probe', 'all') == 0
     rows = json.loads((tmp_path / 'probe' / 'probe.json').read_text())
     assert {Path(r['weights']).name for r in rows} == {'wrn50_2.racm_in1k', 'resnet18.a1_in1k'}

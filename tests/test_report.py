@@ -115,6 +115,7 @@ def test_the_report_names_val_the_command_the_date_and_whole_paths(weights, tmp_
     assert 'valid/, used as the test part: 12 files' in page
     assert f"--batch-size 4 --lr 1e-06 --data '{tmp_path / 'my data'}' --out {tmp_path / 'run'}</pre>" in page
     assert re.search(rf"<dt>date</dt><dd>{time.strftime('%Y-%m-')}\d\d \d\d:\d\d</dd>", page)
+    assert '<dt>lr</dt><dd>1e-06</dd>' in page and '<dt>weight_decay</dt><dd>0.0005</dd>' in page
     assert re.search(r'<dt>total time</dt><dd>\d+ seconds?</dd>', page)
     assert metrics['top1'] == 100 or f'<td class="path">{tmp_path / "my data" / "valid"}/' in page
     card = (tmp_path / 'run' / 'best' / 'README.md').read_text()

@@ -9,14 +9,17 @@ import zipfile
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from conftest import SAMPLE
 
+from wrn_timm.card import training_line
 from wrn_timm.cli import finetune as finetune_script
 from wrn_timm.cli import predict as predict_script
 from wrn_timm.cli import validate as validate_script
 from wrn_timm.recipes import RECIPES, FinetuneConfig
 from wrn_timm.train.accelerator import RunAccelerator
 from wrn_timm.train.finetune_loop import Finetuner
+from wrn_timm.train.machine import environment
 from wrn_timm.train.run import RunControl, RunDir, config_of
 from wrn_timm.weights import export_weights
 
@@ -162,10 +165,32 @@ def test_fine_tuning_begins_no_epoch_that_does_not_fit(run):
     finetuner = Finetuner(timm.create_model('wrn16_1'), FinetuneConfig(), accelerator,
                           RunControl(run, time.monotonic() + 60))
     reasons = []
-    for epochs, seconds in ((0, 90.), (1, 30.), (1, 90.)):
+    for epochs, seconds in ((0, 0.), (1, 30.), (1, 90.)):
         finetuner._state.epoch, finetuner._state.epoch_seconds = epochs, seconds
         reasons.append(finetuner._reason_to_stop())
     assert reasons == ['', '', 'the time budget']
+    finetuner._load(finetuner._saved())  # as on another machine, which may be faster
+    assert finetuner._state.epoch == 1 and finetuner._reason_to_stop() == ''
+
+
+def test_where_a_run_was_resumed_is_recorded_and_on_its_card(tmp_path, monkeypatch):
+    for commit, resume in (('a', False), ('b', True), ('b', True), ('a', True)):
+        monkeypatch.setenv('WRN_TIMM_COMMIT', commit)
+        run = RunDir(tmp_path / 'run', {'seed': 0}, resume=resume)
+        if not resume:
+            run.write_history([{'epoch': 1, 'train_loss': 1., 'lr': .1}])
+    record = json.loads(run.recipe_file.read_text())
+    assert [record['environment']['commit'], *(env['commit'] for env in record['resumed'])] == ['a', 'b']
+    line = training_line('1 minute', '2 epochs', 0, record)
+    assert line.count('CPU cores') == 1 and 'commit `a`, then torch' in line and line.endswith('commit `b`.')
+
+
+def test_several_gpus_are_counted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'A100')
+    assert environment('cuda')['hardware'] == 'A100'
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(dist, 'get_world_size', lambda: 8)
+    assert environment('cuda')['hardware'] == '8 x A100'
 
 
 def test_weights_that_are_not_finite_are_not_exported(tmp_path):

@@ -529,6 +529,14 @@ def test_muon_turns_the_updates_of_convolutions_into_orthogonal_matrices():
         torch.testing.assert_close(moved, torch.full_like(moved, .1 * recipe.adamw_scale), rtol=.1, atol=0)
 
 
+def test_muon_leaves_depthwise_convolutions_to_adamw():
+    model = timm.create_model('convnext_atto')
+    groups = create_optimizer(model, dataclasses.replace(SMOKE, opt='muon', lr=.1, weight_decay=.5)).param_groups
+    by_muon = {id(p) for p in groups[0]['params']}
+    assert id(model.stages[0].blocks[0].conv_dw.weight) not in by_muon
+    assert id(model.stages[1].downsample[1].weight) in by_muon
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_muon_multiplies_in_the_type_that_is_fast(monkeypatch, dtype):
     from timm.optim.muon import _COEFFICIENTS, resolve_ns_coefficients
@@ -719,7 +727,9 @@ def test_resnet18_trains_by_the_same_recipe_and_loads_with_its_stem(tmp_path):
     assert train_script.main([
         '--recipe', 'smoke', '--out', str(out), '--device', 'cpu', '--model', 'wrn18_1', '--stem', 'cifar',
         '--epochs', '1', '--batch-size', '128', '--rand-augment', '1']) == 0
-    assert weights_of(out).conv1.weight.shape == (64, 3, 3, 3)
+    model = weights_of(out)
+    assert model.conv1.weight.shape == (64, 3, 3, 3)
+    assert not model.pretrained_cfg.get('license') and not model.pretrained_cfg.get('origin_url')  # of timm's weights
 
 
 def test_trackers_are_told_of_every_epoch(tmp_path, capsys):

@@ -24,7 +24,7 @@ from .data.small_sets import normalise
 from .files import atomic_write, write_json
 from .names import duration
 from .recipes import RECIPES, Recipe, finetune_command, settings_flags
-from .schemas import read_record
+from .schemas import environments, read_record
 from .weights import open_model
 
 __all__ = [
@@ -100,18 +100,21 @@ def read_history(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
-def training_line(took: str, steps: str, seed: int | None, env: dict[str, str]) -> str:
+def training_line(took: str, steps: str, seed: int | None, record: dict[str, Any]) -> str:
     """Describe how long a run took and what it ran on.
 
     Args:
         took: Duration and speed.
         steps: Number of epochs, in words.
         seed: Seed of the run.
-        env: Environment, as in `recipe.json`.
+        record: Content of `recipe.json`, with the environments of the run.
     """
-    machine = env['hardware'] + {'bf16': ' in bfloat16', 'no': ' in float32'}.get(env.get('precision'), '')
-    return (f"{took} on {machine}, seed {seed}, {steps}; torch {env['torch']}, timm {env['timm']}, "
-            f"commit `{env['commit']}`.")
+    ran = environments(record)
+    machines = [env['hardware'] + {'bf16': ' in bfloat16', 'no': ' in float32'}.get(env.get('precision'), '')
+                for env in ran]
+    versions = [f"torch {env['torch']}, timm {env['timm']}, commit `{env['commit']}`" for env in ran]
+    machine, version = (', then '.join(dict.fromkeys(each)) for each in (machines, versions))
+    return f'{took} on {machine}, seed {seed}, {steps}; {version}.'
 
 
 def _training(folder: Path, metrics: dict[str, Any], run: dict[str, Any]) -> str:
@@ -128,8 +131,10 @@ def _training(folder: Path, metrics: dict[str, Any], run: dict[str, Any]) -> str
         if 'images_per_second' in last:
             speed = f" at {float(last['images_per_second']):.0f} images/s (last epoch)"
     steps = f"{last['epoch']} {'penalties tried' if 'penalty' in last else 'epochs'}"
+    if metrics.get('stopped'):
+        steps += f" (stopped by {metrics['stopped']})"
     seed = run.get('seed', run.get('finetune', {}).get('seed'))
-    return training_line(took + speed, steps, seed, run['environment'])
+    return training_line(took + speed, steps, seed, run)
 
 
 def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
@@ -246,7 +251,7 @@ def finish_weights_folder(folder: str | Path, metrics: dict[str, Any]) -> None:
     folder = Path(folder)
     there = folder / 'metrics.json'  # may have fields about the training that `metrics` lacks
     before = json.loads(there.read_text(encoding='utf-8')) if there.is_file() else {}
-    kept = ('chosen_by', 'penalty', 'holdout_files', 'used', 'train_seconds')
+    kept = ('chosen_by', 'penalty', 'holdout_files', 'used', 'train_seconds', 'stopped')
     metrics = {k: before[k] for k in kept if k in before} | metrics
     metrics = {k: v for k, v in metrics.items() if k not in ('skipped', 'leaks')}  # they hold paths of this machine
     model = open_model(str(folder))

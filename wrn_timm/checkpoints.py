@@ -18,6 +18,8 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 
+from .names import counted
+
 __all__ = ['convert_checkpoint', 'convert_state_dict', 'fit_to_model']
 
 _logger = logging.getLogger(__name__)
@@ -62,8 +64,17 @@ def from_authors(state_dict: StateDict) -> StateDict:
 
 
 def from_xternalz(state_dict: StateDict) -> StateDict:
-    """Convert from xternalz/WideResNet-pytorch and its many copies: `block1.layer.0.convShortcut.weight`."""
-    return _renamed(state_dict, [
+    """Convert from xternalz/WideResNet-pytorch and copies that compute the same: `block1.layer.0.convShortcut.weight`.
+
+    Raises:
+        ValueError: The network computes something else, as in the code of MixMatch and FixMatch. There, the first
+            blocks of stages 2 and 3 skip their first BatchNorm, which therefore keeps its initial weights.
+    """
+    used, skipped = (state_dict.get(f'block{i}.layer.0.bn1.weight', torch.ones(1)) for i in (1, 2))
+    if used.min() < used.max() and skipped.min() == skipped.max():
+        raise ValueError('the checkpoint is of a network whose stages 2 and 3 begin without BatchNorm, as in the code '
+                         'of MixMatch and FixMatch (unlike the paper); it cannot be converted')
+    return _renamed({k: v for k, v in state_dict.items() if not k.startswith('sub_block1.')}, [  # unused, of TRADES
         (r'^block(\d+)\.layer\.(\d+)\.convShortcut\.', r'layer\1.\2.shortcut.'),
         (r'^block(\d+)\.layer\.(\d+)\.', r'layer\1.\2.'),
         (r'^bn1\.', 'bn.'),
@@ -121,6 +132,7 @@ LAYOUTS: dict[str, Callable[[StateDict], StateDict]] = {
 
 
 NATIVE = ('a WRN-', 'a ResNet of ')
+_OUTER = ('model.', 'net.', 'network.', 'backbone.', 'encoder.')  # usual names of a network within another module
 
 
 def _description(state_dict: StateDict) -> str:
@@ -129,7 +141,7 @@ def _description(state_dict: StateDict) -> str:
     first = state_dict.get('layer1.0.conv1.weight')
     if first is None or first.ndim != 4:
         return 'in an unknown layout'
-    if 'layer1.0.bn1.weight' in state_dict and 'bn.weight' in state_dict:
+    if 'layer1.0.bn1.weight' in state_dict and 'bn1.weight' not in state_dict:
         blocks = sum(bool(re.fullmatch(r'layer1\.\d+\.conv1\.weight', k)) for k in state_dict)
         width = first.shape[0] / 16
         return f'{NATIVE[0]}{6 * blocks + 4}-{width:g}'
@@ -143,7 +155,11 @@ def convert_state_dict(state_dict: StateDict) -> StateDict:
     """Convert a state dict of any known layout to ours; any other state dict keeps its keys.
 
     Wrappers (`state_dict`, `params`, `model`...) are unpacked first, with a preference for EMA weights, as in timm. The
-    prefixes of DataParallel, AveragedModel and `torch.compile` are removed.
+    prefixes of DataParallel, AveragedModel and `torch.compile` are removed, and so is that of a network within another
+    module (`model.` in a LightningModule), together with what else is in that module.
+
+    Raises:
+        Any error of the converters in `LAYOUTS`.
     """
     for wrapper in ('state_dict_ema', 'model_ema', 'ema', 'state_dict', 'params', 'model', 'net'):
         if isinstance(state_dict.get(wrapper), dict):
@@ -152,6 +168,8 @@ def convert_state_dict(state_dict: StateDict) -> StateDict:
     state_dict = {
         re.sub(r'^(module\.|_orig_mod\.)+', '', k): v.detach()
         for k, v in state_dict.items() if isinstance(k, str) and isinstance(v, torch.Tensor) and k != 'n_averaged'}
+    outer = next((prefix for prefix in _OUTER if f'{prefix}conv1.weight' in state_dict), '')
+    state_dict = {k.removeprefix(outer): v for k, v in state_dict.items() if k.startswith(outer)}
     convert = next((convert for key, convert in LAYOUTS.items() if key in state_dict), None)
     return convert(state_dict) if convert else state_dict
 
@@ -198,6 +216,7 @@ def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
     Raises:
         RuntimeError: The weights belong to another architecture. The message names it and the first keys that do not
             fit.
+        Any error of `convert_state_dict`.
     """
     state_dict = convert_state_dict(state_dict)
     own = model.state_dict()
@@ -207,6 +226,10 @@ def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
             'The weights of the %s stem are dropped: this model has a %s stem, which starts untrained.',
             *('x'.join(map(str, w.shape[2:])) for w in (first, own_first)))
         state_dict['conv1.weight'] = own_first
+        model.stem_untrained = True
+    if not any(k.startswith(('bn.', 'fc.')) for k in state_dict):
+        _logger.warning('The checkpoint is of a backbone: the last normalisation of this model starts untrained.')
+        state_dict |= {k: v for k, v in own.items() if k.startswith('bn.')}
 
     def fits(key: str) -> bool:
         a, b = own[key].shape, state_dict[key].shape
@@ -225,11 +248,14 @@ def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
         for k in own if k in state_dict and own[k].is_floating_point() != state_dict[k].is_floating_point()
         and not k.endswith('num_batches_tracked')]
     if misfits:
-        other = ' The model has another normalisation (norm_layer).' if _has_statistics(state_dict) and not (
+        hint = ' The model has another normalisation (norm_layer).' if _has_statistics(state_dict) and not (
             _has_statistics(own)) else ''
+        if len(misfits) == 1 and first is not None and first.shape[2:] in ((3, 3), (7, 7)) and not fits('conv1.weight'):
+            hint = f" The checkpoint has the other stem: pass stem='{'cifar' if first.shape[2] == 3 else 'imagenet'}'."
         raise RuntimeError(
             f'The checkpoint is {_description(state_dict)}; the model is {_description(own)}. '
-            f'{len(misfits)} keys do not fit, first: {"; ".join(misfits[:4])}.{other}')
+            f'{counted(len(misfits), "key")} {"does" if len(misfits) == 1 else "do"} not fit, first: '
+            f'{"; ".join(misfits[:4])}.{hint}')
     if 'fc.weight' in state_dict and state_dict['fc.weight'].ndim == 2:
         classes = len(state_dict['fc.weight'])
         if classes != model.pretrained_cfg['num_classes'] and model.num_classes not in (0, classes):

@@ -91,11 +91,12 @@ def fpn_backbone(
     taken = stages if out_indices is None else sorted({i % len(info) for i in out_indices})
     if not 0 <= frozen_stages <= len(stages):
         raise ValueError(f'frozen_stages is {frozen_stages}; {name} has {len(stages)} stages')
+    new_stem = getattr(model, 'stem_untrained', getattr(model, 'stem_swapped', False) and not pretrained)
     if frozen_stages:
         children = [n for n, _ in model.named_children()]
-        first = children.index('layer1') if getattr(model, 'stem_swapped', False) else 0
+        first = children.index('layer1') if new_stem else 0
         freeze(model, children[first:children.index(info[stages[frozen_stages - 1]]['module']) + 1])
-    if pretrained and not getattr(model, 'stem_swapped', False) if frozen_norm is None else frozen_norm:
+    if pretrained and not new_stem if frozen_norm is None else frozen_norm:
         model = freeze_batch_norm_2d(model)
     backbone = BackboneWithFPN(
         model, {info[i]['module']: str(n) for n, i in enumerate(taken)}, [info[i]['num_chs'] for i in taken],

@@ -55,7 +55,7 @@ def _training(folder: Path, metrics: dict[str, Any], record: dict[str, Any]) -> 
     rate = statistics.harmonic_mean(float(row['images_per_second']) for row in history)
     took = f"{duration(metrics['train_seconds'])} at {rate:.1f} photographs/s"
     steps = f"{len(history)} epochs of {metrics['train_images']:,} photographs"
-    return training_line(took, steps, record['detect']['seed'], record['environment'])
+    return training_line(took, steps, record['detect']['seed'], record)
 
 
 def detector_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str:

@@ -122,7 +122,8 @@ def inference_forms(
         raise ValueError(f'dtypes has {unknown.pop()}; choose from torch.float32, torch.bfloat16 and torch.float16')
     if onnx and images.device.type != 'cpu':
         raise ValueError(f'onnx runs on the CPU, but the images are on {images.device}; move them or leave onnx out')
-    forms = {'plain': OptimizedModel(copy.deepcopy(model).eval(), images.dtype, torch.preserve_format)}
+    dtype = next((p.dtype for p in model.parameters()), images.dtype)
+    forms = {'plain': OptimizedModel(copy.deepcopy(model).eval(), dtype, torch.preserve_format)}
     folded = fold_batchnorm(model).requires_grad_(False)
     for dtype in dtypes:
         name = str(dtype).removeprefix('torch.')
@@ -174,9 +175,11 @@ def optimize(
 
     Raises:
         ImportError: `onnx` is set and the extra is not installed.
-        ValueError: `torch.fx` cannot trace the model, a type is not float32, bfloat16 or float16, or `onnx` is set and
-            the images are not on the CPU.
+        ValueError: `torch.fx` cannot trace the model, a type is not float32, bfloat16 or float16, `rounds` is below 1,
+            or `onnx` is set and the images are not on the CPU.
     """
+    if rounds < 1:
+        raise ValueError(f'rounds is {rounds}; it must be at least 1')
     forms = inference_forms(model, images, dtypes, compile, onnx)
     calls = {name: lambda form=form: form(images) for name, form in forms.items()}
     times = alternate(calls, rounds, images.device.type)
@@ -201,6 +204,8 @@ def _prepared(model: nn.Module) -> tuple[nn.Module, torch.Tensor, str]:
     config |= {'input_size': (channels, *config['input_size'][1:]), 'range': (0, 1)}
     if channels == 3:
         config['color'] = 'RGB'
+    else:
+        config |= {k: (sum(config[k]) / len(config[k]),) * channels for k in ('mean', 'std')}
     names = getattr(model, 'pretrained_cfg', {}).get('label_names') or ()
     # timm keeps the class names of the pretrained weights even if the classifier was replaced
     config['label_names'] = names if len(names) == getattr(model, 'num_classes', 0) else None
@@ -290,7 +295,7 @@ def to_torchscript(model: nn.Module, path: str | Path) -> None:
         ValueError: `torch.fx` cannot trace the model, or it takes images of one size only.
     """
     model, _, config = _prepared(model)
-    script = torch.jit.freeze(torch.jit.script(model))
+    script = torch.jit.script(model)  # not frozen: weights that are constants stay on the CPU
     atomic_write(Path(path), lambda p: torch.jit.save(script, p, _extra_files={'config.json': config}))
 
 

@@ -134,6 +134,8 @@ class Recipe:
         if any(size < 8 or not share > 0 for size, share in self.sizes) or sum(share for _, share in self.sizes) >= 1:
             raise ValueError(f'sizes are {self.sizes}; each needs at least 8 pixels and a share of the epochs above 0, '
                              f'and the shares must leave epochs for the full size')
+        if list(self.drop_epochs) != sorted(self.drop_epochs):
+            raise ValueError(f'drop_epochs are {", ".join(map(str, self.drop_epochs))}; give them in order')
         if self.alternate_flip and not self.flip:
             raise ValueError('alternate_flip needs flip: leave out --no-flip, or add --no-alternate-flip')
         if not 0 <= self.rand_magnitude <= 30:
@@ -259,6 +261,9 @@ class FinetuneConfig:
             raise ValueError('patience needs held-out files; give a holdout above 0')
         if self.stem == 'imagenet' and not self.input_size:
             raise ValueError('stem imagenet needs an input_size, best 128 or more; the default is for the 3x3 stem')
+        if self.opt in ('nesterov', 'sgd') and not self.momentum:
+            raise ValueError(f"opt {self.opt} is SGD with Nesterov momentum, so momentum 0 is not possible; choose opt "
+                             f"'momentum'")
         if len(self.parts) not in (2, 3):
             raise ValueError(f'parts are {", ".join(self.parts)}; give two (training, test) or three (training, '
                              f'held-out, test)')

@@ -174,3 +174,8 @@ def read_record(file: Path) -> dict[str, Any]:
         return read_json(file, lambda found: None)
     except ValueError as e:
         raise ValueError(f'{e}. Restore it, or begin a new run') from e
+
+
+def environments(record: dict[str, Any]) -> list[dict[str, str]]:
+    """The environments in a `recipe.json`: where the run began, and others in which it was resumed."""
+    return [record.get('environment', {}), *record.get('resumed', ())]

@@ -27,13 +27,13 @@ from timm.models._pretrained import PretrainedCfg
 
 from .download import kept_at, snapshot, unpacked
 from .files import atomic_folder, digest
-from .names import is_utf8
+from .names import counted, is_utf8
 from .schemas import check_config, check_metrics, read_json
 
 __all__ = [
-    'SOURCES', 'Weights', 'check_weights', 'default_tag', 'eval_transform', 'export_weights', 'find', 'list_weights',
-    'locate', 'more_accurate', 'not_finite', 'open_model', 'pinned', 'published', 'read_config', 'released',
-    'sha256_of', 'source_of', 'sources', 'verify', 'version_tag', 'weights_folder', 'weights_name']
+    'SOURCES', 'Weights', 'check_colours', 'check_weights', 'default_tag', 'eval_transform', 'export_weights', 'find',
+    'list_weights', 'locate', 'more_accurate', 'not_finite', 'open_model', 'pinned', 'published', 'read_config',
+    'released', 'sha256_of', 'source_of', 'sources', 'verify', 'version_tag', 'weights_folder', 'weights_name']
 
 # Hub account that holds our weights. Empty until its owner sets it, because any other name could be a stranger's.
 HUB_NAMESPACE = ''
@@ -529,6 +529,21 @@ def export_weights(
     atomic_folder(folder, fill)
 
 
+def check_colours(model: torch.nn.Module) -> None:
+    """Refuse a model that does not take RGB images, as photographs are read.
+
+    Raises:
+        ValueError: It takes images of another number of channels.
+    """
+    if (channels := getattr(model, 'in_chans', 3)) != 3:
+        raise ValueError(f'the model takes images of {counted(channels, "channel")}, but photographs have three')
+
+
 def eval_transform(model: torch.nn.Module) -> Any:
-    """timm's evaluation transform of PIL images for this model, from its own configuration."""
+    """timm's evaluation transform of PIL images for this model, from its own configuration.
+
+    Raises:
+        Any error of `check_colours`.
+    """
+    check_colours(model)
     return create_transform(**resolve_model_data_config(model), is_training=False)

@@ -25,7 +25,7 @@ from ..recipes import FinetuneConfig, finetune_command
 from ..train.finetune import finetune_seeds
 from ..train.machine import Machine, usable_cores
 from ..train.probe import probe
-from ..train.run import begun_with, check_place
+from ..train.run import TIME_BUDGET, begun_with, check_place
 from ..train.transfer_results import record_transfer, transfer_folder
 from .common import STOPPED, Training, is_main_process, log_to_terminal, machine_of, reports_errors, resumable
 from .options import option, parse
@@ -127,6 +127,9 @@ def run_training(options: FinetuneOptions, config: FinetuneConfig, machine: Mach
         return 0
     if result is None:
         return STOPPED
+    if options.record and (stopped := [run for run in result['runs'] if run['stopped'] == TIME_BUDGET]):
+        raise ValueError(f"the run was stopped by {TIME_BUDGET} after epoch {stopped[0]['epochs']}, so it is not "
+                         f"recorded; continue with --resume")
     if options.record:
         record_transfer(config.model, [{k: v for k, v in result.items() if k != 'runs'}])
     result = result if options.seeds > 1 else result['runs'][0]

@@ -215,8 +215,9 @@ def asked_before(out: Path) -> DetectConfig:
     Raises:
         Any error of `begun_with`.
     """
-    asked = out / _ASKED
-    return config_of(asked, 'detect', DetectConfig) if asked.is_file() else begun_with(out, 'detect', DetectConfig)
+    asked, single = out / _ASKED, (out / 'recipe.json').is_file()
+    return begun_with(out, 'detect', DetectConfig) if single or not asked.is_file() else config_of(
+        asked, 'detect', DetectConfig)
 
 
 def _leaks(scan: BoxScan, train: BoxedImages, test: BoxedImages) -> list[tuple[str, str]]:

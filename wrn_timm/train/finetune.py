@@ -44,7 +44,7 @@ from .prepare import (
 )
 from .probe import extract_features
 from .report import write_report
-from .run import TIME_BUDGET, RunControl, RunDir, any_process, check_place, planned_runs, run_each
+from .run import TIME_BUDGET, RunControl, RunDir, agreed, any_process, check_place, planned_runs, run_each
 
 __all__ = ['finetune', 'finetune_seeds']
 
@@ -96,6 +96,8 @@ def finetune(
     with accelerator.local_main_process_first():  # it may download weights, which the others then find
         model = build_model(config)
     run, split, found = _open_run(config, model, str(data), Path(out), accelerator, machine)
+    if config.cached and machine.resume and (finished := _finished(run)):  # fitted again, it might differ slightly
+        return finished
     random_seed(config.seed)  # regardless of what was drawn before
     model.reset_classifier(len(split.train.classes))
     model.to(accelerator.device, memory_format=torch.channels_last)
@@ -114,6 +116,13 @@ def finetune(
     best_epoch = _export(job, network, fitted) if accelerator.is_main_process else fitted.best_epoch()
     accelerator.wait_for_everyone()
     return _test(job, fitted, best_epoch, train_seconds, started)
+
+
+def _finished(run: RunDir) -> dict[str, Any] | None:
+    """The metrics of a finished run; None if it is not finished."""
+    file = run.path / 'metrics.json'
+    metrics = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else None
+    return None if metrics and metrics['stopped'] == TIME_BUDGET else metrics
 
 
 @dataclasses.dataclass
@@ -175,7 +184,9 @@ def _chosen_by(config: FinetuneConfig, fitted: Fitted, split: Split) -> str:
     """How the weights in `best/` were chosen, in words."""
     if config.cached:
         return 'files that the classifier was not fitted to'
-    return 'the end of the schedule' if fitted.last or not split.holdout else 'held-out files'
+    if split.holdout and not fitted.last:
+        return 'held-out files'
+    return 'the end of the run' if fitted.stopped else 'the end of the schedule'
 
 
 def _used(job: _Job) -> dict[str, Any]:
@@ -319,9 +330,7 @@ def _fit_classifier(classifier: torch.nn.Linear, linear: LinearFit, job: _Job) -
                         row['train_loss'], row['holdout_accuracy'], seconds)
                 if job.on_epoch:
                     job.on_epoch(history[-1])
-            stopped = job.control.reason_to_stop()
-            if any_process(bool(stopped), device=job.accelerator.device)[0]:
-                stopped = stopped or 'another process'
+            if stopped := agreed(job.control.reason_to_stop()):
                 break
     interrupted, = any_process(job.control.signalled, device=job.accelerator.device)
     best = max(history, key=lambda row: row['holdout_accuracy'])
@@ -448,7 +457,7 @@ def finetune_seeds(
     summary = {
         'way': config.train if config.pretrained else 'from scratch', 'dataset': runs[0]['dataset'],
         'protocol': runs[0]['split'], 'input_size': runs[0]['input_size'],
-        **({} if config.cached else {'epochs': config.epochs}),
+        **({} if config.cached else {'epochs': max(run['epochs'] for run in runs)}),
         'stem': config.stem, 'seeds': seeds,
         'seconds': round(sum(run['seconds'] for run in runs), 1),
         'settings': {f.name: getattr(config, f.name) for f in dataclasses.fields(config)

@@ -24,7 +24,7 @@ from ..names import duration, some
 from ..recipes import FinetuneConfig
 from .machine import Machine, fused
 from .measure import largest_batch, loss_and_accuracy, make_loader, out_of_memory, predict
-from .run import RunControl, RunDir, any_process, is_best, progress_bar
+from .run import RunControl, RunDir, agreed, any_process, is_best, progress_bar
 
 __all__ = ['BatchTooLarge', 'Finetuner', 'Fitted']
 
@@ -249,12 +249,10 @@ class Finetuner:
     def _reason_to_stop(self) -> str:
         """Why the run ends before the next epoch; '' if it does not."""
         state, patience = self._state, self.config.patience
-        reason = self.control.reason_to_stop(state.epoch_seconds if state.epoch else -math.inf)
+        reason = self.control.reason_to_stop(state.epoch_seconds or -math.inf)
         if not reason and patience and state.epochs_without_gain() >= patience:
             reason = f'{patience} epochs without a better held-out accuracy'
-        if self.accelerator.num_processes > 1:
-            reason = next(filter(None, gather_object([reason])), '')
-        return reason
+        return agreed(reason)
 
     def _begin_epoch(self, train: Dataset, loader: DataLoader) -> None:
         epoch, seed = self._state.epoch, self.config.seed * 100_003 + self._state.epoch
@@ -284,16 +282,17 @@ class Finetuner:
     ) -> dict[str, float] | None:
         """Train for one epoch; returns its row of the history, or None if a signal stopped it."""
         epoch, world = self._state.epoch, self.accelerator.num_processes
-        began, seen = time.monotonic(), 0
+        began, seen, every = time.monotonic(), 0, self.config.accumulate
         total = torch.zeros((), device=self.accelerator.device)
         bar.set_description(f'epoch {epoch + 1}/{self.config.epochs}')
         for step, (images, labels, _, reasons) in enumerate(loader):
             self._timer.tell(step, (self.config.epochs - epoch) * self._steps)
             self._check_readable(reasons, images is None)
             self._scheduler.step_update(epoch * self._steps + step)
-            total += self._step(model, images, labels, class_weights)
+            group = min(every, self._steps - step // every * every)  # the last of an epoch may be smaller
+            total += self._step(model, images, labels, class_weights, group)
             if self.ema and self.accelerator.sync_gradients:
-                self.ema.update(self.network, step=epoch * self._steps + step)
+                self.ema.update(self.network, step=epoch * math.ceil(self._steps / every) + step // every)
             seen += len(labels)
             bar.update()
             if step % 10 == 0 and not bar.disable:
@@ -321,8 +320,9 @@ class Finetuner:
             images: torch.Tensor,
             labels: torch.Tensor,
             class_weights: torch.Tensor | None,
+            group: int = 1,
     ) -> torch.Tensor:
-        """Take a training step on a batch; returns its loss."""
+        """Take a training step on a batch, one of `group` whose gradients are averaged; returns its loss."""
         targets = labels
         if self._mix:
             images, targets = self._mix(images, labels)
@@ -333,7 +333,7 @@ class Finetuner:
                     logits = model(images)
                 loss = F.cross_entropy(logits.float(), targets, class_weights,
                                        label_smoothing=self.config.label_smoothing)
-                self.accelerator.backward(loss)
+                self.accelerator.backward(loss * (self.config.accumulate / max(group, 1)))  # it divides by `accumulate`
             except RuntimeError as e:
                 if not out_of_memory(e):
                     raise
@@ -378,6 +378,7 @@ class Finetuner:
         if self.ema:
             self.ema.module.load_state_dict(saved['ema'])
         self._state = _State(**{f.name: saved[f.name] for f in dataclasses.fields(_State)})
+        self._state.epoch_seconds = 0.  # perhaps of another machine
 
     def _clean_up(self) -> None:
         """Release the network from accelerate and unfreeze it."""

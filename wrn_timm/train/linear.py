@@ -1,6 +1,7 @@
 """Linear classifiers on features, fitted to convergence, with a penalty chosen on files they were not fitted to."""
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 PENALTIES = tuple(10 ** (1 - i / 2) for i in range(13))  # from the strongest, 10, to 1e-5
 _FOLDS = 5
 _ENOUGH = 1000  # held-out files; with fewer, cross-validation over all files chooses better
-_PATIENCE = 3  # penalties in a row without a better accuracy, after which the search stops
+_PATIENCE = 3  # penalties in a row without a better accuracy or loss, after which the search stops
 
 
 def fit_linear(
@@ -106,14 +107,14 @@ class LinearFit:
         self.labels = self._labels.cpu()[torch.cat([asked for _, asked in self.folds])]
 
     def path(self) -> Iterator[tuple[dict[str, float], torch.Tensor]]:
-        """Try the penalties, the strongest first, until three in a row are no better.
+        """Try the penalties, the strongest first, until three in a row improve neither accuracy nor loss.
 
         Yields:
             A row with `penalty`, `train_loss` (on the files fitted to, without the penalty), `holdout_loss` and
             `holdout_accuracy` in % (on the evaluated files); and the logits of the evaluated files.
         """
         weights: list[torch.Tensor | None] = [None] * len(self.folds)
-        best, since = -1., 0
+        best, least, since = -1., math.inf, 0
         for penalty in PENALTIES:
             losses, logits = [], []
             for i, (known, asked) in enumerate(self.folds):
@@ -123,9 +124,12 @@ class LinearFit:
                 logits.append(_apply(weights[i], self._features[asked]).cpu())
             logits = torch.cat(logits)
             accuracy = 100 * (logits.argmax(1) == self.labels).float().mean().item()
-            yield {'penalty': penalty, 'train_loss': sum(losses) / len(losses),
-                   'holdout_loss': F.cross_entropy(logits, self.labels).item(), 'holdout_accuracy': accuracy}, logits
-            best, since = (accuracy, 0) if accuracy > best else (best, since + 1)
+            loss = F.cross_entropy(logits, self.labels).item()
+            yield {'penalty': penalty, 'train_loss': sum(losses) / len(losses), 'holdout_loss': loss,
+                   'holdout_accuracy': accuracy}, logits
+            # with rare classes, only the loss falls at first
+            since = 0 if accuracy > best or loss < least else since + 1
+            best, least = max(best, accuracy), min(least, loss)
             if since == _PATIENCE:
                 return
 

@@ -32,7 +32,7 @@ class Machine:
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu'
     """'cpu' or 'cuda'; the default is 'cuda' if torch finds a GPU."""
     workers: int = 0
-    """Number of processes that read images."""
+    """Number of processes that read images. With another number, augmentation draws other random numbers."""
     image_memory: float = 1.
     """Memory per process for keeping decoded photographs between epochs, in GB. Photographs that do not fit are decoded
     again in every epoch; the result is the same."""
@@ -62,19 +62,23 @@ class Machine:
 def environment(device: str | torch.device = 'cpu') -> dict[str, str]:
     """Versions, commit and hardware of `device`, on which results depend."""
     from .. import __version__
-    cuda = torch.device(device).type == 'cuda'
+    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else ''
     return {
         'wrn_timm': __version__, 'commit': _commit(), 'python': platform.python_version(),
         'torch': torch.__version__, 'torchvision': torchvision.__version__, 'timm': timm.__version__,
-        'hardware': torch.cuda.get_device_name(device) if cuda else _processor(),
+        'hardware': (f'{_processes()} x {gpu}' if _processes() > 1 else gpu) if gpu else _processor(),
     }
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _processor() -> str:
     """Number of CPU cores (and how many are used, if not all), and the CPU model if this version of torch knows it."""
     kind = torch.cpu.get_capabilities().get('cpu_name') if hasattr(torch.cpu, 'get_capabilities') else None
     cores = os.cpu_count() or 1
-    used = torch.get_num_threads() * (dist.get_world_size() if dist.is_initialized() else 1)
+    used = torch.get_num_threads() * _processes()
     return f'{f"{used} of " if used < cores else ""}{cores} CPU cores{f" ({kind})" if kind else ""}'
 
 

@@ -40,15 +40,16 @@ class Muon(timm.optim.Muon):
 def create_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """SGD with Nesterov momentum for all parameters, or Muon for the convolutions and AdamW for the rest.
 
-    With Muon, the stem also goes to AdamW, like the classifier: neither maps features to features. Only the weights
-    that Muon updates are decayed.
+    With Muon, the stem also goes to AdamW, like the classifier: neither maps features to features. So do depthwise
+    convolutions, which are no matrices. Only the weights that Muon updates are decayed.
     """
     if recipe.opt == 'nesterov':
         return create_optimizer_v2(
             model, 'nesterov', lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum,
             filter_bias_and_bn=not recipe.decay_norm, fused=True)
     stem = model.pretrained_cfg['first_conv']
-    kernels = [m.weight for name, m in model.named_modules() if isinstance(m, torch.nn.Conv2d) and name != stem]
+    kernels = [m.weight for name, m in model.named_modules()
+               if isinstance(m, torch.nn.Conv2d) and name != stem and m.weight.shape[1] > 1]
     known = {id(p) for p in kernels}
     rest = [p for p in model.parameters() if id(p) not in known]
     return Muon(

@@ -23,7 +23,7 @@ from ..data.timm_sets import NamedImages
 from ..names import counted, some
 from ..recipes import FinetuneConfig
 from ..schemas import check_scan, read_json
-from ..weights import open_model
+from ..weights import check_colours, open_model
 from .machine import Machine
 
 __all__ = ['build_model', 'check_policy', 'prepare_named', 'prepare_split', 'preprocessing',
@@ -73,6 +73,8 @@ def prepare_split(
     scan = examine(scan, machine.on_bad, at_most=EXAMINED_AT_MOST)
     split = Split(scan.train, scan.val, scan.test) if by_file else make_split(
         scan, config.split, config.held_out, config.seed)
+    if config.patience and not split.holdout:
+        raise ValueError('patience needs held-out files, but no class has more than two training files')
     leaks = split.leaks(scan.twins)
     summary = scan.summary()
     if leaks:
@@ -140,8 +142,8 @@ def build_model(config: FinetuneConfig) -> torch.nn.Module:
     """Build the network to start from, with its original classifier, in evaluation mode.
 
     Raises:
-        ValueError: timm does not know the model; or the model does not support the stem or the input size, or has no
-            linear classifier to fit to features.
+        ValueError: timm does not know the model; or the model does not support colour images, the stem or the input
+            size, or has no linear classifier to fit to features.
         Any error of `open_model`.
     """
     kwargs = {'stem': config.stem} if config.stem else {}
@@ -150,6 +152,7 @@ def build_model(config: FinetuneConfig) -> torch.nn.Module:
         model = open_model(config.model, pretrained=config.pretrained, **kwargs)
     except TypeError as e:
         raise ValueError(f'{config.model} has no option {" nor ".join(kwargs)}') from e
+    check_colours(model)
     own = model.pretrained_cfg.get('input_size', (0,))[-1]
     if model.pretrained_cfg.get('fixed_input_size') and config.input_size not in (0, own):
         raise ValueError(f'{config.model} takes only images of {own} px; leave out --input-size')

@@ -218,7 +218,7 @@ def _write_page(
     classes = [(c, metrics['per_class'][c], metrics['precision'][c], counts[c]) for c in weakest]
     settings = json.loads((folder / 'recipe.json').read_text(encoding='utf-8'))['finetune']
     command = finetune_command(settings, whole_path(found['data']), os.path.abspath(folder))
-    made_with = [*metrics['used'].items(), *metrics['environment'].items()]
+    made_with = [*((name, str(value)) for name, value in metrics['used'].items()), *metrics['environment'].items()]
     curves = ('Loss, accuracy on held-out files, and penalty' if 'penalty' in metrics else
               'Loss, accuracy on held-out files, and learning rate')
     bad = [*metrics['skipped'], *(f'{b} has the same content as {a}, a training file' for a, b in metrics['leaks'])]

@@ -1,6 +1,6 @@
 """The run directory: the files of a training run, written so that nothing saved before is lost.
 
-    recipe.json     the resolved recipe, seed, versions and commit
+    recipe.json     the resolved recipe, seed, versions and commit, and those that the run was resumed with
     history.csv     one row per epoch
     curves.png      loss, accuracy and learning rate
     train.log       the log messages, with the time
@@ -36,14 +36,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..files import FolderLock, atomic_write, discard_partial, make_folder, write_json, writing
 from ..names import is_utf8
-from ..schemas import read_record
+from ..schemas import environments, read_record
 from ..weights import not_finite
 from .curves import plot_history
 from .machine import Machine, environment, hidden
 
 __all__ = [
-    'TIME_BUDGET', 'RunControl', 'RunDir', 'any_process', 'begun_with', 'check_begun', 'check_place', 'config_of',
-    'has_begun', 'holds_checkpoint', 'is_best', 'planned_runs', 'progress_bar', 'run_each']
+    'TIME_BUDGET', 'RunControl', 'RunDir', 'agreed', 'any_process', 'begun_with', 'check_begun', 'check_place',
+    'config_of', 'has_begun', 'holds_checkpoint', 'is_best', 'planned_runs', 'progress_bar', 'run_each']
 
 TIME_BUDGET = 'the time budget'  # as a reason to stop
 _logger = logging.getLogger(__name__)
@@ -265,9 +265,11 @@ class RunDir:
         self.check(self.path, settings, resume)  # another process may have run in between
         for folder in (self.path, self.checkpoints):
             discard_partial(folder)  # partial checkpoints of a killed run
+        here = {**environment(device), **(notes or {})}
         if not resume or not self.recipe_file.is_file():
-            record = {**_plain(settings), 'environment': {**environment(device), **(notes or {})}}
-            write_json(self.recipe_file, record)
+            write_json(self.recipe_file, {**_plain(settings), 'environment': here})
+        elif here not in (known := environments(record := read_record(self.recipe_file))):
+            write_json(self.recipe_file, {**record, 'resumed': [*known[1:], here]})
 
     @staticmethod
     def check(path: str | Path, settings: dict[str, Any], resume: bool = False) -> None:
@@ -281,7 +283,7 @@ class RunDir:
             return
         check_begun(path)
         there, now = read_record(recipe_file), _plain(settings)
-        _check_known(there, now | {'environment': None}, there, recipe_file)
+        _check_known(there, now | {'environment': None, 'resumed': None}, there, recipe_file)
         for key, value in settings.items():
             if dataclasses.is_dataclass(value) and isinstance(there.get(key), dict):
                 fields = [f for f in dataclasses.fields(value) if f.default is not dataclasses.MISSING]
@@ -335,7 +337,7 @@ class RunDir:
     @functools.cached_property
     def _fingerprint(self) -> str:
         """Hash of the settings in `recipe.json`, which ties a checkpoint to its run."""
-        recipe = {k: v for k, v in read_record(self.recipe_file).items() if k != 'environment'}
+        recipe = {k: v for k, v in read_record(self.recipe_file).items() if k not in ('environment', 'resumed')}
         return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
     def load_checkpoint(self) -> dict[str, Any] | None:
@@ -402,6 +404,15 @@ class RunDir:
         atomic_write(self.path / 'history.csv', text.getvalue())
         if draw:
             atomic_write(self.path / 'curves.png', lambda p: plot_history(history, p))
+
+
+def agreed(reason: str) -> str:
+    """The first reason to stop that any process has; '' if none has one."""
+    if not dist.is_initialized():
+        return reason
+    reasons = [''] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    return next(filter(None, reasons), '')
 
 
 class RunControl:

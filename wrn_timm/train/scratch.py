@@ -30,6 +30,7 @@ from ..data.small_sets import ImageArrays, load
 from ..files import atomic_write
 from ..recipes import Precision, Recipe, check_numbers
 from ..weights import export_weights
+from ..wrn import WideResNet
 from .accelerator import RunAccelerator
 from .machine import Machine, autocast, environment, kept_random_state, resolve_precision
 from .measure import evaluate
@@ -369,7 +370,9 @@ def _export(recipe: Recipe, learner: Learner, data: ImageArrays, half: bool, run
     folder = run.path / 'weights'
     export_weights(learner.averaged, folder, {
         'tag': recipe.tag or recipe.dataset, 'mean': data.mean, 'std': data.std, 'label_names': data.classes,
-        'input_size': tuple(data.images.shape[1:]), 'crop_pct': 1.0}, half)
+        'input_size': tuple(data.images.shape[1:]), 'crop_pct': 1.0,
+        # not those of weights that others trained for the same network
+        **({} if isinstance(learner.averaged, WideResNet) else {'license': None, 'origin_url': None})}, half)
     for name in ('recipe.json', 'history.csv', 'curves.png'):
         atomic_write(folder / name, partial(shutil.copyfile, run.path / name))
     return folder
