@@ -70,6 +70,8 @@ def main(argv: Sequence[str]) -> int:
                 if not command.json:
                     show(name, case)
         except Exception as e:  # it must not take the results of the other sections with it
+            if '--traceback' in argv:
+                raise
             failed = True
             print(name, end=': ', file=sys.stderr)
             show_error(e)

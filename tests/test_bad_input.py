@@ -171,6 +171,7 @@ def test_what_cannot_be_trained(data, weights, tmp_path, capsys, prepare, argv, 
     if 'GREY' in argv:
         export_weights(timm.create_model('wrn16_1', in_chans=1), tmp_path / 'grey', {'tag': 'grey'})
         argv = ('--model', str(tmp_path / 'grey'))
+        capsys.readouterr()  # timm has warned of the mean
     assert tune(source, weights, tmp_path / 'run', *argv) == (2 if message in WRONG_OPTIONS else 1)
     error = capsys.readouterr().err
     assert error.startswith('error: ') and message in error and 'Traceback' not in error

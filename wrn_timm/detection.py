@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def fpn_backbone(
     backbone.strides = tuple(info[i]['reduction'] for i in taken)
     backbone.data_config = resolve_model_data_config(model)
     if (channels := model_kwargs.get('in_chans', 3)) != 3:
-        backbone.data_config |= {k: (sum(backbone.data_config[k]) / 3,) * channels for k in ('mean', 'std')}
+        backbone.data_config |= {
+            k: (statistics.mean(backbone.data_config[k]),) * channels for k in ('mean', 'std')}
     return backbone
 
 

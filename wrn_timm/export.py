@@ -205,7 +205,7 @@ def _prepared(model: nn.Module) -> tuple[nn.Module, torch.Tensor, str]:
     if channels == 3:
         config['color'] = 'RGB'
     else:
-        config |= {k: (sum(config[k]) / len(config[k]),) * channels for k in ('mean', 'std')}
+        config |= {k: (statistics.mean(config[k]),) * channels for k in ('mean', 'std')}
     names = getattr(model, 'pretrained_cfg', {}).get('label_names') or ()
     # timm keeps the class names of the pretrained weights even if the classifier was replaced
     config['label_names'] = names if len(names) == getattr(model, 'num_classes', 0) else None
