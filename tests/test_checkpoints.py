@@ -116,6 +116,11 @@ def test_a_backbone_by_itself(tmp_path, caplog):
         file=str(tmp_path / 'backbone.pth')))
     torch.testing.assert_close(again.state_dict(), backbone.state_dict(), atol=0, rtol=0)
     assert 'the last normalisation of this model starts untrained' in caplog.text
+    caplog.clear()
+    torch.save(timm.create_model('wrn18_1', features_only=True).state_dict(), tmp_path / 'backbone.pth')
+    timm.create_model('wrn18_1', features_only=True, pretrained=True, pretrained_cfg_overlay=dict(
+        file=str(tmp_path / 'backbone.pth')))
+    assert 'normalisation' not in caplog.text
 
 
 def test_the_other_stem_is_named(tmp_path):

@@ -227,9 +227,10 @@ def fit_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
             *('x'.join(map(str, w.shape[2:])) for w in (first, own_first)))
         state_dict['conv1.weight'] = own_first
         model.stem_untrained = True
-    if not any(k.startswith(('bn.', 'fc.')) for k in state_dict):
+    last = {k: v for k, v in own.items() if k.startswith('bn.')}
+    if last and 'layer3.0.conv1.weight' in state_dict and not any(k.startswith(('bn.', 'fc.')) for k in state_dict):
         _logger.warning('The checkpoint is of a backbone: the last normalisation of this model starts untrained.')
-        state_dict |= {k: v for k, v in own.items() if k.startswith('bn.')}
+        state_dict |= last
 
     def fits(key: str) -> bool:
         a, b = own[key].shape, state_dict[key].shape
