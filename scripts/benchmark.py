@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
                 if not command.json:
                     show(name, case)
         except Exception as e:  # it must not take the results of the other sections with it
-            if '--traceback' in argv:
+            if '--traceback' in argv or isinstance(e, BrokenPipeError):
                 raise
             failed = True
             print(name, end=': ', file=sys.stderr)

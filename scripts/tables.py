@@ -24,6 +24,7 @@ from benchmarks.charts import chart_is_current, draw_minutes, draw_transfer, wri
 from torch.utils.flop_counter import FlopCounterMode
 
 from wrn_timm.card import PAPER_ERROR
+from wrn_timm.schemas import environments
 from wrn_timm.train.transfer_results import read_transfer
 from wrn_timm.weights import WEIGHTS_FILE, more_accurate, published
 from wrn_timm.wrn import VARIANTS
@@ -90,7 +91,7 @@ def beaten(name: str, known: dict[str, float]) -> str:
 
 def hardware(run: dict[str, Any]) -> str:
     """Hardware of a run, without the processor model, which is in the card."""
-    return run['environment']['hardware'].partition(' (')[0]
+    return ', then '.join(dict.fromkeys(env['hardware'].partition(' (')[0] for env in environments(run)))
 
 
 def training_minutes(folder: Path) -> float:

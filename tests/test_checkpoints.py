@@ -15,6 +15,7 @@ from test_wrn import functional_params, functional_wrn
 
 import wrn_timm
 from wrn_timm.checkpoints import convert_state_dict
+from wrn_timm.weights import export_weights, open_model
 
 
 def load(name, file, **kwargs):
@@ -107,6 +108,20 @@ def test_a_network_within_a_lightning_module(tmp_path):
     outer = {f'model.{k}': v for k, v in reference.state_dict().items()} | {'criterion.weight': torch.ones(10)}
     torch.save({'state_dict': outer, 'epoch': 3}, tmp_path / 'last.ckpt')
     assert_same(load('wrn16_2', tmp_path / 'last.ckpt'), reference)
+    compiled = {f'model._orig_mod.{k}': v for k, v in reference.state_dict().items()}
+    torch.save({'state_dict': compiled}, tmp_path / 'last.ckpt')
+    assert_same(load('wrn16_2', tmp_path / 'last.ckpt'), reference)
+
+
+def test_the_users_own_imagenet_network_has_the_licence_of_nobody(tmp_path):
+    model = randomise(timm.create_model('wrn18_1', num_classes=7))
+    torch.save(model.state_dict(), tmp_path / 'mine.pth')
+    mine = timm.create_model('wrn18_1', pretrained=True, num_classes=7, pretrained_cfg_overlay=dict(
+        file=str(tmp_path / 'mine.pth')))
+    assert not {'tag', 'license', 'origin_url'} & mine.pretrained_cfg.keys()
+    torch.testing.assert_close(mine.state_dict(), model.state_dict(), atol=0, rtol=0)
+    export_weights(mine, tmp_path / 'folder', {})
+    assert open_model(str(tmp_path / 'folder')).num_classes == 7
 
 
 def test_a_backbone_by_itself(tmp_path, caplog):

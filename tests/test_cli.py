@@ -18,6 +18,7 @@ from wrn_timm import cli
 from wrn_timm.cli import finetune, predict, train
 from wrn_timm.cli import validate as validate_script
 from wrn_timm.cli.common import reports_errors
+from wrn_timm.cli.options import parse
 from wrn_timm.recipes import CIFAR10, FinetuneConfig
 from wrn_timm.weights import export_weights
 
@@ -103,6 +104,14 @@ def test_help_says_every_option_once_with_its_default(name, capsys, monkeypatch)
     assert {f.name for f in dataclasses.fields(kind)} <= shown | {'images', 'folders'}
 
 
+@pytest.mark.parametrize(('argv', 'images'), [
+    (['--top-k', '2', '--', '-x.jpg', 'a.jpg'], ('-x.jpg', 'a.jpg')), (['--', '-x.jpg'], ('-x.jpg',)),
+    (['a.jpg', '--top-k', '2', 'b.jpg'], ('a.jpg', 'b.jpg')), (['-', '--csv'], ('-',))])
+def test_images_may_stand_anywhere(argv, images):
+    options, _ = parse(argv, ('predict', ''), predict.PredictOptions)
+    assert options.images == images
+
+
 def test_a_wrong_option_names_the_nearest_and_how_it_was_called(capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['wrn-timm'])
     for argv, message in (
@@ -114,6 +123,7 @@ def test_a_wrong_option_names_the_nearest_and_how_it_was_called(capsys, monkeypa
             (['validate', '--model', 'a', '--data', 'b', '--precision', 'half'], 'invalid choice: '),
             (['train', '--recipe', 'smoke', '--out', 'a', '--sizes', '16'], '16: give 2 numbers at a time'),
             (['train', '--recipe', 'smoke', '--out', 'a', '--epochs', '0'], 'epochs is 0; it must be at least 1'),
+            (['train', '--recipe', 'smoke', '--out', 'a', '--momentum', '0'], 'Nesterov momentum needs one above 0'),
             (['finetune', '--batch-size', 'much'], "argument --batch-size: invalid int or auto value: 'much'"),
             (['publish', '--namespace', 'a'], 'give folders, or --all'),
             (['finetune', 'DIR'], 'unexpected argument DIR'),

@@ -81,6 +81,9 @@ def test_images_of_other_channels(channels):
     detector = faster_rcnn('wrn16_1', 3, out_channels=32, in_chans=channels)
     mean = sum(detector.backbone.data_config['mean'])
     assert mean == pytest.approx(channels / 3 * sum(timm.get_pretrained_cfg('wrn16_1.cifar10').mean))
+    own = dict(file='', mean=(.5,) * channels, std=(.1, .2, .3, .4)[:channels])
+    kept = fpn_backbone('wrn16_1', in_chans=channels, pretrained_cfg_overlay=own).data_config
+    assert (kept['mean'], kept['std']) == (own['mean'], own['std'])
     assert detector([torch.rand(channels, 80, 100)] * 2, [TARGET] * 2)['loss_classifier'] > 0
 
 

@@ -862,6 +862,12 @@ def test_class_weights_are_inverse_to_the_counts():
 def test_probes_are_ranked_by_held_out_files_and_the_best_is_tested(weights, photographs, tmp_path, capsys):
     untrained, trained = weights, str(ROOT / 'weights' / 'wrn16_1.cifar10')
     options = ['--data', str(photographs), '--out', str(tmp_path / 'run'), '--device', 'cpu', '--split', 'random6']
+    one = tmp_path / 'one'  # a level too high
+    one.mkdir()
+    (one / 'photographs').symlink_to(photographs)
+    assert finetune_script.main([
+        '--data', str(one), '--out', str(tmp_path / 'run'), '--device', 'cpu', '--probe', untrained]) == 1
+    assert 'one holds one class only (photographs); at least two are needed' in capsys.readouterr().err
     assert finetune_script.main([*options, '--probe', untrained, trained]) == 0
     shown = capsys.readouterr().out
     rows = json.loads((tmp_path / 'run' / 'probe.json').read_text())
@@ -1325,8 +1331,27 @@ def test_columns_by_other_names(tmp_path, offline):
         NamedImages(source, 'train')
     with pytest.raises(ValueError, match=r'has no column label, only '):
         NamedImages(source, 'train', keys=('img', ''))
+    with pytest.raises(ValueError, match=r'hfids/.* has no column image, only img, fine_label, name; give --input-key'):
+        NamedImages(source.replace('hfds', 'hfids'), 'train')
     with pytest.raises(ValueError, match=r"the column name holds 'ant', which is not the index of a class"):
         NamedImages(source, 'train', classes=('ant', 'bee'), keys=('img', 'name'))
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_rows_without_an_image_or_a_label(tmp_path, offline, caplog):
+    datasets = pytest.importorskip('datasets')
+    offline()
+    Image.new('RGB', (8, 4)).save(tmp_path / 'x.png')
+    features = datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=['ant', 'bee'])})
+    for part, images, labels in (('train', ['x.png', None, 'x.png'], [0, 1, 1]), ('test', ['x.png'], [None])):
+        rows = {'image': [name and str(tmp_path / name) for name in images], 'label': labels}
+        (tmp_path / 'data').mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / 'data' / f'{part}.parquet')
+    assert NamedImages(f"hfds/{tmp_path / 'data'}", 'train').classes == ('ant', 'bee')
+    stream = NamedImages(f"hfids/{tmp_path / 'data'}", 'train', download=True).as_dataset(lambda image: image.size)
+    assert list(stream) == [((8, 4), 0, 0), ((8, 4), 1, 2)] and 'left out: hfids/' in caplog.text
+    with pytest.raises(ValueError, match=r"first image of the split 'test' has no label; choose other --parts"):
+        NamedImages(f"hfds/{tmp_path / 'data'}", 'test')
 
 
 def test_weights_of_other_networks_beside_ours(photographs, no_weights, tmp_path, capsys):

@@ -177,8 +177,9 @@ def test_where_a_run_was_resumed_is_recorded_and_on_its_card(tmp_path, monkeypat
     for commit, resume in (('a', False), ('b', True), ('b', True), ('a', True)):
         monkeypatch.setenv('WRN_TIMM_COMMIT', commit)
         run = RunDir(tmp_path / 'run', {'seed': 0}, resume=resume)
-        if not resume:
-            run.write_history([{'epoch': 1, 'train_loss': 1., 'lr': .1}])
+        run.save({'epoch': 1, 'step': 1, 'history': []}, [], draw=False)
+    monkeypatch.setenv('WRN_TIMM_COMMIT', 'c')
+    RunDir(tmp_path / 'run', {'seed': 0}, resume=True)  # opened, and nothing trained
     record = json.loads(run.recipe_file.read_text())
     assert [record['environment']['commit'], *(env['commit'] for env in record['resumed'])] == ['a', 'b']
     line = training_line('1 minute', '2 epochs', 0, record)

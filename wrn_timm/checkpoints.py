@@ -166,7 +166,7 @@ def convert_state_dict(state_dict: StateDict) -> StateDict:
             state_dict = state_dict[wrapper]
             break
     state_dict = {
-        re.sub(r'^(module\.|_orig_mod\.)+', '', k): v.detach()
+        re.sub(r'(^|(?<=\.))(module|_orig_mod)\.', '', k): v.detach()
         for k, v in state_dict.items() if isinstance(k, str) and isinstance(v, torch.Tensor) and k != 'n_averaged'}
     outer = next((prefix for prefix in _OUTER if f'{prefix}conv1.weight' in state_dict), '')
     state_dict = {k.removeprefix(outer): v for k, v in state_dict.items() if k.startswith(outer)}

@@ -70,8 +70,8 @@ def fpn_backbone(
     Returns:
         The backbone. It maps images (B, in_chans, H, W) to a dict of levels (B, out_channels, H/stride, W/stride) with
         keys '0', '1'... In addition to torchvision's attributes, it has `strides` (of the levels taken from the
-        network) and `data_config` (the preprocessing of the weights; for `in_chans` other than 3, every channel has
-        the mean of the three).
+        network) and `data_config` (the preprocessing of the weights; if they have another number of channels, every
+        channel has the mean over theirs).
 
     Raises:
         ValueError: The network is not a WRN, has no such levels, or has fewer than `frozen_stages` stages.
@@ -104,7 +104,7 @@ def fpn_backbone(
         out_channels, extra_blocks)
     backbone.strides = tuple(info[i]['reduction'] for i in taken)
     backbone.data_config = resolve_model_data_config(model)
-    if (channels := model_kwargs.get('in_chans', 3)) != 3:
+    if (channels := model_kwargs.get('in_chans', 3)) != len(backbone.data_config['mean']):
         backbone.data_config |= {
             k: (statistics.mean(backbone.data_config[k]),) * channels for k in ('mean', 'std')}
     return backbone

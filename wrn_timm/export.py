@@ -204,7 +204,7 @@ def _prepared(model: nn.Module) -> tuple[nn.Module, torch.Tensor, str]:
     config |= {'input_size': (channels, *config['input_size'][1:]), 'range': (0, 1)}
     if channels == 3:
         config['color'] = 'RGB'
-    else:
+    elif len(config['mean']) != channels:
         config |= {k: (statistics.mean(config[k]),) * channels for k in ('mean', 'std')}
     names = getattr(model, 'pretrained_cfg', {}).get('label_names') or ()
     # timm keeps the class names of the pretrained weights even if the classifier was replaced

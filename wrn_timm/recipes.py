@@ -134,6 +134,8 @@ class Recipe:
         if any(size < 8 or not share > 0 for size, share in self.sizes) or sum(share for _, share in self.sizes) >= 1:
             raise ValueError(f'sizes are {self.sizes}; each needs at least 8 pixels and a share of the epochs above 0, '
                              f'and the shares must leave epochs for the full size')
+        if self.opt == 'nesterov' and not self.momentum:
+            raise ValueError('momentum is 0, but Nesterov momentum needs one above 0')
         if list(self.drop_epochs) != sorted(self.drop_epochs):
             raise ValueError(f'drop_epochs are {", ".join(map(str, self.drop_epochs))}; give them in order')
         if self.alternate_flip and not self.flip:

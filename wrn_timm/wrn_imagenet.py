@@ -17,7 +17,7 @@ from timm.models._pretrained import PretrainedCfg
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from .checkpoints import fit_to_model
-from .weights import locate
+from .weights import SOURCES, locate
 
 __all__ = []
 
@@ -85,9 +85,10 @@ def _resnet(stem: str = 'imagenet', in_chans: int = 3, output_stride: int | None
 
 
 def _create_wrn_imagenet(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNet:
-    source = locate(
-        variant, pretrained, kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None),
-        kwargs.get('cache_dir'))
+    cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None) or {}
+    if cfg is None and any(overlay.get(k) for k in SOURCES):  # the user's own weights, with the licence of nobody else
+        overlay = {'tag': None, 'license': None, 'origin_url': None, **overlay}
+    source = locate(variant, pretrained, cfg, overlay, kwargs.get('cache_dir'))
     return build_model_with_cfg(_resnet, variant, pretrained, pretrained_filter_fn=fit_to_model, **source, **kwargs)
 
 

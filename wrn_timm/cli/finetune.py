@@ -127,15 +127,15 @@ def run_training(options: FinetuneOptions, config: FinetuneConfig, machine: Mach
         return 0
     if result is None:
         return STOPPED
+    shown = result if options.seeds > 1 else result['runs'][0]
+    emit(shown, options)
+    if options.messages == 'text':
+        show(shown, options.out)
     if options.record and (stopped := [run for run in result['runs'] if run['stopped'] == TIME_BUDGET]):
         raise ValueError(f"the run was stopped by {TIME_BUDGET} after epoch {stopped[0]['epochs']}, so it is not "
                          f"recorded; continue with --resume")
     if options.record:
         record_transfer(config.model, [{k: v for k, v in result.items() if k != 'runs'}])
-    result = result if options.seeds > 1 else result['runs'][0]
-    emit(result, options)
-    if options.messages == 'text':
-        show(result, options.out)
     return 0
 
 

@@ -129,7 +129,8 @@ class _Parser(argparse.ArgumentParser):
 
     def given(self, argv: Sequence[str]) -> dict[str, Any]:
         """Values of the options that are given, without defaults."""
-        found, unknown = self.parse_known_intermixed_args(argv)
+        # what follows -- is not for the parser of mixed arguments, which takes it for options
+        found, unknown = self.parse_known_args(argv) if '--' in argv else self.parse_known_intermixed_args(argv)
         if unknown:
             name = next((word for word in unknown if word.startswith('-')), '').partition('=')[0]
             if not name:

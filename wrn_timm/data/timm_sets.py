@@ -1,8 +1,11 @@
 """Data sets that timm reads by name (`hfds/...`, `wds/...`), from the Hub or too large for one disk."""
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import logging
+import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,15 +83,23 @@ class NamedImages:
     def _check_columns(self) -> None:
         """Reject a data set of the Hub whose images or labels are in other columns, or whose labels are no indices."""
         reader = getattr(self.dataset, 'reader', None)
-        if not (hasattr(reader, 'image_key') and len(reader)):
+        if self.source.startswith('hfids/') and reader.builder.info.features:
+            names, keys, first = list(reader.builder.info.features), (reader.input_key, reader.target_key), None
+        elif self.source.startswith('hfds/') and reader and len(reader):
+            first, keys = reader.dataset[0], (reader.image_key, reader.label_key)
+            names = [n for n, v in first.items() if n != keys[0] or v is not None]  # `datasets` adds a missing column
+        else:
             return
-        first = {k: v for k, v in reader.dataset[0].items() if v is not None}  # `datasets` adds a missing column
-        if missing := [key for key in (reader.image_key, reader.label_key) if key not in first]:
-            raise ValueError(f'{self.source} has no column {missing[0]}, only {some(list(first))}; give --input-key '
-                             f'for the images and --target-key for the labels')
-        if not isinstance(label := first[reader.label_key], int):
-            raise ValueError(f'{self.source}: the column {reader.label_key} holds {label!r}, which is not the index of '
-                             f'a class; choose another --target-key')
+        if missing := [key for key in keys if key.partition('/')[0] not in names]:  # timm's a/b is b in the column a
+            raise ValueError(f'{self.source} has no column {missing[0]}, only {some(names)}; give --input-key for the '
+                             f'images and --target-key for the labels')
+        label = first and functools.reduce(operator.getitem, keys[1].split('/'), first)
+        if first and label is None:
+            raise ValueError(f'{self.source}: the first image of the split {self.split!r} has no label; choose other '
+                             f'--parts')
+        if first and not isinstance(label, int):
+            raise ValueError(f'{self.source}: the column {keys[1]} holds {label!r}, which is not the index of a class; '
+                             f'choose another --target-key')
 
     def _check_first_label(self) -> None:
         """Reject a split with hidden labels, as many test splits have, before training."""
@@ -157,16 +168,15 @@ class _Stream(IterableDataset):
         self.images.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
-        i, images = -1, iter(self.images.dataset)
-        while True:
-            i += 1
+        images = iter(self.images.dataset)
+        for i in itertools.count():
             try:
-                image, label = next(images, (None, None))
+                image, label = next(images)
+            except StopIteration:
+                return
             except Exception as e:  # timm's readers can raise anything, and cannot go on
                 raise ValueError(f'{self.images.name(i)} cannot be read: {e}; a stream cannot leave it out, but '
                                  f'hfds/ can') from e
-            if image is None:
-                return
             try:
                 check_shape(image.size)
                 image = as_rgb(image)

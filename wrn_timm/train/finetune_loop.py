@@ -269,7 +269,9 @@ class Finetuner:
             row = self._train(*training)
             return row and row | self._measure(holdout)
         except RuntimeError:
-            if self.control.signalled:  # it also reached the loader's workers, which only forked ones ignore
+            # the signal also reached the loader's workers, which only forked ones ignore; several processes would wait
+            # for one another
+            if self.control.signalled and self.accelerator.num_processes == 1:
                 return None
             raise
 

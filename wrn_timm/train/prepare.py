@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..schemas import check_scan, read_json
 from ..weights import check_colours, open_model
 from .machine import Machine
 
-__all__ = ['build_model', 'check_policy', 'prepare_named', 'prepare_split', 'preprocessing',
+__all__ = ['build_model', 'check_classes', 'check_policy', 'prepare_named', 'prepare_split', 'preprocessing',
            'size_advice', 'split_name', 'training_set']
 
 _logger = logging.getLogger(__name__)
@@ -54,8 +55,7 @@ def prepare_split(
         (median of the photographs' shorter sides in pixels; 0 if they were not examined).
 
     Raises:
-        ValueError: There is one class only.
-        Any error of `list_source`, `examine`, `make_split` and `read_split`.
+        Any error of `check_classes`, `list_source`, `examine`, `make_split` and `read_split`.
     """
     data = str(data)
     if run and (run / 'scan.json').is_file():
@@ -68,8 +68,7 @@ def prepare_split(
         scan = FolderScan(given.train, given.test, given.holdout)
     else:
         scan = list_source(data, config.nested, machine.download)
-    if len(scan.train.classes) < 2:
-        raise ValueError(f'{data} holds one class only ({scan.train.classes[0]}); at least two are needed')
+    check_classes(scan.train.classes, data)
     scan = examine(scan, machine.on_bad, at_most=EXAMINED_AT_MOST)
     split = Split(scan.train, scan.val, scan.test) if by_file else make_split(
         scan, config.split, config.held_out, config.seed)
@@ -89,6 +88,16 @@ def prepare_split(
     protocol = split_name(config.split) if by_file or not scan.test else 'given'
     return split, {'split': protocol, 'bad': list(scan.bad), 'leaks': leaks,
                    'summary': summary, 'tested_on': scan.tested, 'side': int(statistics.median(sides)) if sides else 0}
+
+
+def check_classes(classes: Sequence[str], data: str) -> None:
+    """Refuse data of one class only.
+
+    Raises:
+        ValueError: There is one class; the message names it.
+    """
+    if len(classes) < 2:
+        raise ValueError(f'{data} holds one class only ({classes[0]}); at least two are needed')
 
 
 def _check_held_out(config: FinetuneConfig, split: Split, given_by: str) -> None:

@@ -25,6 +25,7 @@ from .linear import LinearFit
 from .machine import Machine, kept_random_state
 from .measure import Features, Predictions, predict
 from .metrics import classification_metrics, summarise
+from .prepare import check_classes
 
 __all__ = ['extract_features', 'knn', 'probe']
 
@@ -164,7 +165,9 @@ def _splits(data: str, config: FinetuneConfig, seeds: int, machine: Machine) -> 
     if config.split.endswith('.csv'):
         raise ValueError(f'weights are ranked on a new split for each seed: give a protocol (random30, 80-20...) in '
                          f'place of {config.split}')
-    scan = examine(list_source(data, config.nested, machine.download), machine.on_bad, at_most=EXAMINED_AT_MOST)
+    scan = list_source(data, config.nested, machine.download)
+    check_classes(scan.train.classes, data)
+    scan = examine(scan, machine.on_bad, at_most=EXAMINED_AT_MOST)
     for line in scan.summary():
         _logger.info('%s', line)
     numbers = range(config.seed, config.seed + seeds)

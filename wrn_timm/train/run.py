@@ -265,11 +265,9 @@ class RunDir:
         self.check(self.path, settings, resume)  # another process may have run in between
         for folder in (self.path, self.checkpoints):
             discard_partial(folder)  # partial checkpoints of a killed run
-        here = {**environment(device), **(notes or {})}
-        if not resume or not self.recipe_file.is_file():
-            write_json(self.recipe_file, {**_plain(settings), 'environment': here})
-        elif here not in (known := environments(record := read_record(self.recipe_file))):
-            write_json(self.recipe_file, {**record, 'resumed': [*known[1:], here]})
+        self._here = {**environment(device), **(notes or {})}
+        if not has_begun(self.path):
+            write_json(self.recipe_file, {**_plain(settings), 'environment': self._here})
 
     @staticmethod
     def check(path: str | Path, settings: dict[str, Any], resume: bool = False) -> None:
@@ -315,6 +313,7 @@ class RunDir:
         """
         if not self.write:
             return
+        self._note_environment()
         for weights in (state.get('model'), state.get('ema')):
             if name := not_finite(weights or {}):
                 raise FloatingPointError(
@@ -333,6 +332,12 @@ class RunDir:
             self._keep_best(newest)
         for old in _newest_first(self.checkpoints)[2:]:
             old.unlink()
+
+    def _note_environment(self) -> None:
+        """Add where this process trains to `recipe.json`, if the run has been elsewhere."""
+        record = read_record(self.recipe_file)
+        if self._here not in (known := environments(record)):
+            write_json(self.recipe_file, {**record, 'resumed': [*known[1:], self._here]})
 
     @functools.cached_property
     def _fingerprint(self) -> str:
