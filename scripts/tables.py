@@ -128,12 +128,15 @@ def weights_table() -> str:
     rows, known = [], known_errors()
     for folder, metrics, run, config in weights_folders():
         paper = f'{PAPER_ERROR[folder.name]:.2f}' if folder.name in PAPER_ERROR else '-'
+        over = metrics.get('seeds', {}).get('top1')
+        seeds = f"{100 - over['mean']:.2f} ± {over['std']:.2f} ({len(over['values'])})" if over else '-'
         rows.append([
-            named(folder.name, known, f'/weights/{folder.name}'), f"**{known[folder.name]:.2f}**", paper,
+            named(folder.name, known, f'/weights/{folder.name}'), f"**{known[folder.name]:.2f}**", seeds, paper,
             beaten(folder.name, known), f"{metrics['ece']:.2f}", file_size(folder.name),
             f"{run['recipe']['epochs']} epochs, {training_minutes(folder):.0f} min, {hardware(run)}",
             f"`{config['sha256'][:12]}`"])
-    header = ['weights', 'test error, %', 'paper', 'more accurate', 'ECE, %', 'file', 'training', 'sha256']
+    header = ['weights', 'test error, %', 'over seeds', 'paper', 'more accurate', 'ECE, %', 'file', 'training',
+              'sha256']
     return table(header, rows)
 
 
