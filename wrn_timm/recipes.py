@@ -473,7 +473,7 @@ _CPU = dict(
 CPU_CIFAR10 = Recipe(dataset='cifar10', **_CPU)
 """For two CPU cores with bfloat16 instructions: Muon, smaller images first, linear decay, EMA weights.
 
-Accuracy of WRN-16-2 on 5,000 held-out training images in %, one seed each where nothing else is said:
+Accuracy of WRN-16-2 on 5,000 held-out training images in %, one seed each unless stated otherwise:
 
 - Four epochs at 32 px, learning rate 0.06, weight decay 0.01: 88.5 with batch size 128, 88.0 with 256. With learning
   rate 0.12 and batch size 128: 89.5 and 88.7 (two seeds).
