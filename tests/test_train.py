@@ -202,6 +202,7 @@ def test_the_card_has_mean_and_spread_over_seeds(run, tmp_path, capsys):
     folders = [shutil.copytree(run / 'weights', tmp_path / str(seed)) for seed in range(3)]
     for seed, folder in enumerate(folders[1:], start=1):  # other weights, of their own seed
         recipe = json.loads((folder / 'recipe.json').read_text()) | {'seed': seed}
+        assert recipe['recipe'].pop('alternate_flip') is False  # as written before this setting existed
         (folder / 'recipe.json').write_text(json.dumps(recipe))
         model = open_model(str(run))
         model.fc.weight.data[:seed].zero_()
@@ -221,7 +222,7 @@ def test_the_card_has_mean_and_spread_over_seeds(run, tmp_path, capsys):
     recipe['recipe']['lr'] = 3.
     (folders[2] / 'recipe.json').write_text(json.dumps(recipe))
     assert validate_script.main([*args, '--write', '--other-seeds', *others]) == 1
-    assert 'was trained with another recipe than' in capsys.readouterr().err
+    assert f'was trained with another recipe than {first} (lr)' in capsys.readouterr().err
     recipe['finetune'] = recipe.pop('recipe')
     (folders[2] / 'recipe.json').write_text(json.dumps(recipe))
     assert validate_script.main([*args, '--write', '--other-seeds', *others]) == 1

@@ -15,7 +15,7 @@ from .data.splits import check_protocol
 
 __all__ = [
     'RECIPES', 'DetectConfig', 'FinetuneConfig', 'Precision', 'Recipe', 'check_numbers', 'detect_command',
-    'finetune_command', 'get_recipe', 'settings_flags']
+    'finetune_command', 'get_recipe', 'settings_flags', 'with_defaults']
 
 Precision = Literal['auto', 'no', 'fp16', 'bf16']
 
@@ -373,6 +373,17 @@ class DetectConfig:
 
 TORCHVISION_DETECTOR = 'torchvision/resnet50_fpn'
 _OF_TORCHVISIONS = {'detector': 'faster_rcnn', 'pretrained': False, 'frozen_stages': 0, 'out_channels': 256}
+
+
+def with_defaults(settings: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """Settings read from JSON, with the defaults of those that the version that wrote them did not have.
+
+    Args:
+        settings: Settings as in `recipe.json`.
+        kind: Dataclass of the settings.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
+    return json.loads(json.dumps(defaults)) | dict(settings)
 
 
 def settings_flags(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..card import check_run_records, finish_weights_folder
-from ..recipes import Precision
+from ..recipes import Precision, Recipe, with_defaults
 from ..train.machine import Machine
 from ..train.measure import validate
 from ..train.metrics import summarise
@@ -69,13 +69,16 @@ def check_seeds(folders: Sequence[str]) -> None:
         Any error of `check_run_records`.
     """
     runs = {folder: check_run_records(weights_folder(folder)) for folder in folders}
+    if len(folders) == 1:
+        return
     for folder, run in runs.items():
-        if len(runs) > 1 and 'finetune' in run:
+        if 'finetune' in run:
             raise ValueError(f'{folder} was fine-tuned, and --other-seeds is for weights of wrn-timm train; '
                              f'wrn-timm finetune --seeds measures all its seeds')
-        if run.get('recipe') != runs[folders[0]].get('recipe'):
-            raise ValueError(f'{folder} was trained with another recipe than {folders[0]}; give weights that '
-                             f'differ only by seed')
+        first, other = (with_defaults(r['recipe'], Recipe) for r in (runs[folders[0]], run))
+        if differ := [key for key in first | other if first.get(key) != other.get(key)]:
+            raise ValueError(f'{folder} was trained with another recipe than {folders[0]} ({", ".join(differ)}); give '
+                             f'weights that differ only by seed')
     seeds = [run.get('seed') for run in runs.values()]
     if len({*seeds}) < len(folders):
         raise ValueError(f'the seeds are {", ".join(map(str, seeds))}; each of the weights must have its own')

@@ -36,6 +36,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..files import FolderLock, atomic_write, discard_partial, make_folder, write_json, writing
 from ..names import is_utf8
+from ..recipes import with_defaults
 from ..schemas import environments, read_record
 from ..weights import not_finite
 from .curves import plot_history
@@ -284,8 +285,7 @@ class RunDir:
         _check_known(there, now | {'environment': None, 'resumed': None}, there, recipe_file)
         for key, value in settings.items():
             if dataclasses.is_dataclass(value) and isinstance(there.get(key), dict):
-                fields = [f for f in dataclasses.fields(value) if f.default is not dataclasses.MISSING]
-                there[key] = _plain({f.name: f.default for f in fields}) | there[key]
+                there[key] = with_defaults(there[key], type(value))
         if differ := _differences(there, now):
             raise ValueError(f'{path} was started with other settings ({", ".join(differ)}); '
                              f'resume with the same, or choose another --out')
