@@ -20,7 +20,7 @@ from typing import Any
 
 import timm
 import torch
-from benchmarks.charts import chart_is_current, draw_minutes, draw_transfer, write_chart
+from benchmarks.charts import chart_is_current, draw_transfer, write_chart
 from torch.utils.flop_counter import FlopCounterMode
 
 from wrn_timm.card import PAPER_ERROR
@@ -227,12 +227,6 @@ TABLES: dict[str, Callable[[], str]] = {
     'transfer': transfer_table, 'inference': inference_table, 'training': training_table, 'trainers': trainers_table}
 
 
-def minutes_data() -> dict[str, list[Any]]:
-    """Training minutes, test accuracy in % and data set of each of our weights."""
-    return {folder.name: [round(training_minutes(folder), 1), metrics['top1'], metrics['dataset']]
-            for folder, metrics, *_ in weights_folders()}
-
-
 def transfer_data() -> dict[str, dict[str, list[float | None]]]:
     """Mean per-class accuracy on Caltech 101 at 32 px and its standard deviation, by weights and method."""
     found = {}
@@ -244,8 +238,7 @@ def transfer_data() -> dict[str, dict[str, list[float | None]]]:
     return {name: scores for name, scores in found.items() if scores}
 
 
-CHARTS: dict[str, tuple[Callable[[], Any], Callable[..., None]]] = {
-    'accuracy_by_minutes.png': (minutes_data, draw_minutes), 'caltech101.png': (transfer_data, draw_transfer)}
+CHARTS: dict[str, tuple[Callable[[], Any], Callable[..., None]]] = {'caltech101.png': (transfer_data, draw_transfer)}
 
 
 def rewritten(text: str) -> str:

@@ -15,17 +15,6 @@ INK = '#7d858f'  # readable on GitHub's light and dark pages alike
 COLORS = ('#9aa7b5', '#4c8dff', '#f0803c', '#2da44e', '#a475f9', '#d4a72c')
 
 
-def draw_minutes(axes: Axes, data: dict[str, list[Any]]) -> None:
-    """Plot test accuracy against training time, with one point per set of weights and one colour per data set."""
-    sets = sorted({dataset for *_, dataset in data.values()})
-    for name, (minutes, accuracy, dataset) in data.items():
-        axes.plot(minutes, accuracy, 'o', markersize=9, color=COLORS[1 + sets.index(dataset)])
-        axes.annotate(f'{name}, {accuracy:.1f} %', (minutes, accuracy), xytext=(8, 0), textcoords='offset points',
-                      va='center', color=INK)
-    axes.set(xlabel='training time in minutes, on the hardware named in the table', ylabel='test accuracy, %',
-             xlim=(0, 1.5 * max(minutes for minutes, *_ in data.values())), ylim=(60, 100))
-
-
 def draw_transfer(axes: Axes, data: dict[str, dict[str, list[float | None]]]) -> None:
     """Draw a group of bars per method, with one colour per set of weights and standard deviations as whiskers."""
     methods = list(dict.fromkeys(m for scores in data.values() for m in scores))
