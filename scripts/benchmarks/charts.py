@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 INK = '#7d858f'  # readable on GitHub's light and dark pages alike
-COLORS = ('#9aa7b5', '#4c8dff', '#f0803c', '#2da44e', '#a475f9', '#d4a72c')
+COLORS = ('#9aa7b5', '#4c8dff', '#f0803c', '#2da44e', '#a475f9', '#d4a72c', '#e5534b')
 
 
 def draw_transfer(axes: Axes, data: dict[str, dict[str, list[float | None]]]) -> None:
@@ -27,7 +27,7 @@ def draw_transfer(axes: Axes, data: dict[str, dict[str, list[float | None]]]) ->
                         error_kw={'ecolor': INK, 'capsize': 3})
         axes.bar_label(bars, fmt='%.0f', padding=2, color=INK, fontsize=9)
     axes.set(xticks=range(len(methods)), xticklabels=methods, ylabel='mean per-class accuracy, %', ylim=(0, 90))
-    axes.legend(frameon=False, labelcolor=INK, loc='upper left')
+    axes.legend(frameon=False, labelcolor=INK, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3)
 
 
 def chart_is_current(path: Path, data: Any) -> bool:
