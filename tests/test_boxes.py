@@ -225,7 +225,7 @@ def test_bad_things_are_left_out_and_named(tmp_path):
     text = '\n'.join(read_boxes(root).bad)
     assert 'a.txt, line 1: class 2 is not one of the 2 classes, 0 to 1' in text
     assert 'b.txt, line 1: box 20, 15, 8, 8 is not within the image; YOLO has centre' in text
-    assert 'b.txt, line 2: the name or a coordinate is missing' in text
+    assert 'b.txt, line 2: expected 4 numbers after the class, or the points of an outline' in text
     assert 'b.txt, line 3: the box has no area' in text  # not in float32, and torchvision would stop the training
 
 
@@ -321,6 +321,12 @@ def test_coco_as_other_tools_write_it(tmp_path):
     part = scan.parts['all']
     assert part.classes == ('dog', 'cat') and [len(b) for b in part.boxes] == [2, 1, 1, 1] and not scan.bad
     assert part.boxes[2].tolist() == [[0., 0., pytest.approx(9.7), 30.]]
+    assert '1 crowd region (iscrowd): left out' in scan.summary()
+    for row in found['annotations']:  # as CVAT marks masks drawn with the brush
+        row['iscrowd'] = 1
+    (tmp_path / 'x.json').write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r'none with a usable box: 6 crowd regions \(iscrowd\): left out'):
+        read_boxes(f'coco:{tmp_path / "x.json"}')
 
 
 def test_names_of_yolo_are_numbered_from_0(tmp_path):
@@ -391,14 +397,15 @@ def change_lists(root, **lists):
 
 
 def test_an_annotation_is_of_the_image_of_its_own_name(tmp_path):
-    """Files that were numbered anew keep the names that their tags have; images without a file are background."""
+    """Files that were numbered anew keep the names that their tags have; images without a file are left out."""
     root = tmp_path / 'train'
     images(root, '0123')
     for i, name in enumerate('ab', start=1):
         (root / f'{i}.xml').write_text(xml(name).replace(f'{name}.jpg', f'{i - 1}.jpg'))
     scan = read_boxes(tmp_path)
     assert by_name(scan, 'train') == {
-        '1.jpg': AS_WRITTEN['a'], '2.jpg': AS_WRITTEN['b'], '0.jpg': [], '3.jpg': []} and not scan.bad
+        '1.jpg': AS_WRITTEN['a'], '2.jpg': AS_WRITTEN['b']} and not scan.bad
+    assert '2 photographs without an XML file: left out' in scan.summary()
 
 
 def test_keypoints_are_no_outline(tmp_path):
@@ -432,7 +439,7 @@ def test_numbers_of_classes_and_bad_coordinates_of_yolo(tmp_path):
     scan = read_boxes(root)
     assert by_name(scan)['a.jpg'] == [[16., 12., 24., 18.]] and 'b.jpg' not in by_name(scan)
     assert [reason.partition('labels/')[2] for reason in scan.bad] == [
-        'a.txt, line 2: the name or a coordinate is missing',
+        'a.txt, line 2: expected 4 numbers after the class, or the points of an outline',
         'b.txt, line 1: class 0.5 is not one of the 2 classes, 0 to 1']
 
 
@@ -440,6 +447,103 @@ def test_classes_that_have_no_names_are_called_by_their_numbers(tmp_path):
     root = yolo(tmp_path)
     (root / 'labels/a.txt').write_text('1200 0.5 0.5 0.2 0.2\n7 0.5 0.5 0.2 0.2\n')
     assert read_boxes(root).parts['all'].classes == ('0', '1', '7', '1200')
+
+
+def test_labelimg_and_darknet_give_the_names_of_classes(tmp_path):
+    assert 'called by their numbers' in ' '.join(read_boxes(yolo(tmp_path / 'yolo')).summary())
+    (tmp_path / 'yolo/labels/classes.txt').write_text('dog\ncat\n')
+    scan = read_boxes(tmp_path / 'yolo')
+    assert scan.parts['all'].classes == ('dog', 'cat') and 'numbers' not in ' '.join(scan.summary())
+
+    images(tmp_path / 'cvat/obj_Train_data')  # CVAT's "YOLO 1.1"
+    for name in BOXES:
+        (tmp_path / f'cvat/obj_Train_data/{name}.txt').write_text(yolo_lines(name))
+    (tmp_path / 'cvat/obj.names').write_text('dog\ncat\n')
+    scan = read_boxes(tmp_path / 'cvat')
+    assert by_name(scan, 'train') == {f'{name}.jpg': boxes for name, boxes in AS_WRITTEN.items()} and not scan.bad
+
+
+def test_subsets_as_cvat_writes_them(tmp_path):
+    names = ('Train', 'Validation', 'Test')
+    root = yolo(tmp_path / 'yolo', names)
+    for name in names:
+        (root / f'{name}.txt').write_text(''.join(f'data/images/{name}/{image}.jpg\n' for image in BOXES))
+    (root / 'data.yaml').write_text('path: .\nnames: [dog, cat]\n' + ''.join(f'{n}: {n}.txt\n' for n in names))
+    images(tmp_path / 'coco/images')
+    (tmp_path / 'coco/annotations').mkdir()
+    for name in names:
+        (tmp_path / f'coco/annotations/instances_{name}.json').write_text(json.dumps(coco()))
+    voc(tmp_path / 'voc', lists={name: BOXES for name in names})
+    for name in names:  # XML files in a folder per part
+        images(tmp_path / 'xml' / name)
+        for image in BOXES:
+            (tmp_path / 'xml' / name / f'{image}.xml').write_text(xml(image))
+    for form in ('yolo', 'coco', 'voc', 'xml'):
+        scan = read_boxes(tmp_path / form)
+        assert {name: len(part) for name, part in scan.parts.items()} == {'train': 4, 'val': 4, 'test': 4}, form
+        assert not scan.bad and by_name(scan, 'test') == {f'{n}.jpg': boxes for n, boxes in AS_WRITTEN.items()}
+
+    root = yolo(tmp_path / 'years', ('train2017', 'val2017'))
+    assert set(read_boxes(root).parts) == {'train', 'val'}
+    for name in ('train2014', 'train2017'):
+        (tmp_path / f'coco/annotations/instances_{name}.json').write_text(json.dumps(coco()))
+    (tmp_path / 'coco/annotations/instances_Train.json').unlink()
+    assert {'instances_train2014', 'instances_train2017'} < set(read_boxes(tmp_path / 'coco').parts)
+
+
+def test_xml_files_in_any_folder_beside_their_images(tmp_path):
+    for folder, name in (('batch1', 'a'), ('batch2', 'b')):
+        images(tmp_path / folder, [name])
+        (tmp_path / folder / f'{name}.xml').write_text(xml(name))
+    assert by_name(read_boxes(tmp_path)) == {f'{name}.jpg': AS_WRITTEN[name] for name in 'ab'}
+
+
+def test_another_xml_format_is_named(tmp_path):
+    images(tmp_path / 'images')
+    (tmp_path / 'annotations.xml').write_text('<annotations><image name="a.jpg"/></annotations>')
+    with pytest.raises(ValueError, match='annotations.xml is not in Pascal VOC format; export the annotations as'):
+        read_boxes(tmp_path)
+
+
+def test_yolo_labels_beside_images_below_a_folder_called_images(tmp_path):
+    root = tmp_path / 'images' / 'mine'
+    images(root / 'train')
+    for name in BOXES:
+        (root / 'train' / f'{name}.txt').write_text(yolo_lines(name))
+    (root / 'data.yaml').write_text('train: train\nnames: [dog, cat]\n')
+    assert by_name(read_boxes(root), 'train') == {f'{name}.jpg': boxes for name, boxes in AS_WRITTEN.items()}
+
+
+def test_a_confidence_or_track_after_a_box_of_yolo(tmp_path):
+    root = as_yolo(tmp_path)
+    (root / 'labels/a.txt').write_text('0 0.5 0.5 0.2 0.2 0.91\n')
+    scan = read_boxes(root)
+    assert by_name(scan)['a.jpg'] == [[16., 12., 24., 18.]] and not scan.bad
+
+
+def test_hidden_copies_are_not_photographs(tmp_path):
+    for make, folder in ((as_yolo, 'images'), (as_voc, 'JPEGImages')):
+        root = make(tmp_path / folder)
+        images(root / folder / '.ipynb_checkpoints', ['a-checkpoint'])
+        images(root / folder, ['._b'])
+        scan = read_boxes(root)
+        assert len(scan.parts['all']) == len(BOXES) and not scan.bad and not scan.twins and not scan.notes
+
+
+def test_a_few_photographs_leave_every_class_to_train_on(tmp_path):
+    images(tmp_path / 'images', 'abcde')
+    (tmp_path / 'labels').mkdir()
+    (tmp_path / 'classes.txt').write_text('cat\ndog\nbird\n')
+    for name, label in zip('abcde', (0, 0, 1, 1, 2), strict=True):
+        (tmp_path / f'labels/{name}.txt').write_text(f'{label} 0.5 0.5 0.2 0.2\n')
+    for seed in range(4):
+        assert len(divide(read_boxes(tmp_path), seed=seed)[1]) == 1
+
+
+def test_a_part_that_repeats_the_training_images(tmp_path):
+    (yolo(tmp_path) / 'data.yaml').write_text('train: images\nval: images\nnames: [dog, cat]\n')
+    with pytest.raises(ValueError, match='all images of train are also in val, .*; to hold out a random fifth, leave'):
+        divide(read_boxes(tmp_path))
 
 
 def test_the_sizes_of_photographs_are_told_by_side(tmp_path):
@@ -458,7 +562,7 @@ def test_a_split_is_found_again_however_the_data_is_named(tmp_path, monkeypatch)
     assert data_folder(named).resolve() == root
     train, test, _ = divide(read_boxes(named))
     (tmp_path / 'split.csv').write_text(write_box_split(train, test, data_folder(named)))
-    assert 'train,images/a.jpg' in (tmp_path / 'split.csv').read_text()
+    assert 'train,images/b.jpg' in (tmp_path / 'split.csv').read_text()
     named = f'coco:{root}/annotations/instances_all.json'
     again = read_box_split(tmp_path / 'split.csv', read_boxes(named), data_folder(named))
     assert [len(part) for part in again] == [len(train), len(test)]

@@ -15,6 +15,7 @@ from test_wrn import functional_params, functional_wrn
 
 import wrn_timm
 from wrn_timm.checkpoints import convert_state_dict
+from wrn_timm.detection import fpn_backbone
 from wrn_timm.weights import export_weights, open_model
 
 
@@ -111,6 +112,18 @@ def test_a_network_within_a_lightning_module(tmp_path):
     compiled = {f'model._orig_mod.{k}': v for k, v in reference.state_dict().items()}
     torch.save({'state_dict': compiled}, tmp_path / 'last.ckpt')
     assert_same(load('wrn16_2', tmp_path / 'last.ckpt'), reference)
+    torch.save({'model_state_dict': reference.state_dict(), 'epoch': 3}, tmp_path / 'last.ckpt')  # PyTorch's tutorial
+    assert_same(load('wrn16_2', tmp_path / 'last.ckpt'), reference)
+
+
+def test_a_backbone_has_no_classifier_to_keep(tmp_path, caplog):
+    torch.save(timm.create_model('wrn16_1', num_classes=100).state_dict(), tmp_path / 'mine.pth')
+    own = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'mine.pth')))
+    timm.create_model('wrn16_1', features_only=True, **own)
+    fpn_backbone('wrn16_1', stem='cifar', out_channels=8, **own)
+    assert 'classes' not in caplog.text
+    timm.create_model('wrn16_1', **own)
+    assert 'The checkpoint has 100 classes, this model 10' in caplog.text
 
 
 def test_the_users_own_imagenet_network_has_the_licence_of_nobody(tmp_path):

@@ -142,9 +142,29 @@ def test_missing_files_and_unknown_names(tmp_path):
 def test_parts_by_other_names_are_not_taken_for_classes(folder, tmp_path, names):
     for name in names:
         shutil.copytree(folder, tmp_path / 'parts' / name)
-    with pytest.raises(ValueError, match=r'both hold ketch, pizza: .* rename the folders to train and test \(or val\)'):
+    with pytest.raises(ValueError, match=r'both hold ketch, pizza: .* rename them to train and test \(or val\)'):
         list_folder(tmp_path / 'parts')
     assert len(list_folder(tmp_path / 'parts', nested=True).train.classes) == 4
+
+
+def test_parts_of_different_depth_are_not_taken_for_classes(folder, tmp_path):
+    """As archives of competitions have them: a folder twice, and test photographs without classes."""
+    photo = next(folder.glob('*/*.jpg'))
+    for name in ('seg_train', 'seg_test'):
+        shutil.copytree(folder, tmp_path / 'twice' / name / name)
+    with pytest.raises(ValueError, match='seg_test and .*seg_train look like parts of a split: if they are, rename'):
+        list_folder(tmp_path / 'twice')
+    for name, message in (('test1', 'test1 and .*train look like parts of a split: if'),
+                          ('unlabeled', 'train looks like the training part of a split, but unlabeled beside it')):
+        shutil.copytree(folder, tmp_path / name / 'train')
+        (tmp_path / name / name).mkdir()
+        shutil.copy(photo, tmp_path / name / name)
+        with pytest.raises(ValueError, match=message):
+            list_folder(tmp_path / name)
+    for name in ('train', 'car'):  # a class of that name holds its photographs itself
+        (tmp_path / 'vehicles' / name).mkdir(parents=True)
+        shutil.copy(photo, tmp_path / 'vehicles' / name)
+    assert list_folder(tmp_path / 'vehicles').train.classes == ('car', 'train')
 
 
 def test_a_test_split_without_labels_is_refused(monkeypatch):

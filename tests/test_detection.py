@@ -536,12 +536,16 @@ def test_large_photographs_are_trained_and_measured_on(tmp_path, monkeypatch):
     monkeypatch.setattr(detector_run, 'open_detector', lambda *args: FindsLight())
     monkeypatch.setattr(detector_run, 'finish_detector_folder', lambda *args: None)
     config = wrn_timm.DetectConfig(
-        model='wrn16_1', pretrained=False, epochs=2, batch_size=1, image_size=160, out_channels=16, anchor_scale=8.)
+        model='wrn16_1', pretrained=False, epochs=8, batch_size=1, image_size=160, out_channels=16, anchor_scale=8.)
     metrics = detector_run.train_detector(config, data, tmp_path / 'run')
     for image, target in trained_on:  # mirrored or not
         assert image.shape == (3, 225, 300)
         assert target['boxes'][0].tolist() == pytest.approx(FindsLight()([image])[0]['boxes'][0].tolist(), abs=1)
-    assert len(trained_on) == 2 and metrics['map_75'] == 100
+    assert len(trained_on) == 8 and metrics['map_75'] == 100
+    assert len({target['boxes'][0, 0].item() for _, target in trained_on}) == 2
+    trained_on.clear()
+    detector_run.train_detector(dataclasses.replace(config, flip=False), data, tmp_path / 'not_mirrored')
+    assert len({target['boxes'][0, 0].item() for _, target in trained_on}) == 1
     assert reported[0]['boxes'][0].tolist() == pytest.approx(LIGHT, abs=12)
 
 

@@ -218,6 +218,22 @@ def test_exported_files_name_no_classes_of_a_classifier_that_was_replaced(tmp_pa
     assert json.loads(extra['config.json'])['label_names'] is None
 
 
+def test_a_new_classifier_of_as_many_classes_has_no_names(tmp_path):
+    model = timm.create_model('wrn16_1', pretrained=True, drop_rate=0)  # an integer, as people write it
+    model.reset_classifier(10)
+    wrn_timm.export.to_torchscript(model, tmp_path / 'new.ts')
+    extra = {'config.json': ''}
+    torch.jit.load(tmp_path / 'new.ts', _extra_files=extra)
+    assert json.loads(extra['config.json'])['label_names'] is None
+
+
+@pytest.mark.parametrize('wrap', [torch.compile, torch.nn.DataParallel])
+def test_a_model_in_a_wrapper_is_exported(trained, tmp_path, wrap):
+    wrn_timm.export.to_torchscript(wrap(trained), tmp_path / 'a.ts')
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.jit.load(tmp_path / 'a.ts')(x), trained.eval()(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize('factor', [1.001, float('nan')])
 def test_an_exported_file_that_gives_something_else_is_not_kept(tmp_path, capsys, monkeypatch, factor):
     monkeypatch.setattr(export_script, 'run_exported', lambda path, images: factor * run_exported(path, images))

@@ -501,6 +501,17 @@ def test_predict_files_folders_and_lists(run, capsys, tmp_path, monkeypatch):
             assert float(row['probability']) == pytest.approx(result['top'][0]['probability'], abs=1e-4)
 
 
+def test_photographs_are_not_mirrored_without_flip():
+    left = Image.new('RGB', (32, 32))
+    left.paste((255, 255, 255), (0, 0, 16, 32))
+    model = timm.create_model('wrn16_1')
+    for flip in (True, False):
+        config = FinetuneConfig(flip=flip, min_scale=0.9, color_jitter=0.)
+        train = prepare.preprocessing(config, model, 'x', ('a', 'b'))[0]['train']
+        brighter_left = [bool(x[..., :8].mean() > x[..., -8:].mean()) for x in (train(left) for _ in range(20))]
+        assert any(brighter_left) and all(brighter_left) != flip
+
+
 def test_a_run_resumed_at_an_epoch_ends_as_one_that_was_not_stopped(weights, photographs, tmp_path):
     options = ('--epochs', '3', '--ema-decay', '0.9', '--auto-augment', 'rand-m9-mstd0.5', '--mixup', '0.2', '--cutmix',
                '1', '--random-erase', '0.25', '--class-weights', '--accumulate', '2', '--train', 'gradual')

@@ -305,6 +305,12 @@ def test_the_card_has_the_papers_figure_beside_ours(folder):
     spoil_json(folder, 'metrics.json', lambda m: m.update(top1=96.5))
     card = model_card(folder)
     assert '| these weights | 3.50 (40 epochs, one run) |' in card and '| the paper | 4.00 (table 5: ' in card
+    spoil_json(folder, 'recipe.json', lambda r: r['recipe'].update(conv_drop_rate=0.3, tag='dropout_cifar10'))
+    spoil_json(folder, 'config.json', lambda c: c['pretrained_cfg'].update(tag='dropout_cifar10'))
+    assert '| the paper | 3.89 (table 6: dropout 0.3' in model_card(folder)
+    spoil_json(folder, 'config.json', lambda c: c.update(architecture='wrn18_1_5'))
+    card = model_card(folder)
+    assert 'WRN-18-1.5 ([Wide' in card and '| the paper | no figure for this network |' in card
 
 
 def test_the_command_of_the_card_gives_the_same_recipe(folder):

@@ -352,6 +352,9 @@ def test_configurations_of_ill_will(tmp_path, capsys, architecture, field, value
     (folder / 'config.json').write_text('{}')
     with pytest.raises(ValueError, match='config.json names the architecture None; nearest: none'):
         open_model(str(folder))
+    for name in (tmp_path, f'local-dir:{tmp_path}'):
+        with pytest.raises(FileNotFoundError, match='neither a weights folder nor a finished run'):
+            open_model(str(name))
 
 
 def test_configurations_of_good_will(tmp_path):

@@ -337,7 +337,8 @@ def test_width_and_depth_of_a_known_name_can_be_given():
 
 
 def test_configuration_fields():
-    cfg = timm.create_model('wrn28_1').pretrained_cfg
+    assert 'label_names' not in timm.create_model('wrn28_1').pretrained_cfg  # ten classes, but which?
+    cfg = timm.create_model('wrn28_1.cifar10').pretrained_cfg
     assert (cfg['input_size'], cfg['pool_size'], cfg['crop_pct'], cfg['tag']) == ((3, 32, 32), (8, 8), 1.0, 'cifar10')
     assert cfg['label_names'][3] == 'cat' and cfg['paper_ids'] == 'arXiv:1605.07146'
     cfg = timm.get_pretrained_cfg('wrn28_1.cifar100')

@@ -48,6 +48,7 @@ PAPER_ERROR = {
 
 
 _IN_TABLE_5 = ('wrn40_4', 'wrn16_8', 'wrn28_10')
+_WITH_DROPOUT = {'wrn28_10.cifar10': 3.89, 'wrn28_10.cifar100': 18.85}  # table 6
 
 _TITLES = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100', 'svhn': 'SVHN'}
 _TINY_IMAGES = ('The images come from Tiny Images, an uncurated collection from the web; the authors of CIFAR state no '
@@ -160,11 +161,13 @@ def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
         f"{weights}.{' No choice was made on the test set.' if recipe else ''}")
     if recipe.get('dataset') not in ('cifar10', 'cifar100'):
         return text
-    paper = 'no figure for this network'
-    if name in PAPER_ERROR:
-        protocol = ('table 5: mean and std preprocessing, 200 epochs, median of five runs'
-                    if name.partition('.')[0] in _IN_TABLE_5 else 'table 4: ZCA preprocessing, 200 epochs')
-        paper = f'{PAPER_ERROR[name]:.2f} ({protocol})'
+    arch, with_dropout = name.partition('.')[0], bool(recipe.get('conv_drop_rate'))
+    paper, trained = 'no figure for this network', f"{arch}.{recipe['dataset']}"  # the tag may be another name
+    if trained in (errors := _WITH_DROPOUT if with_dropout else PAPER_ERROR):
+        protocol = ('table 6: dropout 0.3, mean and std preprocessing, 200 epochs, median of five runs' if with_dropout
+                    else 'table 5: mean and std preprocessing, 200 epochs, median of five runs'
+                    if arch in _IN_TABLE_5 else 'table 4: ZCA preprocessing, 200 epochs')
+        paper = f'{errors[trained]:.2f} ({protocol})'
     return f"""{text}
 
 | | test error, % |
@@ -220,8 +223,8 @@ def model_card(folder: str | Path, metrics: dict[str, Any] | None = None) -> str
     limits = _LIMITS.get(dataset) if title != dataset else None
     network, trained, usage = arch, 'trained', name
     if wide:
-        network = (f"{arch.replace('wrn', 'WRN-').replace('_', '-')} ([Wide Residual Networks]"
-                   f'(https://arxiv.org/abs/1605.07146))')
+        network = re.sub(r'^wrn(\d+)_(\d+)', r'WRN-\1-\2', arch).replace('_', '.')
+        network += ' ([Wide Residual Networks](https://arxiv.org/abs/1605.07146))'
     if tuned:
         begun = 'fine-tuned from' if settings['pretrained'] else 'trained from random weights, with the settings of'
         trained, usage = Markup(f"{begun} `{settings['model']}`"), 'local-dir:RUN/best'  # code needs no escaping

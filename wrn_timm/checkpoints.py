@@ -161,7 +161,7 @@ def convert_state_dict(state_dict: StateDict) -> StateDict:
     Raises:
         Any error of the converters in `LAYOUTS`.
     """
-    for wrapper in ('state_dict_ema', 'model_ema', 'ema', 'state_dict', 'params', 'model', 'net'):
+    for wrapper in ('state_dict_ema', 'model_ema', 'ema', 'state_dict', 'model_state_dict', 'params', 'model', 'net'):
         if isinstance(state_dict.get(wrapper), dict):
             state_dict = state_dict[wrapper]
             break

@@ -84,6 +84,8 @@ def fpn_backbone(
         raise ValueError(f"{name} is not a network of this package; timm.list_models('wrn*') lists them")
     if cls.__module__ == WideResNet.__module__:
         model_kwargs.setdefault('stem', 'imagenet')
+    if pretrained:
+        model_kwargs.setdefault('num_classes', 0)  # no advice on the classifier of the checkpoint
     model = timm.create_model(name, pretrained=pretrained, **model_kwargs)
     info = model.feature_info
     stages = [i for i, level in enumerate(info) if level['module'].startswith('layer')]

@@ -19,6 +19,7 @@ import torch
 import torch.fx
 from timm.data import resolve_model_data_config
 from timm.models import FeatureInfo
+from timm.utils import unwrap_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_map
@@ -39,11 +40,12 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     A BatchNorm is folded if nothing else reads the output of that convolution. In the 6N + 4 family this is `bn2` of
     every block, and `bn1` of the first block if its shortcut is a convolution (CIFAR stem); in the ImageNet family, it
     is every BatchNorm. The copy keeps the class of the model, with `forward_features`, `pretrained_cfg` and the rest.
+    A model in a wrapper (`torch.compile`, DataParallel) is taken out of it.
 
     Raises:
         ValueError: `torch.fx` cannot trace the model; the reason is given.
     """
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(unwrap_model(model)).eval()
     try:
         graph = torch.fx.Tracer().trace(model)
     except Exception as e:  # tracing runs the model's own code, which can raise anything on proxies
@@ -195,6 +197,7 @@ _DYNAMIC = {0: 'batch', 2: 'height', 3: 'width'}
 
 def _prepared(model: nn.Module) -> tuple[nn.Module, torch.Tensor, str]:
     """Folded model on the CPU, an example batch for tracing, and the preprocessing and class names as JSON."""
+    model = unwrap_model(model)
     if getattr(model, 'pretrained_cfg', {}).get('fixed_input_size'):
         raise ValueError(f'{type(model).__name__} takes images of one size only, but the files that this package '
                          f'writes take any size; use torch.onnx.export or torch.export')

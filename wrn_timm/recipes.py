@@ -224,6 +224,9 @@ class FinetuneConfig:
     weights."""
     augment: bool = True
     """Random crops, flips and colour jitter."""
+    flip: bool = True
+    """Mirror half of the training photographs. Switch it off for classes that are told apart by left and right, such as
+    arrows, hands, letters or digits."""
     min_scale: float = 0.5
     """Smallest fraction of a photograph's area in a training crop."""
     color_jitter: float = 0.2
@@ -294,17 +297,17 @@ class FinetuneConfig:
         if self.cached:
             idle |= {*_OF_SGD, 'augment'}
         if not self.augment:
-            idle |= {'min_scale', 'color_jitter', 'auto_augment', 'random_erase'}
+            idle |= {'flip', 'min_scale', 'color_jitter', 'auto_augment', 'random_erase'}
         elif self.auto_augment:
             idle.add('color_jitter')
-        always = ('pretrained', 'augment', 'seed')
+        always = ('pretrained', 'augment', 'flip', 'seed')
         return {name: value for name, value in dataclasses.asdict(self).items()
                 if name not in idle and (value or name in always)}
 
 
 _OF_SGD = ('epochs', 'batch_size', 'accumulate', 'opt', 'lr', 'momentum', 'weight_decay', 'layer_decay', 'schedule',
-           'warmup_epochs', 'label_smoothing', 'ema_decay', 'patience', 'min_scale', 'color_jitter', 'auto_augment',
-           'random_erase', 'mixup', 'cutmix')
+           'warmup_epochs', 'label_smoothing', 'ema_decay', 'patience', 'flip', 'min_scale', 'color_jitter',
+           'auto_augment', 'random_erase', 'mixup', 'cutmix')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,6 +349,9 @@ class DetectConfig:
     """Weight decay; biases and normalisation layers are not decayed."""
     warmup_steps: int = 100
     """Steps of linear warm-up from lr / 100."""
+    flip: bool = True
+    """Mirror half of the training photographs. Switch it off for classes that are told apart by left and right, such as
+    arrows, hands, letters or digits."""
     precision: Literal['auto', 'no', 'bf16'] = 'auto'
     """Precision of the backbone in training. 'auto' is bf16 on GPUs and CPUs that are faster in it, else float32
     ('no'). The boxes, and all test metrics, are computed in float32."""

@@ -421,14 +421,14 @@ def open_model(name: str, pretrained: bool = True, **kwargs: Any) -> torch.nn.Mo
 
 def source_of(name: str) -> str:
     """Argument of `timm.create_model` for a timm name or weights folder; raises the same errors as `open_model`."""
-    if Path(name).is_dir():
-        return f'{_LOCAL}{weights_folder(name)}'
+    if Path(folder := name.removeprefix(_LOCAL)).is_dir():
+        return f'{_LOCAL}{weights_folder(folder)}'
     if ':' in name:
         return name
     if Path(name).is_file():
         raise FileNotFoundError(f'{name} is a file; give the weights folder that contains it')
     if '/' in name or os.sep in name:
-        raise FileNotFoundError(f'no weights folder at {name}')
+        raise FileNotFoundError(f'no weights folder at {name}; a repository of the Hub is written hf-hub:OWNER/NAME')
     if not timm.is_model(name):
         raise ValueError(f'timm knows no model {name}; {_nearest_models(name)}')
     if name not in timm.list_models('wrn*', include_tags=True) and (folder := find(name)):

@@ -222,6 +222,7 @@ class WideResNet(nn.Module):
             global_pool = self.global_pool.pool_type
         reference = self.conv1.weight
         self.num_classes = num_classes
+        getattr(self, 'pretrained_cfg', {}).pop('label_names', None)  # those of the former classifier
         self.global_pool, self.fc = create_classifier(
             self.num_features, num_classes, pool_type=global_pool, device=reference.device, dtype=reference.dtype)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
@@ -302,7 +303,7 @@ class WideResNet(nn.Module):
         """Pool, apply dropout and classify; `pre_logits` stops before the classifier."""
         x = self.global_pool(x)
         if self.drop_rate > 0.:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)  # TorchScript takes no integer
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -376,9 +377,11 @@ def _create_wrn(variant: str, pretrained: bool = False, **kwargs: Any) -> WideRe
     cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None) or {}
     own = any(overlay.get(k) for k in SOURCES)
     if cfg is None and (own or not pretrained):
-        cfg = 'cifar10'  # random weights, or the user's own, must not be saved with the licence of the default tag
-        if own:
-            overlay = {'label_names': None, **overlay}
+        cfg = 'cifar10'  # not the default tag, which may stand for other people's weights
+        none = ('label_names', 'tag', 'license', 'origin_url') if own else ('label_names',)
+        overlay = dict.fromkeys(none) | overlay
+    if pretrained and kwargs.get('features_only'):
+        kwargs['num_classes'] = 0  # no advice on the classifier of the checkpoint
     source = locate(variant, pretrained, cfg, overlay, kwargs.get('cache_dir'))
     return build_model_with_cfg(
         WideResNet, variant, pretrained,

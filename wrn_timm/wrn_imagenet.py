@@ -88,6 +88,8 @@ def _create_wrn_imagenet(variant: str, pretrained: bool = False, **kwargs: Any) 
     cfg, overlay = kwargs.pop('pretrained_cfg', None), kwargs.pop('pretrained_cfg_overlay', None) or {}
     if cfg is None and any(overlay.get(k) for k in SOURCES):  # the user's own weights, with the licence of nobody else
         overlay = {'tag': None, 'license': None, 'origin_url': None, **overlay}
+    if pretrained and kwargs.get('features_only'):
+        kwargs['num_classes'] = 0  # no advice on the classifier of the checkpoint
     source = locate(variant, pretrained, cfg, overlay, kwargs.get('cache_dir'))
     return build_model_with_cfg(_resnet, variant, pretrained, pretrained_filter_fn=fit_to_model, **source, **kwargs)
 

@@ -38,7 +38,7 @@ PURPOSES = {
     'Finding objects': ('threshold', 'json', 'csv', 'coco', 'draw'),
     'Data': ('train_split', 'test_split', 'on_bad'),
     'Network': ('frozen_stages', 'out_channels', 'anchor_scale', 'rois', 'max_objects'),
-    'Optimisation': ('opt', 'weight_decay', 'warmup_steps', 'seed'),
+    'Optimisation': ('opt', 'weight_decay', 'warmup_steps', 'flip', 'seed'),
     'Machine': ('device', 'precision', 'workers', 'time_budget'),
     'Output': ('messages', 'traceback'),
 }

@@ -40,7 +40,7 @@ PURPOSES = {
         'accumulate', 'opt', 'momentum', 'weight_decay', 'layer_decay', 'schedule', 'warmup_epochs', 'label_smoothing',
         'class_weights', 'ema_decay', 'patience', 'seed'),
     'Augmentation': (
-        'augment', 'min_scale', 'color_jitter', 'auto_augment', 'random_erase', 'mixup', 'cutmix'),
+        'augment', 'flip', 'min_scale', 'color_jitter', 'auto_augment', 'random_erase', 'mixup', 'cutmix'),
     'Machine': ('device', 'precision', 'workers', 'image_memory', 'time_budget'),
     'Output': ('record', 'messages', 'traceback'),
 }

@@ -5,11 +5,13 @@ import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..names import some
+from ..names import counted, some
+from .folders import walk_files
 from .images import looks_like_image
 
 __all__ = ['ALL', 'FORMATS', 'Annotated', 'Box', 'corners', 'recognised']
@@ -42,7 +44,43 @@ class Annotated:
     file: Path | None = None
 
 
-Parts = dict[str, list[Annotated]]
+class Found(NamedTuple):
+    """Annotations of a data set.
+
+    Attributes:
+        parts: Images by part.
+        classes: Class names in order; empty if the format does not list them.
+        notes: What was left out, and what is missing.
+    """
+    parts: dict[str, list[Annotated]]
+    classes: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+
+def _part(name: str) -> str:
+    """Part that a name such as 'Train' or 'val2017' stands for; '' if it stands for none."""
+    return _PARTS.get(re.sub(r'[\W\d_]+$', '', name.lower().removeprefix('instances_')), '')
+
+
+def _by_part(paths: Iterable[Path]) -> dict[str, Path]:
+    """Return paths by part. If none or several stand for a part, they keep their own names."""
+    part = {path: _part(path.stem) for path in paths}
+    count = Counter(part.values())
+    return {name if name and count[name] == 1 else path.stem: path for path, name in part.items()}
+
+
+def _part_folders(root: Path) -> dict[str, Path]:
+    """Return the folders in `root` that are parts, by part."""
+    return _by_part(f for f in sorted(root.iterdir()) if f.is_dir() and _part(f.stem)) if root.is_dir() else {}
+
+
+def _under(folder: Path, wanted: Callable[[str], bool] = looks_like_image) -> list[Path]:
+    """List the images (or other files) in a folder and below, without hidden ones."""
+    return sorted(Path(path) for path in walk_files(folder) if wanted(path))
+
+
+def _is_xml(path: str) -> bool:
+    return path.endswith('.xml')
 
 
 def _spellings(folder: Path, name: str) -> list[Path]:
@@ -56,7 +94,7 @@ def corners(box: Box) -> Box:
     return x - w / 2, y - h / 2, x + w / 2, y + h / 2
 
 
-def recognised(root: Path, kind: str) -> tuple[str, Parts, Sequence[str]]:
+def recognised(root: Path, kind: str) -> tuple[str, Found]:
     """Detect the format of a data set and read its annotations.
 
     Args:
@@ -64,18 +102,19 @@ def recognised(root: Path, kind: str) -> tuple[str, Parts, Sequence[str]]:
         kind: One of `FORMATS`; '' detects the format.
 
     Returns:
-        The name of the format, the images of each part, and the class names in order (empty for Pascal VOC).
+        The name of the format, and the annotations.
 
     Raises:
         ValueError: The format is not recognised, or an annotation file is invalid.
     """
     if kind == 'coco' or not kind and (root.suffix == '.json' or _coco_files(root)):
-        return 'COCO', *_read_coco(root)
-    if kind == 'yolo' or not kind and (_yaml_file(root) or any((root / 'labels').rglob('*.txt'))):
-        return 'YOLO', *_read_yolo(root)
+        return 'COCO', _read_coco(root)
+    if kind == 'yolo' or not kind and (
+            _yaml_file(root) or (root / 'obj.names').is_file() or any((root / 'labels').rglob('*.txt'))):
+        return 'YOLO', _read_yolo(root)
     if kind or any(next((root / name).rglob('*.xml'), None) for name in _ANNOTATIONS if name) or any(
             next(root.glob(beside), None) for beside in ('*.xml', '*/*.xml')):
-        return 'Pascal VOC', _read_voc(root), ()
+        return 'Pascal VOC', _read_voc(root)
     raise ValueError(f'{root} holds no annotations in a known format: Pascal VOC (Annotations/*.xml), COCO '
                      f'(_annotations.coco.json, or coco:FILE.json) or YOLO (data.yaml, or images/ and labels/)')
 
@@ -87,40 +126,40 @@ class _ByStem(dict[Path, dict[str, Path]]):
 
     def __missing__(self, folder: Path) -> dict[str, Path]:
         there = sorted(folder.iterdir()) if folder.is_dir() else ()
-        return self.setdefault(folder, {path.stem: path for path in there if looks_like_image(path)})
+        return self.setdefault(folder, {
+            path.stem: path for path in there if looks_like_image(path) and not path.name.startswith('.')})
 
 
-def _read_voc(root: Path) -> Parts:
-    split = {_PARTS[f.name]: f for f in sorted(root.iterdir()) if f.is_dir() and f.name in _PARTS and any(
-        f.glob('*.xml'))}  # Roboflow's layout
-    if split:
-        return {name: _voc_images(folder.glob('*.xml'), folder, folder) for name, folder in split.items()}
-    annotations = _folder(root, _ANNOTATIONS, lambda f: any(f.rglob('*.xml')))
-    images = _folder(root, _IMAGES, lambda f: any(map(looks_like_image, f.rglob('*'))))
-    lists = {file.stem: _listed(file, annotations) for file in sorted((root / 'ImageSets' / 'Main').glob('*.txt'))}
-    lists = {name: entries for name, entries in lists.items() if entries is not None}
+def _read_voc(root: Path) -> Found:
+    by_stem = _ByStem()
+    split = {name: folder for name, folder in _part_folders(root).items() if any(folder.glob('*.xml'))}
+    if split:  # Roboflow's layout
+        return _voc({name: (_under(folder, _is_xml), folder, folder) for name, folder in split.items()}, by_stem)
+    annotations = _folder(root, _ANNOTATIONS, _is_xml)
+    images = _folder(root, _IMAGES, looks_like_image)
+    files = _by_part(sorted((root / 'ImageSets' / 'Main').glob('*.txt')))
+    lists = {name: entries for name, file in files.items() if (entries := _listed(file, annotations)) is not None}
     if not lists:
-        files = annotations.glob('*.xml') if annotations == root else annotations.rglob('*.xml')
-        return {ALL: _voc_images(files, annotations, images)}
-    by_stem = _ByStem()
-    return {name: [_read_xml(annotations / f'{entry}.xml', annotations, images, by_stem) for entry in entries]
-            for name, entries in lists.items()}
+        return _voc({ALL: (_under(annotations, _is_xml), annotations, images)}, by_stem)
+    return Found({name: [_read_xml(annotations / f'{entry}.xml', annotations, images, by_stem) for entry in entries]
+                  for name, entries in lists.items()})
 
 
-def _folder(root: Path, names: Sequence[str], holds: Callable[[Path], bool]) -> Path:
-    """Return the first existing subfolder that satisfies `holds`, else the first one; '' stands for `root` itself."""
+def _folder(root: Path, names: Sequence[str], wanted: Callable[[str], bool]) -> Path:
+    """Return the first existing subfolder with a wanted file, else the first one; '' stands for `root` itself."""
     there = [root / name for name in names if (root / name).is_dir()]
-    return next(filter(holds, there), there[0])
+    return next((folder for folder in there if any(map(wanted, walk_files(folder)))), there[0])
 
 
-def _voc_images(files: Iterable[Path], annotations: Path, images: Path) -> list[Annotated]:
-    """Read the images annotated by `files`, and add the images without annotations in the same folders."""
-    by_stem = _ByStem()
-    found = [_read_xml(file, annotations, images, by_stem) for file in sorted(files)]
-    annotated = {a.image for a in found}
-    folders = sorted({images} | {path.parent for path in annotated})
-    return found + [Annotated(path) for folder in folders for path in by_stem[folder].values()
-                    if path not in annotated]
+def _voc(parts: dict[str, tuple[list[Path], Path, Path]], by_stem: _ByStem) -> Found:
+    """Read the images annotated by the XML files of each part, given with the folders of annotations and images."""
+    found = {name: [_read_xml(file, annotations, images, by_stem) for file in files]
+             for name, (files, annotations, images) in parts.items()}
+    annotated = {a.image for part in found.values() for a in part}
+    folders = {images for _, _, images in parts.values()} | {path.parent for path in annotated}
+    without = {path for folder in folders for path in by_stem[folder].values()} - annotated
+    return Found(found, notes=[
+        f"{counted(len(without), 'photograph')} without an XML file: left out"] if without else [])
 
 
 def _listed(file: Path, annotations: Path) -> list[str] | None:
@@ -148,6 +187,9 @@ def _read_xml(file: Path, annotations: Path, images: Path, by_stem: _ByStem) -> 
         return Annotated(stemmed or missing, fault=f'{file} does not exist', file=file)
     except (LookupError, ValueError, OSError, ET.ParseError) as e:  # LookupError: unknown encoding
         return Annotated(stemmed or missing, fault=f'{file}: {e}', file=file)
+    if tree.tag != 'annotation' and tree.find('object') is None:  # such as "CVAT for images"
+        return Annotated(stemmed or missing, file=file, fault=(
+            f'{file} is not in Pascal VOC format; export the annotations as Pascal VOC, COCO or YOLO'))
     name = Path((tree.findtext('filename') or '').strip().replace('\\', '/')).name
     named = next((f / name for f in folders if (f / name).is_file()), None)
     if stemmed and not (named and named.stem == file.stem):  # renamed XML files still contain the old name
@@ -170,28 +212,28 @@ def _coco_files(root: Path) -> dict[str, Path]:
     """Find the annotation files by part: in Roboflow's folders, by COCO's own names, or a single file."""
     if not root.is_dir():
         return {}
-    parts = {_PARTS[f.name]: f / '_annotations.coco.json' for f in sorted(root.iterdir()) if f.name in _PARTS}
-    parts = {name: file for name, file in parts.items() if file.is_file()}
-    for file in sorted((root / 'annotations').glob('instances_*.json')):
-        parts.setdefault(_PARTS.get(re.sub(r'instances_|\d+', '', file.stem), file.stem), file)
+    parts = {name: folder / '_annotations.coco.json' for name, folder in _part_folders(root).items()}
+    parts = _by_part(sorted((root / 'annotations').glob('instances_*.json'))) | {
+        name: file for name, file in parts.items() if file.is_file()}
     single = [f for f in (root / '_annotations.coco.json', root / 'annotations.json') if f.is_file()]
     return parts or ({ALL: single[0]} if single else {})
 
 
-def _read_coco(root: Path) -> tuple[Parts, list[str]]:
+def _read_coco(root: Path) -> Found:
     files = _coco_files(root) or {ALL: root}
-    parts, classes = {}, []
+    parts, classes, crowds = {}, [], 0
     for name, file in files.items():
         try:
             found = json.loads(file.read_text(encoding='utf-8-sig'))
             parts[name], named = _coco_images(found, file)
+            crowds += sum(bool(row.get('iscrowd')) for row in found['annotations'])
         except (ValueError, RecursionError, OSError) as e:
             raise ValueError(f'{file} is not a COCO annotation file: {e}') from e
         except (AttributeError, KeyError, TypeError) as e:
             raise ValueError(f'{file} is not a COCO annotation file: a field is missing or has the wrong type '
                              f'({type(e).__name__}: {e})') from e
         classes = list(dict.fromkeys([*classes, *named]))
-    return parts, classes
+    return Found(parts, classes, [f"{counted(crowds, 'crowd region')} (iscrowd): left out"] if crowds else [])
 
 
 def _coco_images(found: dict[str, Any], file: Path) -> tuple[list[Annotated], list[str]]:
@@ -237,23 +279,26 @@ def _yaml_file(root: Path) -> Path | None:
     return next((f for f in files if f.is_file() and f.suffix in ('.yaml', '.yml')), None)
 
 
-def _read_yolo(root: Path) -> tuple[Parts, list[str]]:
-    if file := _yaml_file(root):
-        parts, classes, pose = _of_yaml(file)
-    else:
-        own = root / 'classes.txt'
-        classes = own.read_text(encoding='utf-8-sig').split('\n') if own.is_file() else []
-        classes, pose = [name.strip() for name in classes if name.strip()], False
-        inner = [f for f in sorted((root / 'images').iterdir()) if f.is_dir() and f.name in _PARTS] if (
-            root / 'images').is_dir() else []
-        folders = {_PARTS[f.name]: f for f in inner} or {ALL: root / 'images'}
-        parts = {name: _images_under(folder) for name, folder in folders.items()}
+def _read_yolo(root: Path) -> Found:
+    file = _yaml_file(root)
+    parts, classes, pose = _of_yaml(file) if file else (*_without_yaml(root), False)
     read = {name: [_read_yolo_labels(path, classes, pose) for path in dict.fromkeys(paths)]
             for name, paths in parts.items()}
-    if not classes:
-        numbers = {int(label) for part in read.values() for image in part for _, label, _ in image.objects}
-        classes = [str(number) for number in sorted(numbers)]
-    return read, classes
+    if classes:
+        return Found(read, classes)
+    numbers = {int(label) for part in read.values() for image in part for _, label, _ in image.objects}
+    return Found(read, [str(number) for number in sorted(numbers)], [
+        'the classes are called by their numbers; a file classes.txt, with one name per line, gives them names'])
+
+
+def _without_yaml(root: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """List the images of each part, and the classes, of data without `data.yaml`."""
+    names = next((f for f in (root / 'classes.txt', root / 'labels' / 'classes.txt', root / 'obj.names')
+                  if f.is_file()), None)
+    lines = names.read_text(encoding='utf-8-sig').splitlines() if names else []
+    darknet = {_part(f.name[4:-5]) or f.name: f for f in sorted(root.glob('obj_*_data'))}
+    folders = darknet or _part_folders(root / 'images') or {ALL: root / 'images'}
+    return {name: _under(folder) for name, folder in folders.items()}, [line.strip() for line in lines if line.strip()]
 
 
 def _of_yaml(file: Path) -> tuple[dict[str, list[Path]], list[str], bool]:
@@ -268,14 +313,13 @@ def _of_yaml(file: Path) -> tuple[dict[str, list[Path]], list[str], bool]:
     if (root / str(settings.get('path') or '')).is_dir():
         root /= str(settings.get('path') or '')
     parts: dict[str, list[Path]] = {}
-    for key in ('train', 'val', 'test'):
-        entries = settings.get(key) or []
-        for entry in map(str, entries if isinstance(entries, list) else [entries]):
+    for key, entries in settings.items():
+        part = _part(str(key))
+        for entry in map(str, entries if isinstance(entries, list) else [entries]) if part and entries else ():
             place = _yolo_place(root, entry)
             if place:
-                parts.setdefault(key, []).extend(
-                    _images_under(place) if place.is_dir() else _images_listed(place, root))
-            elif key != 'test':  # Roboflow names a test folder even if none was exported
+                parts.setdefault(part, []).extend(_under(place) if place.is_dir() else _images_listed(place, root))
+            elif part != 'test':  # Roboflow names a test folder even if none was exported
                 raise ValueError(f'{file} names {entry} under "{key}", which is neither a folder nor a list of images '
                                  f'in {root}; correct it, or leave "{key}" out')
     if 'train' not in parts:
@@ -306,24 +350,23 @@ def _yolo_place(root: Path, entry: str) -> Path | None:
     return found / 'images' if found and (found / 'images').is_dir() else found
 
 
-def _images_under(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob('*')) if path.is_file() and looks_like_image(path)]
-
-
 def _images_listed(file: Path, root: Path) -> Iterator[Path]:
-    """Yield the images in a list. Its lines are relative to the folder of the list or to that of the data set."""
+    """Yield the images in a list. Its lines are relative to the folder of the list or to that of the data set.
+
+    CVAT writes `data/images/...` for `images/...`.
+    """
     for line in file.read_text(encoding='utf-8-sig', errors='surrogateescape').splitlines():
         if entry := line.strip():
-            places = [*_spellings(file.parent, entry), *_places(root, entry)]
+            places = [*_spellings(file.parent, entry), *_places(root, entry), root / entry.removeprefix('data/')]
             yield next((p for p in places if p.is_file()), places[0])
 
 
 def _labels_of(image: Path) -> Path:
-    """Label file of an image: in the same folder, or under `labels` instead of `images`."""
-    parts = list(image.parent.parts)
+    """Label file of an image: under `labels` instead of `images`, or in the same folder."""
+    parts, beside = list(image.parent.parts), image.with_suffix('.txt')
     if 'images' in parts:
         parts[len(parts) - 1 - parts[::-1].index('images')] = 'labels'
-    return Path(*parts, image.name).with_suffix('.txt')
+    return file if (file := Path(*parts, beside.name)).is_file() else beside
 
 
 def _read_yolo_labels(image: Path, classes: Sequence[str], pose: bool) -> Annotated:
@@ -352,9 +395,12 @@ def _whole(text: str) -> int:
 
 
 def _yolo_box(cells: Sequence[str], pose: bool) -> Box | None:
-    """Parse the box of a line. With `pose`, keypoints after it are ignored. An outline gives its bounding box."""
+    """Parse the box of a line. An outline gives its bounding box.
+
+    A fifth number (a track or a confidence) is ignored, and so are keypoints with `pose`.
+    """
     try:
-        box = tuple(map(float, cells[:4] if pose else cells))
+        box = tuple(map(float, cells[:4] if pose or len(cells) == 5 else cells))
     except ValueError:
         return None
     if len(box) > 4 and len(box) % 2 == 0:

@@ -124,12 +124,14 @@ class BoxScan:
         bad: Reasons why boxes and files were left out.
         sizes: Number of images by width and height.
         twins: Groups of files with the same content.
+        notes: What else was left out, and what is missing.
     """
     format: str
     parts: dict[str, BoxedImages]
     bad: tuple[str, ...]
     sizes: Counter[tuple[int, int]]
     twins: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
 
     def summary(self) -> list[str]:
         """Describe the data set, one fact per line."""
@@ -145,7 +147,7 @@ class BoxScan:
                  f'{sum(count.values())} boxes: ' + ', '.join(f'{name} {n}' for name, n in count.most_common())]
         if empty:
             lines.append(f"{counted(empty, 'photograph')} without a box, kept as background")
-        return [*lines, *(f'left out: {reason}' for reason in self.bad)]
+        return [*lines, *self.notes, *(f'left out: {reason}' for reason in self.bad)]
 
 
 def read_boxes(source: str | Path, on_bad: str = 'skip') -> BoxScan:
@@ -153,10 +155,11 @@ def read_boxes(source: str | Path, on_bad: str = 'skip') -> BoxScan:
 
     - Pascal VOC: XML files in `Annotations` (or `annotations`, or beside the images), images in `JPEGImages` (or
       `images`), and optionally lists in `ImageSets/Main`. Annotations in a subfolder belong to images in the subfolder
-      of the same name.
+      of the same name. Images without an XML file are left out.
     - COCO: a JSON file beside its images (`coco:FILE.json`), or Roboflow's `train/_annotations.coco.json`.
-    - YOLO: `data.yaml`, which names folders or lists of images, or `images/` and `labels/`. Outlines are converted to
-      boxes; keypoints are ignored if `data.yaml` has a `kpt_shape`.
+    - YOLO: `data.yaml`, which names folders or lists of images, or `images/` and `labels/`, or Darknet's `obj.names`
+      and `obj_train_data/`. Images without a label file are background. Outlines are converted to boxes; keypoints are
+      ignored if `data.yaml` has a `kpt_shape`.
 
     A prefix (`voc:DIR`, `coco:FILE`, `yolo:DIR`) selects the format if several match.
 
@@ -178,7 +181,7 @@ def read_boxes(source: str | Path, on_bad: str = 'skip') -> BoxScan:
     kind, root = _parsed(source)
     if not root.exists():
         raise FileNotFoundError(f'{root} does not exist')
-    title, parts, declared = recognised(root, kind)
+    title, (parts, declared, notes) = recognised(root, kind)
     examined = _examine([image for part in parts.values() for image in part])
     bad = tuple(dict.fromkeys(reason for found in examined.values() for reason in found.bad))
     if bad and on_bad == 'fail':
@@ -186,7 +189,8 @@ def read_boxes(source: str | Path, on_bad: str = 'skip') -> BoxScan:
     good = {path: found for path, found in examined.items() if found.size}
     named = {label for found in good.values() for label, _ in found.objects}
     if not named:
-        raise ValueError(f'{root} has {len(examined)} images, none with a usable box' + (f': {bad[0]}' if bad else ''))
+        why = '; '.join([*bad[:1], *notes])
+        raise ValueError(f'{root} has {len(examined)} images, none with a usable box' + (f': {why}' if why else ''))
     classes = tuple(name for name in declared if name in named) if declared else tuple(sorted(named))
     content = defaultdict(list)
     for path, found in good.items():
@@ -195,7 +199,7 @@ def read_boxes(source: str | Path, on_bad: str = 'skip') -> BoxScan:
         title, {name: _images([(a.image, good[a.image].objects) for a in part if a.image in good], classes)
                 for name, part in parts.items()},
         bad, Counter(found.size for found in good.values()),
-        tuple(tuple(paths) for paths in content.values() if len(paths) > 1))
+        tuple(tuple(paths) for paths in content.values() if len(paths) > 1), tuple(notes))
 
 
 def _parsed(source: str | Path) -> tuple[str, Path]:
@@ -245,12 +249,12 @@ def _boxes_of(annotated: Annotated) -> list[str]:
 
 def _examined(annotated: Annotated) -> _Found:
     """Check an image: it must be readable and of the annotated size. Keep the boxes that lie within it."""
+    if annotated.fault:
+        return _Found(None, bad=[annotated.fault])
     try:
         size = read_rgb(annotated.image).size
     except ValueError as e:
         return _Found(None, bad=[str(e)])
-    if annotated.fault:
-        return _Found(None, bad=[annotated.fault])
     if annotated.size and annotated.size != size:
         rotated = ' (rotated by its EXIF data)' * (annotated.size == size[::-1])
         return _Found(None, bad=[f'{annotated.image} is {size[0]} x {size[1]} pixels{rotated}, but its annotation says '
@@ -273,7 +277,8 @@ def _examined(annotated: Annotated) -> _Found:
 def _fault(label: str, box: Box | None, size: tuple[int, int], fractions: bool) -> str:
     """Describe what is wrong with a box; '' if nothing is."""
     if not label or box is None:
-        return 'the name or a coordinate is missing'
+        return ('expected 4 numbers after the class, or the points of an outline' if fractions else
+                'the name or a coordinate is missing')
     written = ', '.join(f'{v:g}' for v in box)
     if fractions:
         if not (box[2] > 0 and box[3] > 0):
@@ -333,6 +338,9 @@ def divide(
             raise ValueError(f'the parts are {", ".join(parts)}; name the ones to train on and to test on')
         tested = set(parts[test].paths)
         joined = _joined([parts[name] for name in trained_on])
+        if joined.paths and tested.issuperset(joined.paths):
+            raise ValueError(f'all images of {" and ".join(trained_on)} are also in {test}, so none is left to train '
+                             f'on; to hold out a random fifth, leave {test} out of the data')
         joined = joined.subset([i for i, path in enumerate(joined.paths) if path not in tested])
         chosen, how = (joined, parts[test]), f'given: {" and ".join(trained_on)}; tested on {test}'
     for name, part in zip(('train', 'test'), chosen, strict=True):
@@ -377,7 +385,7 @@ def _drawn(
         random.Random(seed).shuffle(members)
         test += members[:round(len(members) / 5)]
     if not test and len(images) > 1:
-        test = [max(i for members in groups.values() for i in members)]
+        test = max(groups.values(), key=len)[:1]
     chosen = {i for first in test for i in copies.get(first, [first])}
     return [i for i in range(len(images)) if i not in chosen], sorted(chosen)
 

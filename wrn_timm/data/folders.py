@@ -21,7 +21,7 @@ from .images import ImageFiles, PathTable, examine_file, looks_like_image
 __all__ = ['EXAMINED_AT_MOST', 'FolderScan', 'examine', 'found_in', 'list_csv', 'list_folder', 'open_csv', 'walk_files']
 
 _PARTS = {'train': ('train', 'training'), 'test': ('test', 'testing'), 'val': ('val', 'valid', 'validation')}
-_PART_WORDS = {*itertools.chain(*_PARTS.values()), 'eval', 'evaluation'}
+_PART_WORDS = {word: part for part, words in (_PARTS | {'eval': ('eval', 'evaluation')}).items() for word in words}
 
 # Decoding a photograph takes about a millisecond per core, so larger data sets are not examined before training.
 EXAMINED_AT_MOST = 50_000
@@ -111,7 +111,7 @@ def list_folder(root: str | Path, nested: bool = False) -> FolderScan:
     if not (given['train'] and given[test_name]):
         whole = root if len(children) - len(strays) > 1 else given['train'] or root
         if whole == root and not nested:
-            _check_classes(children)
+            _check_classes(children, given['train'])
         return FolderScan(_list_part(whole, nested, bad), bad=tuple(bad), notes=notes if whole != root else ())
     if images := [n for n in others if n not in strays]:
         raise ValueError(f'{root} holds {given["train"].name}/ and {given[test_name].name}/, but also '
@@ -124,13 +124,21 @@ def list_folder(root: str | Path, nested: bool = False) -> FolderScan:
     return FolderScan(**_same_classes(listed, str(root)), bad=tuple(bad), notes=notes, tested=tested)
 
 
-def _check_classes(children: dict[str, Path]) -> None:
-    """Reject class folders that look like the parts of a split under other names."""
-    parts = [p for name, p in children.items() if _PART_WORDS & set(re.split(r'[\W_]+', name))]
-    for a, b in itertools.combinations(parts, 2):
-        if shared := sorted({p.name for p in _folders(a)} & {p.name for p in _folders(b)}):
-            raise ValueError(f'{a} and {b} both hold {some(shared)}: if these are the classes, rename the folders to '
-                             f'train and test (or val); if they are not, --nested makes each folder a class')
+def _check_classes(children: dict[str, Path], train: Path | None) -> None:
+    """Reject class folders that look like the parts of a split."""
+    parts = {p: {_PART_WORDS[word] for word in re.split(r'[\W\d_]+', name) if word in _PART_WORDS}
+             for name, p in children.items()}
+    for a, b in itertools.combinations([p for p in parts if parts[p]], 2):
+        shared = sorted({p.name for p in _folders(a)} & {p.name for p in _folders(b)})
+        if shared or parts[a].isdisjoint(parts[b]):
+            reason = f', since both hold {some(shared)}' if shared else ''
+            raise ValueError(f'{a} and {b} look like parts of a split{reason}: if they are, rename them to train and '
+                             f'test (or val), each with one folder per class; if they are not, --nested makes each '
+                             f'folder a class')
+    if train and sum(map(_holds_images, _folders(train))) > 1:
+        others = [p.name for p in children.values() if p != train and _holds_images(p)]
+        raise ValueError(f'{train} looks like the training part of a split, but {some(others)} beside it holds images '
+                         f'too; move these elsewhere, or rename the part to test on to test (or val)')
 
 
 def _holds_images(folder: Path) -> bool:
@@ -270,7 +278,8 @@ def list_csv(file: str | Path) -> FolderScan:
                              f'columns path and label (and split, if it is split)')
         split = 'split' in reader.fieldnames
         for row in reader:
-            part = next((p for p, names in _PARTS.items() if row['split'] in names), None) if split else 'train'
+            part = next((p for p, names in _PARTS.items() if (row['split'] or '').lower() in names), None
+                        ) if split else 'train'
             if not (row['path'] and row['label'] and part) or any(row.get(None, ())):
                 raise ValueError(f'{file}, line {reader.line_num}: expected path, label and split (train, val or '
                                  f'test); found {found_in(row)}')

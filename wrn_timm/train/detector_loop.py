@@ -128,7 +128,8 @@ class DetectorLoop:
         progress, config = self.progress, self.config
         seed, began, reason = config.seed * 100_003 + progress.epoch, time.monotonic(), ''
         batches = _drawn_batches(len(self.train), config.batch_size, seed)[progress.step:]
-        augment = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2), AS_TENSOR])
+        flip = [v2.RandomHorizontalFlip()] if config.flip else []
+        augment = v2.Compose([*flip, v2.ColorJitter(0.2, 0.2, 0.2), AS_TENSOR])
         self.detector.train()
         bar.set_description(f'epoch {progress.epoch + 1}/{config.epochs}')
         dataset = self.train.as_dataset(augment, config.image_size)

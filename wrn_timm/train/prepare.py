@@ -184,8 +184,9 @@ def preprocessing(
     test = create_transform(**data_config, is_training=False)
     train = create_transform(
         **{k: v for k, v in data_config.items() if k not in ('crop_pct', 'crop_mode')},
-        is_training=True, scale=(config.min_scale, 1.), color_jitter=config.color_jitter,
-        auto_augment=config.auto_augment or None, re_prob=config.random_erase) if config.augment else test
+        is_training=True, scale=(config.min_scale, 1.), hflip=0.5 if config.flip else 0.,
+        color_jitter=config.color_jitter, auto_augment=config.auto_augment or None,
+        re_prob=config.random_erase) if config.augment else test
     tag = re.sub('[^A-Za-z0-9]+', '_', name).strip('_') or 'finetuned'  # it becomes part of a repository name
     cfg = {'input_size': (3, size, size), 'crop_pct': 1.0, 'tag': tag, 'label_names': classes,
            'license': None, 'origin_url': None}  # not those of the original weights: the owner decides
