@@ -51,7 +51,7 @@ from wrn_timm.train import finetune as ft
 from wrn_timm.train import finetune_loop, prepare
 from wrn_timm.train.accelerator import RunAccelerator, make_accelerator
 from wrn_timm.train.finetune_loop import BatchTooLarge, Finetuner, Fitted, _Unfreezing
-from wrn_timm.train.linear import LinearFit, fit_linear
+from wrn_timm.train.linear import LinearFit, fit_linear, temperature
 from wrn_timm.train.machine import Machine, fast_bfloat16
 from wrn_timm.train.measure import Features, largest_batch, make_loader, predict, validate
 from wrn_timm.train.probe import extract_features, knn, probe
@@ -195,6 +195,13 @@ def test_settings_that_a_given_split_leaves_without_effect(run, photographs, tmp
         prepare.prepare_split(FinetuneConfig(split=str(given), patience=3), photographs)
     split, _ = prepare.prepare_split(FinetuneConfig(split=str(given), holdout=0.2), photographs)
     assert split.holdout is None and '--holdout has no effect' in caplog.text
+    caplog.clear()
+    for part in ('train', 'val', 'test'):
+        shutil.copytree(photographs, tmp_path / 'parts' / part)
+    split, _ = prepare.prepare_split(FinetuneConfig(split='random5', holdout=0.2), tmp_path / 'parts')
+    assert len(split.train) == len(split.holdout) == len(split.test)
+    assert '--holdout has no effect: the held-out files are given by the part val' in caplog.text
+    assert '--split has no effect: ' in caplog.text
 
 
 @pytest.mark.parametrize(('setting', 'message'), [
@@ -669,6 +676,9 @@ def test_the_classifier_alone_is_fitted_without_a_learning_rate(weights, photogr
     files = ImageFiles.of([(str(photographs / row['path']), row['label']) for row in rows])
     found = extract_features(model, files.as_dataset(eval_transform(model)), RunAccelerator('cpu', 'auto'))
     scale = (found.logits - found.logits.mean(0)).square().mean().sqrt()
+    with torch.no_grad():  # as it was fitted
+        model.fc.weight *= metrics['temperature']
+        model.fc.bias *= metrics['temperature']
     loss = F.cross_entropy(model.fc(found.logits), found.labels)
     loss = loss + metrics['penalty'] / 2 * (scale * model.fc.weight).square().sum()
     assert max(g.abs().max() for g in torch.autograd.grad(loss, tuple(model.fc.parameters()))) < 1e-3
@@ -723,6 +733,29 @@ def test_a_penalty_is_chosen_that_serves_files_not_fitted_to():
         return (F.linear(features[100:], weight, bias).argmax(1) == labels[100:]).float().mean().item()
 
     assert accuracy(best['penalty']) > accuracy(1e-5) + 0.03
+
+
+@pytest.mark.parametrize('spread', [1.2, 2., 20.])  # of the classes; with 20 all files are classified correctly
+def test_a_classifier_on_features_is_as_confident_as_it_is_accurate(spread):
+    g = torch.Generator().manual_seed(0)
+    centres, labels = spread * torch.randn(5, 32, generator=g) / 32 ** 0.5, torch.arange(3000) % 5
+    features = centres[labels] + 0.3 * torch.randn(3000, 32, generator=g)
+    fit = LinearFit(Features(features[:200], labels[:200]), None, 5)
+    row, logits = max(fit.path(), key=lambda step: step[0]['holdout_accuracy'])
+    plain, scaled = (F.linear(features[200:], *fit.weight(row['penalty'], by)).softmax(1)
+                     for by in (1., temperature(logits, fit.labels)))
+    assert torch.equal(plain.argmax(1), scaled.argmax(1))
+    accuracy = (scaled.argmax(1) == labels[200:]).float().mean().item()
+    assert scaled.amax(1).mean().item() == pytest.approx(accuracy, abs=0.05)
+    if spread == 20:
+        assert accuracy == 1 and plain.amax(1).mean().item() < 0.9
+
+
+def test_the_head_of_a_distilled_network_is_all_of_its_classifiers():
+    network = timm.create_model('deit_tiny_distilled_patch16_224', num_classes=2)
+    _Unfreezing(network, 'head', 1).train(0)
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert trained == {'head.weight', 'head.bias', 'head_dist.weight', 'head_dist.bias'}
 
 
 def test_a_penalty_is_chosen_that_finds_a_rare_class():
@@ -894,6 +927,10 @@ def test_probes_are_ranked_by_held_out_files_and_the_best_is_tested(weights, pho
     next_one, config = finetune_script.read(command[2:])
     assert command[:2] == ['wrn-timm', 'finetune'] and not next_one.probe
     assert (config.model, config.split, next_one.data) == (trained, 'random6', str(photographs))
+    assert next_one.out == str(tmp_path / 'run')
+    (tmp_path / 'run' / 'metrics.json').write_text('{}')  # of a run there, which would be refused
+    assert finetune_script.main([*options, '--probe', untrained]) == 0
+    assert capsys.readouterr().out.strip().endswith('--out RUN')
 
 
 def test_probes_ask_no_test_file_before_the_choice(weights, photographs, tmp_path, monkeypatch):

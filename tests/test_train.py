@@ -444,13 +444,16 @@ def test_recipes_and_their_overrides(tmp_path, capsys):
     assert (paper.lr, paper.drop_epochs, paper.drop_factor, paper.weight_decay, paper.batch_size, paper.epochs) == (
         .1, (60, 120, 160), .2, 5e-4, 128, 200)
     out = tmp_path / 'run'
-    assert train_script.main(['--recipe', 'smoke', '--out', str(out), '--device', 'cpu', '--epochs', '1', '--model',
-                              'resnet18', '--schedule', 'step', '--drop-epochs', '1', '2']) == 0
+    assert train_script.main(['--recipe', 'smoke', '--out', str(out), '--device', 'cpu', '--model', 'resnet18',
+                              '--schedule', 'step', '--drop-epochs', '1', '2']) == 0
     recipe = json.loads((out / 'recipe.json').read_text())['recipe']
     assert (recipe['model'], recipe['drop_epochs'], recipe['lr']) == ('resnet18', [1, 2], SMOKE.lr)
     with pytest.raises(SystemExit):
         train_script.main(['--recipe', 'smoke', '--out', str(tmp_path / 'none'), '--label-smooting', '0.1'])
     assert '--label-smoothing' in capsys.readouterr().err
+    for drops, told in (((), 'not given'), ((1, 3), '1, 3')):
+        with pytest.raises(ValueError, match=f'drop_epochs are {told}; the step schedule needs some, all below the 3'):
+            dataclasses.replace(SMOKE, schedule='step', drop_epochs=drops)
     with pytest.raises(ValueError, match="schedule 'lineal' is unknown; choose 'cosine', 'linear' or 'step'"):
         dataclasses.replace(SMOKE, schedule='lineal')
 

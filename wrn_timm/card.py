@@ -146,7 +146,8 @@ def _accuracy(name: str, metrics: dict[str, Any], run: dict[str, Any]) -> str:
     averaged = (recipe or run.get('finetune', {})).get('ema_decay')
     weights = f"{'averaged ' if averaged else ''}weights of the last epoch"
     if penalty := metrics.get('penalty'):
-        weights = f'classifier fitted to features, its L2 penalty ({penalty:.0e}) chosen on files not used for the fit'
+        weights = (f'classifier fitted to features, its L2 penalty ({penalty:.0e}) and temperature chosen on files not '
+                   f'used for the fit')
     elif metrics.get('chosen_by') != 'the end of the schedule' and metrics.get(
             'holdout_files', run.get('finetune', {}).get('holdout')):
         weights = f"{'averaged ' if averaged else ''}weights of the epoch most accurate on files held out of training"

@@ -138,6 +138,10 @@ class Recipe:
             raise ValueError('momentum is 0, but Nesterov momentum needs one above 0')
         if list(self.drop_epochs) != sorted(self.drop_epochs):
             raise ValueError(f'drop_epochs are {", ".join(map(str, self.drop_epochs))}; give them in order')
+        if self.schedule == 'step' and not (self.drop_epochs and self.drop_epochs[-1] < self.epochs):
+            dropped = ', '.join(map(str, self.drop_epochs)) or 'not given'
+            raise ValueError(f'drop_epochs are {dropped}; the step schedule needs some, all below the {self.epochs} '
+                             f'epochs')
         if self.alternate_flip and not self.flip:
             raise ValueError('alternate_flip needs flip: leave out --no-flip, or add --no-alternate-flip')
         if not 0 <= self.rand_magnitude <= 30:
@@ -202,7 +206,7 @@ class FinetuneConfig:
     accumulate: int = 1
     """Gradient accumulation steps."""
     opt: str = 'nesterov'
-    """timm name of the optimizer."""
+    """timm name of the optimizer. The default learning rate is for SGD; adamw and the like need about 0.001."""
     lr: float = 0.05
     """Peak learning rate of the last layers."""
     momentum: float = 0.9

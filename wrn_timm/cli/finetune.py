@@ -25,7 +25,7 @@ from ..recipes import FinetuneConfig, finetune_command
 from ..train.finetune import finetune_seeds
 from ..train.machine import Machine, usable_cores
 from ..train.probe import probe
-from ..train.run import TIME_BUDGET, begun_with, check_place
+from ..train.run import TIME_BUDGET, begun_with, check_place, has_begun
 from ..train.transfer_results import record_transfer, transfer_folder
 from .common import STOPPED, Training, is_main_process, log_to_terminal, machine_of, reports_errors, resumable
 from .options import option, parse
@@ -165,8 +165,9 @@ def show_probe(rows: list[dict[str, Any]], options: FinetuneOptions, config: Fin
               f"{row['seconds']:8.0f}")
     kept = ('split', 'holdout', 'input_size', 'nested', 'seed')
     settings = {'model': rows[0]['weights'], **{name: getattr(config, name) for name in kept}}
+    out = 'RUN' if has_begun(Path(options.out)) else options.out
     print(f"\nBest on the held-out files: {rows[0]['weights']}. To train all its layers (or, with --train head, only "
-          f"the classifier, in seconds), run:\n\n  {finetune_command(settings, options.source, options.out)}")
+          f"the classifier, in seconds), run:\n\n  {finetune_command(settings, options.source, out)}")
 
 
 def read(argv: Sequence[str]) -> tuple[FinetuneOptions, FinetuneConfig]:

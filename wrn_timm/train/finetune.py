@@ -28,7 +28,7 @@ from ..recipes import FinetuneConfig
 from ..weights import eval_transform, export_weights, open_model, weights_name
 from .accelerator import kept_accumulation, make_accelerator
 from .finetune_loop import BatchTooLarge, Finetuner, Fitted
-from .linear import LinearFit
+from .linear import LinearFit, temperature
 from .machine import Machine, environment, in_float32, kept_random_state
 from .measure import Features, Predictions, largest_batch, predict
 from .metrics import classification_metrics, summarise
@@ -166,7 +166,7 @@ def _test(job: _Job, fitted: Fitted, best_epoch: int, train_seconds: float, star
         'dataset': data_name(found['data']), 'split': found.get('split'), 'tested_on': found.get('tested_on', ''),
         'input_size': job.size, 'used': _used(job), 'best_epoch': best_epoch,
         'chosen_by': _chosen_by(config, fitted, split),
-        **({'penalty': fitted.penalty} if config.cached else {}),
+        **({'penalty': fitted.penalty, 'temperature': fitted.temperature} if config.cached else {}),
         'epochs': len(fitted.history), 'stopped': fitted.stopped,
         'train_files': len(split.train), 'holdout_files': len(split.holdout or ()),
         'leaks': found.get('leaks', []), 'skipped': [*found.get('bad', []), *fitted.bad, *result.bad],
@@ -283,8 +283,8 @@ def _announce(job: _Job) -> None:
         _logger.warning('%s', advice)
     if not config.cached and 0 < held_out < ENOUGH_TO_CHOOSE:
         _logger.info('only %d files are held out, too few to choose the best epoch (each is %.1f points), so the '
-                     'last epoch is used unless the run stops early; --holdout 0 trains on them too',
-                     held_out, 100 / held_out)
+                     'last epoch is used unless the run stops early; to train on them too, give --holdout 0 if they '
+                     'were drawn from the training files, or else move them there', held_out, 100 / held_out)
 
 
 def _train(job: _Job) -> tuple[torch.nn.Module, Fitted]:
@@ -320,11 +320,13 @@ def _train(job: _Job) -> tuple[torch.nn.Module, Fitted]:
 
 def _fit_classifier(classifier: torch.nn.Linear, linear: LinearFit, job: _Job) -> Fitted:
     """Fit the classifier to features; each penalty tried counts as an epoch, and `last/` and `best/` are the same."""
-    began, history, stopped, run = time.monotonic(), [], '', job.control.run
+    began, history, best, stopped, run = time.monotonic(), [], None, '', job.control.run
     with job.control:
-        for row, _ in linear.path():
+        for row, logits in linear.path():
             seconds = round(time.monotonic() - began, 1)
             history.append({'epoch': len(history) + 1, **row, 'seconds': seconds})
+            if best is None or row['holdout_accuracy'] > best['holdout_accuracy']:
+                best, its_logits = history[-1], logits
             if run.write:
                 run.log('penalty %.0e  loss %.3f  held-out accuracy %5.1f %%  %.0f s', row['penalty'],
                         row['train_loss'], row['holdout_accuracy'], seconds)
@@ -333,15 +335,15 @@ def _fit_classifier(classifier: torch.nn.Linear, linear: LinearFit, job: _Job) -
             if stopped := agreed(job.control.reason_to_stop()):
                 break
     interrupted, = any_process(job.control.signalled, device=job.accelerator.device)
-    best = max(history, key=lambda row: row['holdout_accuracy'])
-    weight, bias = linear.weight(best['penalty'])
+    divisor = temperature(its_logits, linear.labels)
+    weight, bias = linear.weight(best['penalty'], divisor)
     with torch.no_grad():
         classifier.weight.copy_(weight)
         if classifier.bias is not None:
             classifier.bias.copy_(bias)
     if not interrupted:  # there are no checkpoints, so it will start over
         run.write_history(history)
-    return Fitted(classifier, history, [], stopped, interrupted, penalty=best['penalty'])
+    return Fitted(classifier, history, [], stopped, interrupted, penalty=best['penalty'], temperature=divisor)
 
 
 def _keep(found: Predictions, bad: list[str], machine: Machine) -> Features:

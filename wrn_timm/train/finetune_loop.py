@@ -52,6 +52,7 @@ class Fitted:
         stopped: Why training ended before the last epoch; '' if it did not.
         interrupted: Whether a signal to any process stopped training.
         penalty: Penalty of a classifier on cached features; 0 otherwise.
+        temperature: Temperature by which its weights were divided.
         last: Whether to use the last epoch regardless of the held-out accuracy.
     """
     network: torch.nn.Module
@@ -60,6 +61,7 @@ class Fitted:
     stopped: str = ''
     interrupted: bool = False
     penalty: float = 0.
+    temperature: float = 1.
     last: bool = False
 
     def best_epoch(self) -> int:
@@ -84,7 +86,9 @@ class _Unfreezing:
         if way == 'gradual':
             self.layer = group_parameters(network, network.group_matcher(coarse=True), reverse=True)
         elif way == 'head':
-            head = {id(p) for p in network.get_classifier().parameters()}
+            classifier = network.get_classifier()  # a tuple in distilled networks
+            head = {id(p) for part in (classifier if isinstance(classifier, tuple) else [classifier])
+                    for p in part.parameters()}
             self.layer = {n: int(id(p) in head) for n, p in network.named_parameters()}
         self.last = max(self.layer.values())
         self.half = epochs // 2

@@ -64,7 +64,6 @@ def prepare_split(
     by_file = config.split.endswith('.csv')
     if by_file:
         given = read_split(config.split, source_root(data, machine.download))
-        _check_held_out(config, given, config.split)
         scan = FolderScan(given.train, given.test, given.holdout)
     else:
         scan = list_source(data, config.nested, machine.download)
@@ -72,8 +71,12 @@ def prepare_split(
     scan = examine(scan, machine.on_bad, at_most=EXAMINED_AT_MOST)
     split = Split(scan.train, scan.val, scan.test) if by_file else make_split(
         scan, config.split, config.held_out, config.seed)
-    if config.patience and not split.holdout:
+    if by_file or scan.val:
+        _check_held_out(config, split, config.split if by_file else f'the part val of {data}')
+    elif config.patience and not split.holdout:
         raise ValueError('patience needs held-out files, but no class has more than two training files')
+    if scan.test and not by_file and config.split != FinetuneConfig.split:
+        _logger.warning('--split has no effect: %s has a test part', data)
     leaks = split.leaks(scan.twins)
     summary = scan.summary()
     if leaks:
