@@ -246,6 +246,16 @@ def test_what_is_no_data_set_with_boxes(tmp_path):
         read_boxes(tmp_path / 'only')
 
 
+def test_a_prefix_that_does_not_fit(tmp_path):
+    (tmp_path / 'labels').mkdir()
+    for name in ('labels/a.txt', 'a.xml'):
+        (tmp_path / name).write_text('0 0.5 0.5 0.2 0.2')
+    for source, message in (('voc:{}/a.xml', 'a.xml is a file; give the folder'), ('coco:{}', 'holds no annotations.json'),
+                            ('yolo:{}/labels/a.txt', 'a.txt is a file'), ('yolo:{}', 'has 0 images, none with a usable')):
+        with pytest.raises(ValueError, match=message):
+            read_boxes(source.format(tmp_path))
+
+
 def test_spawned_workers_get_many_photographs_by_few_descriptors(tmp_path):
     """A tensor in shared memory takes one each, and a process has a thousand of them."""
     dataset = read_boxes(as_yolo(tmp_path)).parts['all'].as_dataset(None, 32)

@@ -75,8 +75,8 @@ def _part_folders(root: Path) -> dict[str, Path]:
 
 
 def _under(folder: Path, wanted: Callable[[str], bool] = looks_like_image) -> list[Path]:
-    """List the images (or other files) in a folder and below, without hidden ones."""
-    return sorted(Path(path) for path in walk_files(folder) if wanted(path))
+    """List the images (or other files) in a folder and below, without hidden ones; none if there is no folder."""
+    return sorted(Path(path) for path in walk_files(folder) if wanted(path)) if folder.is_dir() else []
 
 
 def _is_xml(path: str) -> bool:
@@ -107,6 +107,8 @@ def recognised(root: Path, kind: str) -> tuple[str, Found]:
     Raises:
         ValueError: The format is not recognised, or an annotation file is invalid.
     """
+    if root.is_file() and (kind in ('voc', 'bccd') or kind == 'yolo' and not _yaml_file(root)):
+        raise ValueError(f'{root} is a file; give the folder of the data set')
     if kind == 'coco' or not kind and (root.suffix == '.json' or _coco_files(root)):
         return 'COCO', _read_coco(root)
     if kind == 'yolo' or not kind and (
@@ -220,7 +222,10 @@ def _coco_files(root: Path) -> dict[str, Path]:
 
 
 def _read_coco(root: Path) -> Found:
-    files = _coco_files(root) or {ALL: root}
+    files = {ALL: root} if root.is_file() else _coco_files(root)
+    if not files:
+        raise ValueError(f'{root} holds no annotations.json and no _annotations.coco.json; name the annotation file: '
+                         f'coco:FILE.json')
     parts, classes, crowds = {}, [], 0
     for name, file in files.items():
         try:
