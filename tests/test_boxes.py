@@ -250,8 +250,9 @@ def test_a_prefix_that_does_not_fit(tmp_path):
     (tmp_path / 'labels').mkdir()
     for name in ('labels/a.txt', 'a.xml'):
         (tmp_path / name).write_text('0 0.5 0.5 0.2 0.2')
-    for source, message in (('voc:{}/a.xml', 'a.xml is a file; give the folder'), ('coco:{}', 'holds no annotations.json'),
-                            ('yolo:{}/labels/a.txt', 'a.txt is a file'), ('yolo:{}', 'has 0 images, none with a usable')):
+    for source, message in (
+            ('voc:{}/a.xml', 'a.xml is a file; give the folder'), ('coco:{}', 'holds no annotations.json'),
+            ('yolo:{}/labels/a.txt', 'a.txt is a file'), ('yolo:{}', 'has 0 images, none with a usable')):
         with pytest.raises(ValueError, match=message):
             read_boxes(source.format(tmp_path))
 
