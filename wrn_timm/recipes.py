@@ -524,7 +524,8 @@ bfloat16 and 261 in float32. Wide networks gain little: WRN-28-10 trains at 24 i
 CPU_CIFAR100 = Recipe(dataset='cifar100', **_CPU)
 """`cpu_cifar10` for CIFAR-100, with the same settings; they were not tuned on CIFAR-100.
 
-`wrn16_2.cifar100` was trained with `--lr 0.08` (three seeds), and `wrn40_2.cifar100` with `--lr 0.08 --epochs 24`.
+`wrn16_2.cifar100` was trained with `--lr 0.08` (three seeds), `wrn40_2.cifar100` with `--lr 0.08 --epochs 24`, and
+`wrn28_10.cifar100` with `--lr 0.08 --epochs 12 --warmup-epochs 1 --sizes 16 .34 24 .34 --alternate-flip --cutout 8`.
 
     wrn-timm train --recipe cpu_cifar100 --data DIR --out RUN --compile
 """
